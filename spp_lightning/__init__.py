@@ -1,0 +1,18 @@
+"""Structured Probabilistic Pruning for PyTorch Lightning."""
+
+from spp_lightning.callback import SPPCallback
+from spp_lightning.convnet import ConvNet
+from spp_lightning.data import CIFAR10DataModule, DigitsDataModule
+from spp_lightning.launch_env import launcher_options
+from spp_lightning.macs import count_macs
+from spp_lightning.pruner import SPPPruner
+
+__all__ = [
+    "CIFAR10DataModule",
+    "ConvNet",
+    "DigitsDataModule",
+    "SPPCallback",
+    "SPPPruner",
+    "count_macs",
+    "launcher_options",
+]

@@ -1,0 +1,251 @@
+"""SPPCallback: prunes the network that a Lightning Trainer trains."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+
+from spp_lightning.charts import log_layout, log_update
+from spp_lightning.groups import Criterion, Granularity
+from spp_lightning.macs import PositionRecorder
+from spp_lightning.pruner import SPPPruner
+from spp_lightning.settings import SPPSettings
+
+__all__ = ["SPPCallback"]
+
+
+class SPPCallback(Callback):
+    """Prunes a trained network's convolutions by SPP while a Trainer trains it on.
+
+    Add it to a Trainer and fit: it prunes until exactly the target share of every layer's weight
+    groups is out, then the rest of the fit retrains what is left. At the end of the fit pruned
+    weights are exactly 0 and nothing of the pruning is left on the network. The network's
+    ``state_dict`` is that of the unpruned network at all times, and so are its checkpoints; the
+    pruning's own state is saved with them, and a run resumed by ``fit(ckpt_path=…)`` goes on as if
+    it had never stopped. Another fit of the same module goes on where the last one ended; another
+    module is pruned from the start.
+
+    A step is a batch after which an optimizer has stepped: with gradient accumulation one step,
+    not one micro-batch.
+
+    The sparsity is in the progress bar and in the Trainer's metrics as ``sparsity``; sparsity,
+    recovered groups and MACs go to the Trainer's loggers at every update, histograms of the
+    pruning probabilities and a chart of all layers to TensorBoard.
+
+    Args:
+        prune_ratio: Share of weight groups to prune, in [0, 1), of every layer or by pattern of
+            layer names, of which the first that matches counts. Give this, or ``speedup``, or
+            neither for 0.75.
+        speedup: Factor by which the layers' MACs are to fall, at least 1; S is a ratio of 1 − 1/S.
+        granularity: What one weight group is: ``"column"`` of the weight matrix (an input position
+            ``(c, i, j)`` across the filters), input ``"channel"`` or ``"filter"``.
+        criterion: Importance of a group: its ``"l1"`` or ``"l2"`` norm.
+        use_rank: Move p by the rank of the importance; if False, by the importance itself.
+        interval: Optimizer steps between two updates of p, at least 1.
+        A: Change of p at rank 0 in one update, in (0, 1].
+        u: Flatness of an update, in (0, 1).
+        layers: Patterns (``fnmatch``) of the names of the layers to prune; default every
+            convolution but depthwise ones.
+        start_step: Optimizer step at which pruning starts.
+        seed: Decides the masks, together with the step and nothing else.
+
+    Attributes:
+        pruner: The :class:`~spp_lightning.SPPPruner` of the last fit; ``None`` before the first.
+
+    Raises:
+        ValueError: At once if an argument is outside its range or ``prune_ratio`` and ``speedup``
+            are both given; at the start of a fit if a pattern matches no layer, the strategy
+            shards weights, or a checkpoint is of other layers or settings; at an update if a
+            weight isn't finite.
+
+    Source: Wang et al., BMVC 2018.
+
+    >>> from lightning.pytorch import Trainer
+    >>> trainer = Trainer(callbacks=[SPPCallback(speedup=4)], logger=False)
+    """
+
+    def __init__(
+        self,
+        prune_ratio: float | dict[str, float] | None = None,
+        speedup: float | None = None,
+        granularity: Granularity = "column",
+        criterion: Criterion = "l1",
+        use_rank: bool = True,
+        interval: int = 180,
+        A: float = 0.05,
+        u: float = 0.25,
+        layers: Sequence[str] | None = None,
+        start_step: int = 0,
+        seed: int = 0,
+    ) -> None:
+        self._arguments: dict[str, Any] = {
+            "prune_ratio": prune_ratio,
+            "speedup": speedup,
+            "granularity": granularity,
+            "criterion": criterion,
+            "use_rank": use_rank,
+            "interval": interval,
+            "A": A,
+            "u": u,
+            "layers": layers,
+            "start_step": start_step,
+            "seed": seed,
+        }
+        SPPSettings(**self._arguments)  # Bad input fails here, not in the middle of a fit.
+        self.pruner: SPPPruner | None = None
+        self._restored: dict[str, Any] | None = None
+        self._step = 0  # steps taken since pruning began to count
+        self._global_step = 0  # the Trainer's count when last looked at
+        self._recorder = PositionRecorder({})
+        self._show_sparsity = False
+
+    # -- beginning and end ---------------------------------------------------------------------
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:  # noqa: D102
+        self._restored = None
+        sharding = (FSDPStrategy, DeepSpeedStrategy, ModelParallelStrategy)
+        if stage == "fit" and isinstance(trainer.strategy, sharding):
+            raise ValueError(
+                "`strategy` must keep whole weights on every device for SPPCallback to prune them,"
+                f" got {type(trainer.strategy).__name__}, which shards them; use 'ddp'."
+            )
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: D102
+        # The network is on its device by now, and a checkpoint's state is loaded.
+        if self.pruner is None or self.pruner.model is not pl_module:
+            self.pruner = SPPPruner(pl_module, **self._arguments)
+            self._step = 0
+        else:
+            self.pruner.attach()
+        # The passes before and in the first step tell the layers' MACs.
+        self._recorder = PositionRecorder(self.pruner.layers).__enter__()
+        if self._restored is not None:
+            self.load_state_dict(self._restored)
+            self._restored = None
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: D102
+        pruner = self._active_pruner
+        pruner.attach()  # A tuner that has run its own loop inside this fit has folded it.
+        self._global_step = trainer.global_step
+        self._show_sparsity = True
+        self._announce(trainer, pruner)
+        log_layout(trainer.loggers)
+        if pruner.step(self._step, *trainer.optimizers):
+            self._log(trainer)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: D102
+        pruner = self._active_pruner
+        if pruner.attached and not pruner.finished:
+            there = "; ".join(
+                f"{name} {pruner.num_pruned[name]} of {target}"
+                for name, target in pruner.num_target.items()
+            )
+            rank_zero_warn(
+                f"Training ended before SPP reached its target: after {self._step} steps and"
+                f" {pruner.num_updates} updates {pruner.total_sparsity:.1%} of the"
+                f" {pruner.settings.granularity}s are pruned ({there}). To go on, fit longer from"
+                " the last checkpoint: trainer.fit(…, ckpt_path=…)."
+            )
+        self._leave(trainer)
+
+    def on_exception(  # noqa: D102
+        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
+    ) -> None:
+        self._leave(trainer)
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:  # noqa: D102
+        if stage == "fit":
+            self._leave(trainer)
+
+    def _leave(self, trainer: Trainer) -> None:
+        """Leave a plain network, however the fit ends. The state stays, to be saved and resumed."""
+        self._recorder.__exit__()
+        if self.pruner is not None:
+            self.pruner.fold(*trainer.optimizers)
+
+    # -- every step ----------------------------------------------------------------------------
+
+    def on_train_batch_end(  # noqa: D102
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+    ) -> None:
+        self._recorder.__exit__()
+        if trainer.global_step != self._global_step:
+            self._global_step = trainer.global_step
+            self._step += 1
+            pruner = self._active_pruner
+            if pruner.step(self._step, *trainer.optimizers):
+                self._log(trainer)
+                self._show_sparsity = True
+                if pruner.finished:
+                    rank_zero_info(
+                        f"SPP has reached its target after {self._step} steps and"
+                        f" {pruner.num_updates} updates; retraining begins."
+                    )
+        if self._show_sparsity and not trainer.barebones:
+            sparsity = self._active_pruner.total_sparsity
+            pl_module.log("sparsity", sparsity, prog_bar=True, logger=False, on_step=True)
+            self._show_sparsity = False
+
+    # -- saving --------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """The pruning's state, plain: loads with ``torch.load(weights_only=True)``."""
+        state = None if self.pruner is None else self.pruner.state_dict()
+        return {"step": self._step, "pruner": state}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from a state: now if a network is being pruned, else at the start of the fit.
+
+        Raises:
+            ValueError: If the state isn't one of these layers and settings.
+        """
+        if self.pruner is None or not self.pruner.attached:
+            self._restored = state_dict
+        elif state_dict["pruner"] is not None:
+            self.pruner.load_state_dict(state_dict["pruner"])
+            self._step = state_dict["step"]
+
+    # -- inside --------------------------------------------------------------------------------
+
+    @property
+    def _active_pruner(self) -> SPPPruner:
+        assert self.pruner is not None, "made in on_fit_start"
+        return self.pruner
+
+    def _log(self, trainer: Trainer) -> None:
+        if trainer.is_global_zero:
+            macs = self._recorder.dense_macs
+            log_update(trainer.loggers, self._active_pruner, macs, trainer.global_step)
+
+    def _announce(self, trainer: Trainer, pruner: SPPPruner) -> None:
+        """Say what will be pruned and how long it takes; warn if the Trainer stops before."""
+        groups = ", ".join(
+            f"{name} {target} of {pruner.num_groups[name]}"
+            for name, target in pruner.num_target.items()
+        )
+        rank_zero_info(f"SPP prunes {pruner.settings.granularity}s: {groups}.")
+        if pruner.skipped_depthwise:
+            rank_zero_info(f"SPP leaves depthwise layers: {', '.join(pruner.skipped_depthwise)}.")
+        if pruner.finished:
+            rank_zero_info("SPP has nothing left to prune; the masks are fixed.")
+            return
+        rank_zero_info(
+            f"SPP takes about {pruner.expected_updates} updates, so {pruner.expected_steps} steps,"
+            f" to its target; {self._step} steps are done."
+        )
+        needed = pruner.expected_steps - self._step
+        left = trainer.estimated_stepping_batches - trainer.global_step
+        if left < needed:
+            rank_zero_warn(
+                f"SPP takes about {needed} more steps to its target, but the Trainer stops after"
+                f" {left}. Fit longer, or make `interval` (={pruner.settings.interval}) smaller."
+            )

@@ -1,0 +1,159 @@
+"""What the data modules share: checks, split, loaders, and normalisation on the device."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningDataModule
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from spp_lightning.data.arrays import (
+    ArrayDataset,
+    Batch,
+    EpochSampler,
+    Records,
+    make_loader,
+    stratified_split,
+)
+from spp_lightning.data.checks import check_int, check_normalize, check_val_size, val_count
+from spp_lightning.data.pixels import Normalize, augment, statistics
+
+
+class PictureDataModule(LightningDataModule):
+    """Batches of 3x32x32 pictures; a subclass says where they come from.
+
+    A subclass implements ``load`` and passes on the arguments below. Batches leave the loaders as
+    ``(uint8 (b, 3, 32, 32), int64 (b,))`` and are normalised on the device.
+    """
+
+    input_shape: tuple[int, int, int] = (3, 32, 32)
+    num_classes: int = 10
+    class_names: tuple[str, ...]
+
+    def __init__(
+        self,
+        batch_size: int,
+        normalize: Normalize,
+        flip: bool,
+        crop_padding: int,
+        val_size: int | float,
+        seed: int,
+        num_workers: int,
+    ) -> None:
+        super().__init__()
+        self.batch_size = check_int("batch_size", batch_size, lowest=1)
+        self.normalize = check_normalize(normalize)
+        self.flip = flip
+        self.crop_padding = check_int("crop_padding", crop_padding, lowest=0)
+        self.val_size = check_val_size(val_size)
+        self.seed = check_int("seed", seed, lowest=0)
+        self.num_workers = check_int("num_workers", num_workers, lowest=0)
+        self._train: ArrayDataset | None = None
+        self._batches_seen = 0  # training batches; decides, with the seed, flips and crops
+
+    def load(self) -> tuple[Records, Records]:
+        """Return training and test pictures. Called on every rank."""
+        raise NotImplementedError
+
+    def setup(self, stage: str | None = None) -> None:
+        """Load the pictures, split off those for validation and compute the statistics."""
+        if self._train is not None:
+            return
+        train, test = self.load()
+        held_out = val_count(self.val_size, len(train))
+        labels = torch.from_numpy(train["label"].astype("int64"))
+        fit, val = stratified_split(labels, held_out, self.seed)
+        self._test = ArrayDataset(test)
+        self._val = ArrayDataset(train, val) if held_out else self._test
+        self._train = ArrayDataset(train, fit)
+        self._shift, self._scale = statistics(self._train.images, fit, self.normalize)
+
+    def train_dataloader(self) -> DataLoader[Batch]:
+        """Load training pictures in a new order every epoch; drop the last incomplete batch.
+
+        Every loader starts at epoch 0: in a plain loop, make one and go through it repeatedly.
+        """
+        dataset = self._ready()
+        ranks, rank = 1, 0
+        if self.trainer is not None:
+            ranks, rank = self.trainer.world_size, self.trainer.global_rank
+        # The sampler adds the epoch to its seed; far apart, two seeds never meet in an order.
+        seed = self.seed * 1_000_000
+        sampler = EpochSampler(dataset, ranks, rank, seed=seed, drop_last=True)
+        if len(sampler) < self.batch_size:
+            raise ValueError(
+                f"`batch_size` must be in [1, {len(sampler)}], the number of training pictures "
+                f"per process, got {self.batch_size}."
+            )
+        return self._loader(dataset, sampler)
+
+    def val_dataloader(self) -> DataLoader[Batch]:
+        """Load the pictures split off by ``val_size``; the test pictures where that is 0."""
+        self._ready()
+        return self._loader(self._val)
+
+    def test_dataloader(self) -> DataLoader[Batch]:
+        """Load the test pictures, in order."""
+        self._ready()
+        return self._loader(self._test)
+
+    def predict_dataloader(self) -> DataLoader[Batch]:
+        """Load the test pictures, in order."""
+        return self.test_dataloader()
+
+    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        """Normalise a batch of uint8 pictures; in training, crop and flip it first.
+
+        Any other batch is returned as it is.
+        """
+        match batch:
+            case (Tensor(dtype=torch.uint8) as images, labels):
+                pass
+            case _:
+                return batch
+        if self.trainer is not None and self.trainer.training:
+            images = self._augment(images)
+        if self._shift.device != images.device:
+            self._shift = self._shift.to(images.device)
+            self._scale = self._scale.to(images.device)
+        pixels = (images.float() - self._shift) / self._scale
+        if self.trainer is not None:
+            # Lightning converts a batch before this hook, while it's uint8 and so not concerned.
+            pixels = self.trainer.precision_plugin.convert_input(pixels)
+        return pixels, labels
+
+    def state_dict(self) -> dict[str, int]:
+        """Return the number of training batches seen: a resumed run's crops and flips go on."""
+        return {"batches_seen": self._batches_seen}
+
+    def load_state_dict(self, state_dict: dict[str, int]) -> None:
+        """Take up the number of training batches seen."""
+        self._batches_seen = state_dict["batches_seen"]
+
+    def _augment(self, images: Tensor) -> Tensor:
+        rank = self.trainer.global_rank if self.trainer else 0
+        chance = random.Random(f"{self.seed}/{rank}/{self._batches_seen}")
+        self._batches_seen += 1
+        if not (self.flip or self.crop_padding):
+            return images
+        generator = torch.Generator(images.device).manual_seed(chance.getrandbits(63))
+        return augment(images, self.flip, self.crop_padding, generator)
+
+    def _ready(self) -> ArrayDataset:
+        if self._train is None:
+            raise RuntimeError(
+                "The pictures aren't loaded yet: call `prepare_data()` and `setup()` first, "
+                "or hand the data module to a Trainer, which does."
+            )
+        return self._train
+
+    def _loader(
+        self, dataset: ArrayDataset, sampler: EpochSampler | None = None
+    ) -> DataLoader[Batch]:
+        on_gpu = self.trainer is not None and self.trainer.strategy.root_device.type == "cuda"
+        return make_loader(
+            dataset, self.batch_size, sampler, num_workers=self.num_workers, pin_memory=on_gpu
+        )

@@ -1,0 +1,117 @@
+"""Weight groups: how the weights of one convolution fall into the units that are pruned.
+
+A convolution's weight is ``(N, C / conv_groups, *kernel)``. Split by the convolution's own groups
+it is ``(conv_groups, N / conv_groups, C / conv_groups, *kernel)``, and a weight group is a slice
+of that: everything along some of its dimensions, one position along the others.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["Criterion", "Granularity", "WeightGroups", "weight_of"]
+
+Granularity = Literal["column", "channel", "filter"]
+Criterion = Literal["l1", "l2"]
+
+
+def weight_of(layer: nn.Module) -> nn.Parameter:
+    """The parameter ``weight`` itself; a masked layer's attribute ``weight`` is it times a mask."""
+    weight = layer._parameters["weight"]
+    assert weight is not None
+    return weight
+
+
+@dataclass(frozen=True)
+class WeightGroups:
+    """The weight groups of one convolution.
+
+    Args:
+        weight_shape: Shape of the weight, ``(N, C / conv_groups, *kernel)``.
+        conv_groups: The convolution's ``groups``.
+        granularity: What one weight group is: ``"column"``, one ``(c, i, j)`` position across all
+            filters that read input channel ``c``; ``"channel"``, all columns of an input channel;
+            ``"filter"``, all weights of an output channel.
+
+    >>> groups = WeightGroups.of(nn.Conv2d(3, 32, 5))
+    >>> groups.count, groups.size
+    (75, 32)
+    >>> WeightGroups.of(nn.Conv2d(8, 16, 3, groups=2)).count  # N_c = C·kh·kw all the same
+    72
+    """
+
+    weight_shape: tuple[int, ...]
+    conv_groups: int = 1
+    granularity: Granularity = "column"
+
+    @classmethod
+    def of(cls, layer: nn.Module, granularity: Granularity = "column") -> WeightGroups:
+        """The weight groups of a layer with a convolution's ``weight`` and, maybe, ``groups``."""
+        shape = tuple(weight_of(layer).shape)
+        return cls(shape, int(getattr(layer, "groups", 1)), granularity)
+
+    @property
+    def mask_shape(self) -> tuple[int, ...]:
+        """Shape of a mask of the groups; it broadcasts against the weight as :meth:`split`."""
+        filters, channels, *kernel = self.weight_shape
+        per_group = filters // self.conv_groups
+        shapes: dict[str, tuple[int, ...]] = {
+            "column": (self.conv_groups, 1, channels, *kernel),
+            "channel": (self.conv_groups, 1, channels, *(1 for _ in kernel)),
+            "filter": (self.conv_groups, per_group, 1, *(1 for _ in kernel)),
+        }
+        return shapes[self.granularity]
+
+    @property
+    def count(self) -> int:
+        """Number of weight groups, N_c in the paper."""
+        return math.prod(self.mask_shape)
+
+    @property
+    def size(self) -> int:
+        """Weights in one group."""
+        return math.prod(self.weight_shape) // self.count
+
+    def split(self, weight: Tensor) -> Tensor:
+        """View a weight, or a tensor shaped like it, so that a mask of the groups broadcasts."""
+        return weight.unflatten(0, (self.conv_groups, -1))
+
+    def importance(self, weight: Tensor, criterion: Criterion = "l1") -> Tensor:
+        """Norm of each weight group.
+
+        Args:
+            weight: The layer's weight.
+            criterion: ``"l1"``, the sum of magnitudes, or ``"l2"``, the Euclidean norm.
+
+        Returns:
+            One importance per group, ``(count,)``, in float32 at least.
+
+        >>> groups = WeightGroups((2, 1, 1, 2))
+        >>> groups.importance(torch.tensor([[[[1.0, 3.0]]], [[[-2.0, 4.0]]]]))
+        tensor([3., 7.])
+        """
+        split = self.split(weight.detach())
+        dims = tuple(
+            i for i, size in enumerate(self.mask_shape) if size == 1 and split.shape[i] > 1
+        )
+        dtype = torch.promote_types(weight.dtype, torch.float32)
+        if not dims:
+            return split.to(dtype).abs().flatten()
+        norm = torch.linalg.vector_norm(
+            split, get_args(Criterion).index(criterion) + 1, dims, dtype=dtype
+        )
+        return norm.flatten()
+
+    def zero(self, tensor: Tensor, alive: Tensor) -> None:
+        """Set the groups that are not alive to 0, in place.
+
+        Args:
+            tensor: The weight, its gradient, or an optimizer's state of that shape.
+            alive: Which groups stay, ``(count,)``, bool.
+        """
+        self.split(tensor.detach()).masked_fill_(~alive.view(self.mask_shape), 0)

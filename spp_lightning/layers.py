@@ -1,0 +1,129 @@
+"""Which layers of a network are pruned, and at which ratio."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+from torch import nn
+from torch.nn.parameter import UninitializedParameter
+
+__all__ = ["Selection", "is_convolution", "is_depthwise", "select_layers"]
+
+
+def is_convolution(layer: nn.Module) -> bool:
+    """Whether a layer has a convolution's weight as a parameter of its own.
+
+    That is a parameter ``weight`` of shape ``(N, C / groups, *kernel_size)``: any ``nn.Conv1d``,
+    ``nn.Conv2d`` or ``nn.Conv3d``, their subclasses, and layers built like them. Transposed
+    convolutions, whose columns run the other way, and weights computed by a parametrization are
+    none.
+
+    >>> is_convolution(nn.Conv2d(3, 8, 3)), is_convolution(nn.Linear(3, 8))
+    (True, False)
+    """
+    weight = layer._parameters.get("weight")
+    if weight is None or getattr(layer, "transposed", False):
+        return False
+    if isinstance(weight, UninitializedParameter):
+        return hasattr(layer, "kernel_size")
+    kernel = getattr(layer, "kernel_size", None)
+    return weight.dim() > 2 and isinstance(kernel, tuple) and kernel == tuple(weight.shape[2:])
+
+
+def is_depthwise(layer: nn.Module) -> bool:
+    """Whether every filter of a convolution reads one input channel of its own.
+
+    >>> is_depthwise(nn.Conv2d(8, 8, 3, groups=8)), is_depthwise(nn.Conv2d(1, 8, 3))
+    (True, False)
+    """
+    groups = int(getattr(layer, "groups", 1))
+    return groups > 1 and groups == getattr(layer, "in_channels", None)
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Layers to prune, by name, with their ratios; and the depthwise ones left out by default."""
+
+    layers: dict[str, nn.Module]
+    ratios: dict[str, float]
+    depthwise: tuple[str, ...]
+
+
+def select_layers(
+    model: nn.Module,
+    prune_ratio: float | Mapping[str, float],
+    patterns: Iterable[str] | None = None,
+) -> Selection:
+    """Find the convolutions that are to be pruned.
+
+    Args:
+        model: The network.
+        prune_ratio: Share of weight groups to prune, for every layer or by pattern of layer names
+            (``fnmatch``'s ``*``, ``?``, ``[…]``). Of several patterns that match a layer the
+            first counts; a layer that none matches isn't pruned.
+        patterns: Patterns of the names of layers; default every convolution but depthwise ones.
+
+    Returns:
+        The layers in the network's order.
+
+    Raises:
+        ValueError: If a pattern matches no layer or there is no layer to prune (the error lists
+            the convolutions there are), or a layer's weight is lazy or shared with another layer.
+
+    >>> net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3, groups=8), nn.Conv2d(8, 4, 1))
+    >>> selection = select_layers(net, {"0": 0.5, "*": 0.75})
+    >>> selection.ratios, selection.depthwise
+    ({'0': 0.5, '2': 0.75}, ('1',))
+    """
+    # named_modules skips a module that it has met under another name.
+    convolutions = {n: layer for n, layer in model.named_modules() if is_convolution(layer)}
+    there = ", ".join(convolutions) or "none"
+    if patterns is None:
+        depthwise = tuple(n for n, layer in convolutions.items() if is_depthwise(layer))
+        chosen = [name for name in convolutions if name not in depthwise]
+    else:
+        depthwise = ()
+        chosen = _match("layers", list(patterns), list(convolutions))
+
+    if isinstance(prune_ratio, Mapping):
+        _match("prune_ratio", list(prune_ratio), chosen)
+        ratios = {}
+        for name in chosen:
+            found = [ratio for pattern, ratio in prune_ratio.items() if fnmatchcase(name, pattern)]
+            if found:
+                ratios[name] = float(found[0])
+    else:
+        ratios = dict.fromkeys(chosen, float(prune_ratio))
+
+    layers: dict[str, nn.Module] = {}
+    weights: set[int] = set()
+    for name in ratios:
+        layer = convolutions[name]
+        weight = layer._parameters["weight"]
+        if isinstance(weight, UninitializedParameter):
+            raise ValueError(
+                f"The weight of layer {name!r} isn't initialised yet (it is lazy); run one batch"
+                " through the network first."
+            )
+        if id(weight) in weights:
+            raise ValueError(
+                f"Layer {name!r} shares its weight with another layer that is pruned; leave both"
+                " out by `layers`."
+            )
+        weights.add(id(weight))
+        layers[name] = layer
+    if not layers:
+        raise ValueError(f"There is no layer to prune. Convolutions of the network: {there}.")
+    return Selection(layers, ratios, depthwise)
+
+
+def _match(argument: str, patterns: list[str], names: list[str]) -> list[str]:
+    for pattern in patterns:
+        if not any(fnmatchcase(name, pattern) for name in names):
+            raise ValueError(
+                f"`{argument}` must hold patterns that match convolutions, but {pattern!r} matches"
+                f" none. There are: {', '.join(names) or 'none'}."
+            )
+    return [name for name in names if any(fnmatchcase(name, pattern) for pattern in patterns)]

@@ -1,0 +1,85 @@
+"""Masks that act through the weight a layer uses, without renaming its parameter.
+
+A masked layer's class is a subclass made on the fly in which ``weight`` is a property: whatever
+the layer's ``forward`` reads is the parameter times the mask. The parameter itself stays where it
+is, under its name: ``state_dict``, ``parameters`` and optimizers never see the mask, and a copy or
+a pickle of a masked layer is a plain layer.
+"""
+
+from __future__ import annotations
+
+import copy
+from functools import cache
+from typing import Any, cast
+
+from torch import Tensor, nn
+
+from spp_lightning.groups import WeightGroups, weight_of
+
+__all__ = ["is_masked", "mask_layer", "unmask_layer"]
+
+_ATTRIBUTES = ("_spp_sampled", "_spp_alive")
+
+
+def mask_layer(layer: nn.Module, groups: WeightGroups, sampled: Tensor, alive: Tensor) -> None:
+    """Let a layer use its weight through masks, until :func:`unmask_layer`.
+
+    Args:
+        layer: A layer with a parameter ``weight``; its class changes to a subclass of its class.
+        groups: The layer's weight groups.
+        sampled: Mask in training mode, ``(groups,)``, bool, True = kept. Changes in place act.
+        alive: Mask in evaluation mode, likewise.
+
+    Raises:
+        ValueError: If the layer is masked already.
+    """
+    if is_masked(layer):
+        raise ValueError(f"`layer` (={layer}) is masked already; a layer takes one mask at a time.")
+    for name, mask in zip(_ATTRIBUTES, (sampled, alive), strict=True):
+        view = mask.view(groups.mask_shape)
+        # Without convolution groups the mask broadcasts against the weight as it is.
+        setattr(layer, name, view[0] if groups.conv_groups == 1 else view)
+    layer.__class__ = _masked_class(type(layer))
+
+
+def unmask_layer(layer: nn.Module) -> None:
+    """Give a masked layer its class back and forget the masks; its parameters stay as they are."""
+    if is_masked(layer):
+        layer.__class__ = type(layer).__mro__[1]
+        for name in _ATTRIBUTES:
+            delattr(layer, name)
+
+
+def is_masked(layer: nn.Module) -> bool:
+    """Whether a layer uses its weight through a mask."""
+    return "_spp_masked_class" in vars(type(layer))
+
+
+def _masked_weight(layer: Any) -> Tensor:
+    weight: Tensor = weight_of(layer)
+    mask: Tensor = layer._spp_sampled if layer.training else layer._spp_alive
+    if mask.dim() == weight.dim():
+        return weight * mask
+    return (weight.unflatten(0, (mask.shape[0], -1)) * mask).flatten(0, 1)
+
+
+def _reduce_as_plain(layer: nn.Module, protocol: Any) -> Any:
+    plain = copy.copy(layer.__dict__)
+    for name in _ATTRIBUTES:
+        plain.pop(name)
+    twin = object.__new__(type(layer).__mro__[1])
+    twin.__dict__.update(plain)
+    return twin.__reduce_ex__(protocol)
+
+
+@cache
+def _masked_class(cls: type[nn.Module]) -> type[nn.Module]:
+    members = {
+        "weight": property(_masked_weight),
+        "__reduce_ex__": _reduce_as_plain,
+        "__module__": cls.__module__,
+        "__qualname__": cls.__qualname__,
+        "__doc__": cls.__doc__,
+        "_spp_masked_class": True,
+    }
+    return cast(type[nn.Module], type(cls.__name__, (cls,), members))
