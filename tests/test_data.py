@@ -326,13 +326,6 @@ def test_augmentation_draws_every_shift_and_half_the_flips():
 # With Lightning
 
 
-def quiet(test):
-    """Let Lightning's advice on workers pass, and its use of a name that torch has deprecated."""
-    for warning in ("does not have many workers", "LeafSpec"):
-        test = pytest.mark.filterwarnings(f"ignore:.*{warning}")(test)
-    return test
-
-
 class Recorder(LightningModule):
     """Keeps the batches it's given."""
 
@@ -368,7 +361,6 @@ def fit(folder, epochs, ckpt_path=None, **arguments):
     return model, trainer
 
 
-@quiet
 def test_trainer_augments_in_training_only_and_resumes_where_it_was(tree, tmp_path_factory):
     whole, trainer = fit(tree, epochs=3)
     data = trainer.datamodule
@@ -386,7 +378,6 @@ def test_trainer_augments_in_training_only_and_resumes_where_it_was(tree, tmp_pa
         assert torch.equal(ours, theirs)  # order, crops and flips
 
 
-@quiet
 def test_batches_take_the_trainers_precision(tree):
     model, _ = fit(tree, epochs=1, precision="64-true")
     assert model.train_batches[0].dtype == torch.float64

@@ -1,0 +1,58 @@
+"""Small things that several tests share."""
+
+import pytest
+import torch
+from lightning.pytorch import LightningModule
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, TensorDataset
+
+
+class TinyModule(LightningModule):
+    """Two convolutions and a linear layer on 3×8×8 pictures of 4 classes."""
+
+    def __init__(self, optimizer: str = "sgd") -> None:
+        super().__init__()
+        self.optimizer = optimizer
+        self.conv1 = nn.Conv2d(3, 8, 3, padding=1)
+        self.conv2 = nn.Conv2d(8, 8, 3, padding=1)
+        self.head = nn.Linear(8, 4)
+
+    def forward(self, x):
+        x = F.relu(self.conv2(F.relu(self.conv1(x))))
+        return self.head(x.mean((2, 3)))
+
+    def training_step(self, batch, batch_idx):
+        pictures, labels = batch
+        return F.cross_entropy(self(pictures), labels)
+
+    def configure_optimizers(self):
+        if self.optimizer == "sgd":
+            return torch.optim.SGD(self.parameters(), 0.05, momentum=0.9, weight_decay=1e-3)
+        return torch.optim.AdamW(self.parameters(), 1e-3)
+
+
+def tiny_data(pictures: int = 64, batch_size: int = 16) -> DataLoader:
+    """Random pictures, the same every time, in the same order every epoch."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(pictures, 3, 8, 8, generator=generator)
+    y = torch.randint(0, 4, (pictures,), generator=generator)
+    return DataLoader(TensorDataset(x, y), batch_size)
+
+
+def zero_columns(layer: nn.Module) -> int:
+    """Columns of a layer's weight that are exactly 0, counted filter by filter."""
+    weight, groups = layer.weight.detach(), getattr(layer, "groups", 1)
+    per_group = len(weight) // groups
+    return sum(
+        int((weight[g * per_group : (g + 1) * per_group].flatten(1) == 0).all(0).sum())
+        for g in range(groups)
+    )
+
+
+@pytest.fixture
+def tiny() -> TinyModule:
+    """A tiny network, the same every time, without touching the global generator."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return TinyModule()

@@ -1,0 +1,410 @@
+"""SPPCallback in a Lightning Trainer."""
+
+import logging
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torchvision
+from conftest import TinyModule, tiny_data, zero_columns
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.strategies import FSDPStrategy
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch import nn
+
+from spp_lightning import ConvNet, DigitsDataModule, SPPCallback
+
+FAST = {"A": 0.5, "interval": 1}  # at its target within about ten steps
+
+
+def make_trainer(*callbacks, max_steps=30, **options):
+    defaults = {
+        "accelerator": "cpu",
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "max_epochs": -1,
+    }
+    return Trainer(callbacks=list(callbacks), max_steps=max_steps, **(defaults | options))
+
+
+def target(num_groups, ratio=0.75):
+    return min(math.ceil(ratio * num_groups), num_groups - 1)
+
+
+# --- the result of a fit ---
+
+
+class Classifier(LightningModule):
+    """Any torchvision network, trained on one batch of noise."""
+
+    def __init__(self, network):
+        super().__init__()
+        self.network = network
+
+    def training_step(self, batch, batch_idx):
+        return self.network(batch[0]).square().mean()
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), 1e-4, momentum=0.9)
+
+
+@pytest.mark.parametrize(
+    "name", ["resnet18", "resnet50", "vgg11_bn", "mobilenet_v3_small", "densenet121"]
+)
+def test_exact_count_on_torchvision_networks(name):
+    network = torchvision.models.get_model(name, weights=None)
+    if name == "vgg11_bn":
+        network.classifier = nn.Linear(512 * 7 * 7, 10)  # its own takes 0.5 GB
+    module = Classifier(network)
+    keys = list(module.state_dict())
+    loader = tiny_data(pictures=8, batch_size=2)
+    loader.dataset.tensors = (torch.randn(8, 3, 32, 32), loader.dataset.tensors[1])
+    callback = SPPCallback(**FAST)
+    make_trainer(callback, max_steps=20).fit(module, loader)
+
+    convolutions = {n: m for n, m in module.named_modules() if isinstance(m, nn.Conv2d)}
+    depthwise = {n for n, m in convolutions.items() if m.groups > 1}
+    assert len(depthwise) == (11 if name == "mobilenet_v3_small" else 0)
+    counted = {n: zero_columns(m) for n, m in convolutions.items()}
+    expected = {
+        n: 0 if n in depthwise else target(m.in_channels * math.prod(m.kernel_size))
+        for n, m in convolutions.items()
+    }
+    assert counted == expected
+    assert list(module.state_dict()) == keys
+    assert {type(m) for m in convolutions.values()} == {nn.Conv2d}
+
+
+def test_convnet_on_digits_ends_exact_and_plain():
+    net = ConvNet()
+    callback = SPPCallback(speedup=4, **FAST)
+    make_trainer(callback, max_steps=16).fit(net, DigitsDataModule(batch_size=16))
+    assert [zero_columns(layer) for layer in (net.conv1, net.conv2, net.conv3)] == [57, 600, 600]
+    assert callback.pruner.finished
+    for layer in (net.conv1, net.conv2, net.conv3):
+        assert type(layer) is nn.Conv2d
+        assert not [name for name in vars(layer) if "spp" in name]
+        assert not layer._forward_hooks
+    ConvNet().load_state_dict(net.state_dict())
+
+
+def test_another_fit_goes_on_and_revives_nothing(tiny):
+    callback = SPPCallback(**FAST)
+    make_trainer(callback).fit(tiny, tiny_data())
+    pruned = tiny.conv2.weight.detach().flatten(1) == 0
+    weight = tiny.conv2.weight.detach().clone()
+    make_trainer(callback).fit(tiny, tiny_data())
+    assert torch.equal(tiny.conv2.weight.flatten(1) == 0, pruned)
+    assert not torch.equal(tiny.conv2.weight, weight)
+
+    with torch.random.fork_rng():
+        other = TinyModule()
+    make_trainer(callback).fit(other, tiny_data())
+    assert callback.pruner.model is other
+    assert zero_columns(other.conv1) == target(27)
+
+
+def test_validation_sees_only_the_pruned_groups_out(tiny):
+    seen = []
+    tiny.validation_step = lambda batch, batch_idx: None
+
+    class Watch(SPPCallback):
+        def on_validation_batch_end(self, trainer, pl_module, outputs, batch, *_):
+            alive = {n: p < 1 for n, p in self.pruner.probability.items()}
+            masked = pl_module.conv2.weight
+            assert torch.equal(masked, masked * alive["conv2"].view(1, 8, 3, 3))
+            seen.append((zero_columns(pl_module.conv2), self.pruner.num_pruned["conv2"]))
+
+    trainer = make_trainer(Watch(interval=1), max_steps=80, num_sanity_val_steps=1)
+    trainer.fit(tiny, tiny_data(), tiny_data())
+    assert all(zero == pruned for zero, pruned in seen)
+    assert seen[0] == (0, 0)
+    assert 0 < seen[len(seen) // 2][1] < seen[-1][1] == target(72)
+
+
+# --- steps ---
+
+
+def test_accumulated_batches_are_one_step():
+    """Batch 16 and 4 × 4 accumulated draw the same masks and prune the same columns."""
+    runs = []
+    for batch_size, accumulate in ((16, 1), (4, 4)):
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            module = TinyModule()
+        callback = SPPCallback(interval=2, A=0.25)
+        masks = []
+
+        class Watch(Callback):
+            def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+                masks.append((trainer.global_step, callback.pruner.mask["conv2"].clone()))
+
+        trainer = make_trainer(callback, Watch(), accumulate_grad_batches=accumulate)
+        trainer.fit(module, tiny_data(batch_size=batch_size))
+        runs.append((module, callback, dict(masks), len(masks)))
+    (one, first, masks, _), (four, second, micro, num_micro) = runs
+    assert first.pruner.num_updates == second.pruner.num_updates
+    assert num_micro == 120
+    assert masks.keys() == micro.keys() == set(range(30))
+    assert all(torch.equal(masks[i], micro[i]) for i in masks)
+    torch.testing.assert_close(one.conv2.weight, four.conv2.weight)
+    assert torch.equal(one.conv2.weight == 0, four.conv2.weight == 0)
+
+
+@pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+@pytest.mark.parametrize("stop", [7, 13], ids=["while pruning", "while retraining"])
+def test_resume_is_bitwise_exact(tmp_path, optimizer, stop):
+    """A run that saved at a step and died equals, resumed, the run that never stopped."""
+
+    def run(ckpt_path=None):
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            module = TinyModule(optimizer)
+        callback = SPPCallback(A=0.5, interval=1)
+        saving = ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=stop, save_top_k=-1)
+        trainer = make_trainer(callback, saving, max_steps=24, enable_checkpointing=True)
+        # One batch a pass: Lightning itself can't go on in the middle of one.
+        trainer.fit(module, tiny_data(pictures=16), ckpt_path=ckpt_path)
+        return module, callback.pruner, trainer.optimizers[0].state_dict()
+
+    whole, pruner, state = run()
+    assert (stop < 10) == bool(pruner.num_updates > stop)
+    middle = tmp_path / f"step={stop}.ckpt"
+    saved = torch.load(middle, weights_only=True)["callbacks"]["SPPCallback"]["pruner"]
+    assert saved["num_updates"] == min(stop + 1, pruner.num_updates)
+    resumed, resumed_pruner, resumed_state = run(middle)
+
+    for name, value in whole.state_dict().items():
+        assert torch.equal(value, resumed.state_dict()[name]), name
+    for name in pruner.probability:
+        assert torch.equal(pruner.probability[name], resumed_pruner.probability[name])
+        assert torch.equal(pruner.mask[name], resumed_pruner.mask[name])
+    assert resumed_pruner.num_updates == pruner.num_updates
+    for index, entries in state["state"].items():
+        for name, value in entries.items():
+            other = resumed_state["state"][index][name]
+            assert torch.equal(torch.as_tensor(value), torch.as_tensor(other)), name
+
+
+def test_checkpoint_in_the_middle_is_plain(tmp_path, tiny):
+    saving = ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=4, save_top_k=-1)
+    trainer = make_trainer(SPPCallback(A=0.5, interval=1), saving, enable_checkpointing=True)
+    trainer.fit(tiny, tiny_data())
+    checkpoint = torch.load(tmp_path / "step=4.ckpt", weights_only=True)
+    plain = TinyModule()
+    plain.load_state_dict(checkpoint["state_dict"])
+    p = checkpoint["callbacks"]["SPPCallback"]["pruner"]["probability"]["conv2"]
+    pruned = (plain.conv2.weight.flatten(1) == 0).all(0)
+    assert torch.equal(pruned, p == 1)  # live columns are whole, whatever the mask of the step
+    assert 0 < int(pruned.sum()) < target(72)
+
+
+# --- what it says ---
+
+
+def test_it_says_what_it_prunes_and_how_long_it_takes(tiny, caplog):
+    callback = SPPCallback(interval=2)
+    with caplog.at_level(logging.INFO), pytest.warns(UserWarning) as caught:  # noqa: PT031
+        make_trainer(callback, max_steps=20).fit(tiny, tiny_data())
+    assert "SPP prunes columns: conv1 21 of 27, conv2 54 of 72." in caplog.text
+    assert callback.pruner.expected_updates == 71
+    messages = [str(warning.message) for warning in caught]
+    assert any("about 140 more steps" in m and "stops after 20" in m for m in messages)
+    ended = next(m for m in messages if "before SPP reached its target" in m)
+    done = callback.pruner.num_pruned
+    assert f"conv1 {done['conv1']} of 21; conv2 {done['conv2']} of 54" in ended
+    assert "after 20 steps and 11 updates" in ended
+    assert type(tiny.conv1) is nn.Conv2d
+
+
+def test_sparsity_reaches_progress_bar_and_loggers(tmp_path, tiny):
+    board = TensorBoardLogger(tmp_path, name="", version="board")
+    table = CSVLogger(tmp_path, name="", version="table")
+    trainer = make_trainer(
+        SPPCallback(A=0.1, interval=1), max_steps=60, logger=[board, table], log_every_n_steps=4
+    )
+    trainer.fit(tiny, tiny_data())
+    share = (21 + 54) / (27 + 72)
+    assert trainer.progress_bar_metrics["sparsity"] == pytest.approx(share)
+    assert float(trainer.callback_metrics["sparsity"]) == pytest.approx(share)
+
+    events = EventAccumulator(str(tmp_path / "board"))
+    events.Reload()
+    curve = [(e.step, e.value) for e in events.Scalars("sparsity/conv2")]
+    assert curve[-1][1] == pytest.approx(0.75)
+    assert [step for step, _ in curve] == list(range(len(curve)))
+    assert [value for _, value in curve] == sorted(value for _, value in curve)
+    remaining = events.Scalars("macs/remaining")[-1].value
+    assert remaining == 64 * (8 * 6 + 8 * 18)
+    assert events.Scalars("macs/speedup")[-1].value == pytest.approx(64 * 8 * 99 / remaining)
+    assert {"probability/conv1", "probability/conv2"} <= set(events.Tags()["histograms"])
+    assert "custom_scalars__config__" in events.Tags()["tensors"]
+    assert max(e.value for e in events.Scalars("recovered/conv2")) > 0
+    header = (tmp_path / "table" / "metrics.csv").read_text().splitlines()[0]
+    assert "sparsity/conv1" in header
+    assert "macs/remaining" in header
+
+
+def test_nothing_to_prune_is_said(tiny, caplog):
+    with caplog.at_level(logging.INFO):
+        make_trainer(SPPCallback(prune_ratio=0.0), max_steps=2).fit(tiny, tiny_data())
+    assert "nothing left to prune" in caplog.text
+    assert zero_columns(tiny.conv1) == 0
+
+
+# --- when things go wrong ---
+
+
+def test_exception_in_a_step_leaves_a_plain_network(tiny):
+    class Broken(RuntimeError):
+        pass
+
+    def step(batch, batch_idx):
+        if callback.pruner.num_updates > 5:
+            raise Broken
+        return TinyModule.training_step(tiny, batch, batch_idx)
+
+    callback = SPPCallback(**FAST)
+    tiny.training_step = step
+    with pytest.raises(Broken):
+        make_trainer(callback).fit(tiny, tiny_data())
+    assert type(tiny.conv1) is nn.Conv2d
+    assert zero_columns(tiny.conv2) == callback.pruner.num_pruned["conv2"] > 0
+    del tiny.training_step
+    make_trainer(callback).fit(tiny, tiny_data())
+    assert zero_columns(tiny.conv2) == target(72)
+
+
+def test_nan_weight_names_layer_and_step_and_keeps_the_state(tiny):
+    class Poison(Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            if trainer.global_step == 5:
+                self.before = callback.pruner.state_dict()
+                with torch.no_grad():
+                    pl_module.conv2._parameters["weight"][0, 0, 0, 0] = float("nan")
+
+        def on_train_batch_end(self, *_):
+            pass
+
+    callback, poison = SPPCallback(A=0.25, interval=1), Poison()
+    with pytest.raises(ValueError, match=r"layer 'conv1'.*NaN.*at step 6.*after update 6"):
+        make_trainer(callback, poison).fit(tiny, tiny_data())
+    after = callback.pruner.state_dict()
+    for name, p in poison.before["probability"].items():
+        assert torch.equal(p, after["probability"][name])
+    assert after["num_updates"] == 6
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"prune_ratio": 0.5, "speedup": 2}, "must not both be given"),
+        ({"prune_ratio": 1.0}, r"`prune_ratio` must be in \[0, 1\), got 1.0"),
+        ({"prune_ratio": {"conv1": -0.1}}, r"`prune_ratio\['conv1'\]` must be in .* got -0.1"),
+        ({"speedup": 0.5}, "`speedup` must be a finite number of at least 1, got 0.5"),
+        ({"A": 0.0}, r"`A` must be in \(0, 1\], got 0.0"),
+        ({"u": 1.0}, r"`u` must be in \(0, 1\), got 1.0"),
+        ({"interval": 0}, "`interval` must be a whole number of at least 1, got 0"),
+        ({"granularity": "row"}, "`granularity` must be one of \"column\", .* got 'row'"),
+        ({"layers": "conv*"}, "`layers` must be a list of at least one layer pattern"),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else None,
+)
+def test_bad_argument_fails_at_once(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        SPPCallback(**arguments)
+
+
+def test_pattern_without_a_layer_lists_what_is_there(tiny):
+    callback = SPPCallback(layers=["features.*"])
+    with pytest.raises(ValueError, match=r"'features\.\*' matches none.*conv1, conv2"):
+        make_trainer(callback).fit(tiny, tiny_data())
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"interval": 3}, "interval was 2 and is 3"),
+        ({"prune_ratio": 0.5}, "prune_ratio was 0.75 and is 0.5"),
+        ({"layers": ["conv2"]}, r"layers was None and is \['conv2'\]"),
+    ],
+    ids=["interval", "ratio", "layers"],
+)
+def test_checkpoint_of_another_run_is_refused(tmp_path, tiny, changed, message):
+    trainer = make_trainer(SPPCallback(interval=2), max_steps=2)
+    with pytest.warns(UserWarning, match="SPP"):
+        trainer.fit(tiny, tiny_data())
+    trainer.save_checkpoint(tmp_path / "other.ckpt")
+    before = {name: value.clone() for name, value in tiny.state_dict().items()}
+    with pytest.raises(ValueError, match=message):
+        make_trainer(SPPCallback(**({"interval": 2} | changed))).fit(
+            tiny, tiny_data(), ckpt_path=tmp_path / "other.ckpt"
+        )
+    assert type(tiny.conv1) is nn.Conv2d
+    assert all(torch.equal(value, before[name]) for name, value in tiny.state_dict().items())
+
+
+def test_sharding_strategy_is_refused(tiny, monkeypatch):
+    trainer = make_trainer(callback := SPPCallback())
+    monkeypatch.setattr(type(trainer), "strategy", FSDPStrategy.__new__(FSDPStrategy))
+    with pytest.raises(ValueError, match="`strategy` must keep whole weights.*FSDPStrategy"):
+        callback.setup(trainer, tiny, "fit")
+
+
+# --- several processes ---
+
+TWO_RANKS = """
+import os, sys, torch, warnings
+from conftest import TinyModule, tiny_data
+from lightning.pytorch import Callback, Trainer
+from spp_lightning import SPPCallback, launcher_options
+
+folder, rank = sys.argv[1], int(os.environ["RANK"])
+torch.manual_seed(0)
+module = TinyModule()
+torch.manual_seed(1000 + rank)  # what a rank draws for itself must not matter
+callback = SPPCallback(A=0.25, interval=2)
+record = []
+
+class Watch(Callback):
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        torch.rand(1 + rank)
+        pruner = callback.pruner
+        record.append((trainer.global_step, dict(pruner.state_dict()["probability"]),
+                       {n: m.clone() for n, m in pruner.mask.items()}))
+
+trainer = Trainer(max_steps=30, max_epochs=-1, callbacks=[callback, Watch()], logger=False,
+                  enable_checkpointing=False, enable_progress_bar=False,
+                  enable_model_summary=False, **launcher_options())
+trainer.fit(module, tiny_data())
+torch.save((record, module.state_dict(), trainer.world_size), f"{folder}/rank{rank}.pt")
+"""
+
+
+def test_two_ranks_hold_the_same_masks(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(TWO_RANKS)
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent), "OMP_NUM_THREADS": "1"}
+    options = ["--accelerator=cpu", "--devices=2", "--strategy=ddp", "--main-port=29511"]
+    command = [sys.executable, "-m", "spp_lightning.launcher", "run", *options, str(script)]
+    subprocess.run([*command, str(tmp_path)], check=True, env=environment, timeout=120)
+    ranks = [torch.load(tmp_path / f"rank{rank}.pt", weights_only=True) for rank in (0, 1)]
+    (first, weights, world), (second, other_weights, _) = ranks
+    assert world == 2
+    assert len(first) == len(second) == 30
+    for (step, p, mask), (other_step, other_p, other_mask) in zip(first, second, strict=True):
+        assert step == other_step
+        assert all(torch.equal(p[name], other_p[name]) for name in p)
+        assert all(torch.equal(mask[name], other_mask[name]) for name in mask)
+    assert not torch.equal(first[10][2]["conv2"], first[11][2]["conv2"])
+    assert all(torch.equal(weights[name], other_weights[name]) for name in weights)
+    assert int((weights["conv2.weight"].flatten(1) == 0).all(0).sum()) == target(72)
