@@ -8,10 +8,17 @@ run`` and ``fabric run`` start it on the devices they are given.
 
 from typing import Any
 
-from lightning.pytorch import LightningModule, Trainer, seed_everything
+from lightning.pytorch import Trainer, seed_everything
 from lightning.pytorch.loggers import TensorBoardLogger
 
-from spp_lightning import ConvNet, DigitsDataModule, SPPCallback, count_macs, launcher_options
+from spp_lightning import (
+    ConvNet,
+    DigitsDataModule,
+    SPPCallback,
+    SPPPruner,
+    count_macs,
+    launcher_options,
+)
 
 TRAIN_STEPS = 420
 PRUNE_AND_RETRAIN_STEPS = 560
@@ -31,18 +38,20 @@ def make_trainer(max_steps: int, **options: Any) -> Trainer:
 
 
 def print_table(
-    net: LightningModule, accuracy: dict[str, float], macs: list[dict[str, int]]
+    accuracy: dict[str, float], macs: dict[str, dict[str, int]], pruner: SPPPruner
 ) -> None:
-    """Print accuracy, MACs and column sparsity, before and after."""
-    dense, pruned = macs
-    print(f"\n{'':10}{'dense':>14}{'pruned':>14}")
-    print(f"{'accuracy':10}{accuracy['dense']:>14.2%}{accuracy['pruned']:>14.2%}")
+    """Print accuracy, MACs and sparsity of the dense and of the pruned network."""
+    dense, pruned = macs["dense"], macs["pruned"]
+    print(f"\n{'':12}{'dense':>12}{'pruned':>12}   columns pruned")
     for name, count in dense.items():
-        print(
-            f"{name + ' MACs':10}{count:>14,}{pruned[name]:>14,}{1 - pruned[name] / count:>8.1%} less"
-        )
-    total = sum(dense.values()), sum(pruned.values())
-    print(f"{'all MACs':10}{total[0]:>14,}{total[1]:>14,}{total[0] / total[1]:>8.2f}× fewer")
+        columns = ""
+        if name in pruner.num_pruned:
+            out, there = pruner.num_pruned[name], pruner.num_groups[name]
+            columns = f"   {out} of {there} ({pruner.sparsity[name]:.1%})"
+        print(f"{name + ' MACs':12}{count:>12,}{pruned[name]:>12,}{columns}")
+    total, left = sum(dense.values()), sum(pruned.values())
+    print(f"{'all MACs':12}{total:>12,}{left:>12,}   {total / left:.2f}x fewer")
+    print(f"{'accuracy':12}{accuracy['dense']:>12.2%}{accuracy['pruned']:>12.2%}")
 
 
 def main() -> None:
@@ -50,22 +59,22 @@ def main() -> None:
     seed_everything(0, verbose=False)
     data = DigitsDataModule()
     net = ConvNet(milestones=[340, 400])
-    accuracy: dict[str, float] = {}
+    accuracy, macs = {}, {}
 
     trainer = make_trainer(TRAIN_STEPS, logger=False)
     trainer.fit(net, data)
     accuracy["dense"] = trainer.test(net, data, verbose=False)[0]["test_acc"]
-    macs = [count_macs(net, net.example_input_array)]
+    macs["dense"] = count_macs(net, net.example_input_array)
 
     logger = TensorBoardLogger("runs", name="quickstart")
     pruning = SPPCallback(speedup=4, interval=4)  # 4 steps suit a run this short; 180 is normal
     trainer = make_trainer(PRUNE_AND_RETRAIN_STEPS, logger=logger, callbacks=[pruning])
     trainer.fit(net, data)
     accuracy["pruned"] = trainer.test(net, data, verbose=False)[0]["test_acc"]
-    macs.append(count_macs(net, net.example_input_array))
+    macs["pruned"] = count_macs(net, net.example_input_array)
 
-    if trainer.is_global_zero:
-        print_table(net, accuracy, macs)
+    if trainer.is_global_zero and pruning.pruner is not None:
+        print_table(accuracy, macs, pruning.pruner)
         print(f"\nThe curves: tensorboard --logdir {logger.log_dir}")
 
 

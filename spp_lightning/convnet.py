@@ -97,10 +97,10 @@ class ConvNet(LightningModule):
             self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def _initialise(self) -> None:
-        deviations = {self.conv1: 1e-4, self.conv2: 0.01, self.conv3: 0.01, self.ip1: 0.01}
-        for layer, std in deviations.items():
-            nn.init.normal_(layer.weight, std=std)
-            nn.init.zeros_(layer.bias)
+        deviations = {"conv1": 1e-4, "conv2": 0.01, "conv3": 0.01, "ip1": 0.01}
+        for name, std in deviations.items():
+            nn.init.normal_(self.get_parameter(f"{name}.weight"), std=std)
+            nn.init.zeros_(self.get_parameter(f"{name}.bias"))
 
     def forward(self, x: Tensor) -> Tensor:
         """Class scores of pictures.

@@ -39,7 +39,8 @@ def mask_layer(layer: nn.Module, groups: WeightGroups, sampled: Tensor, alive: T
         view = mask.view(groups.mask_shape)
         # Without convolution groups the mask broadcasts against the weight as it is.
         setattr(layer, name, view[0] if groups.conv_groups == 1 else view)
-    layer.__class__ = _masked_class(type(layer))
+    cls: Any = type(layer)
+    layer.__class__ = _masked_class(cls)
 
 
 def unmask_layer(layer: nn.Module) -> None:
@@ -67,7 +68,7 @@ def _reduce_as_plain(layer: nn.Module, protocol: Any) -> Any:
     plain = copy.copy(layer.__dict__)
     for name in _ATTRIBUTES:
         plain.pop(name)
-    twin = object.__new__(type(layer).__mro__[1])
+    twin: nn.Module = object.__new__(type(layer).__mro__[1])
     twin.__dict__.update(plain)
     return twin.__reduce_ex__(protocol)
 

@@ -133,6 +133,16 @@ def test_validation_sees_only_the_pruned_groups_out(tiny):
 # --- steps ---
 
 
+class WatchMasks(Callback):
+    """Notes the mask of conv2 at every micro-batch, with the step it belongs to."""
+
+    def __init__(self, pruning):
+        self.pruning, self.masks = pruning, []
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        self.masks.append((trainer.global_step, self.pruning.pruner.mask["conv2"].clone()))
+
+
 def test_accumulated_batches_are_one_step():
     """Batch 16 and 4 × 4 accumulated draw the same masks and prune the same columns."""
     runs = []
@@ -141,15 +151,10 @@ def test_accumulated_batches_are_one_step():
             torch.manual_seed(0)
             module = TinyModule()
         callback = SPPCallback(interval=2, A=0.25)
-        masks = []
-
-        class Watch(Callback):
-            def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
-                masks.append((trainer.global_step, callback.pruner.mask["conv2"].clone()))
-
-        trainer = make_trainer(callback, Watch(), accumulate_grad_batches=accumulate)
+        watch = WatchMasks(callback)
+        trainer = make_trainer(callback, watch, accumulate_grad_batches=accumulate)
         trainer.fit(module, tiny_data(batch_size=batch_size))
-        runs.append((module, callback, dict(masks), len(masks)))
+        runs.append((module, callback, dict(watch.masks), len(watch.masks)))
     (one, first, masks, _), (four, second, micro, num_micro) = runs
     assert first.pruner.num_updates == second.pruner.num_updates
     assert num_micro == 120
@@ -213,7 +218,7 @@ def test_checkpoint_in_the_middle_is_plain(tmp_path, tiny):
 
 def test_it_says_what_it_prunes_and_how_long_it_takes(tiny, caplog):
     callback = SPPCallback(interval=2)
-    with caplog.at_level(logging.INFO), pytest.warns(UserWarning) as caught:  # noqa: PT031
+    with caplog.at_level(logging.INFO), pytest.warns(match="SPP") as caught:
         make_trainer(callback, max_steps=20).fit(tiny, tiny_data())
     assert "SPP prunes columns: conv1 21 of 27, conv2 54 of 72." in caplog.text
     assert callback.pruner.expected_updates == 71
@@ -356,7 +361,7 @@ def test_checkpoint_of_another_run_is_refused(tmp_path, tiny, changed, message):
 def test_sharding_strategy_is_refused(tiny, monkeypatch):
     trainer = make_trainer(callback := SPPCallback())
     monkeypatch.setattr(type(trainer), "strategy", FSDPStrategy.__new__(FSDPStrategy))
-    with pytest.raises(ValueError, match="`strategy` must keep whole weights.*FSDPStrategy"):
+    with pytest.raises(ValueError, match=r"`strategy` must keep whole weights.*FSDPStrategy"):
         callback.setup(trainer, tiny, "fit")
 
 
