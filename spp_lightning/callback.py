@@ -233,19 +233,20 @@ class SPPCallback(Callback):
             for name, target in pruner.num_target.items()
         )
         rank_zero_info(f"SPP prunes {pruner.settings.granularity}s: {groups}.")
-        if pruner.skipped_depthwise:
-            rank_zero_info(f"SPP leaves depthwise layers: {', '.join(pruner.skipped_depthwise)}.")
+        if pruner.skipped:
+            left = ", ".join(f"{name} ({reason})" for name, reason in pruner.skipped.items())
+            rank_zero_info(f"SPP leaves out: {left}.")
         if pruner.finished:
             rank_zero_info("SPP has nothing left to prune; the masks are fixed.")
             return
         rank_zero_info(
-            f"SPP takes about {pruner.expected_updates} updates, so {pruner.expected_steps} steps,"
-            f" to its target; {self._step} steps are done."
+            f"SPP takes about {pruner.expected_updates} updates, so {pruner.expected_steps} steps"
+            f" in all, to its target; {self._step} steps are done."
         )
         needed = pruner.expected_steps - self._step
-        left = trainer.estimated_stepping_batches - trainer.global_step
-        if left < needed:
+        remaining = trainer.estimated_stepping_batches - trainer.global_step
+        if remaining < needed:
             rank_zero_warn(
                 f"SPP takes about {needed} more steps to its target, but the Trainer stops after"
-                f" {left}. Fit longer, or make `interval` (={pruner.settings.interval}) smaller."
+                f" {remaining}. Fit longer, or make `interval` (={pruner.settings.interval}) smaller."
             )

@@ -83,6 +83,7 @@ class ConvNet(LightningModule):
         super().__init__()
         # A checkpoint holds its weights itself: it must load where the file `weights` is gone.
         self.save_hyperparameters(ignore=["weights"])
+        self.channels_last = channels_last
         self.conv1 = nn.Conv2d(3, 32, 5, padding=2)
         self.conv2 = nn.Conv2d(32, 32, 5, padding=2)
         self.conv3 = nn.Conv2d(32, 64, 5, padding=2)
@@ -111,7 +112,7 @@ class ConvNet(LightningModule):
         Returns:
             Logits, ``(B, num_classes)``.
         """
-        if self.hparams["channels_last"]:
+        if self.channels_last:
             x = x.contiguous(memory_format=torch.channels_last)
         x = local_response_norm(F.relu(F.max_pool2d(self.conv1(x), 3, 2, ceil_mode=True)))
         x = local_response_norm(F.avg_pool2d(F.relu(self.conv2(x)), 3, 2, ceil_mode=True))

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
 from torch import nn
+from torch.nn.modules.conv import _ConvNd
 from torch.nn.parameter import UninitializedParameter
 
 __all__ = ["Selection", "is_convolution", "is_depthwise", "select_layers"]
@@ -44,11 +46,11 @@ def is_depthwise(layer: nn.Module) -> bool:
 
 @dataclass(frozen=True)
 class Selection:
-    """Layers to prune, by name, with their ratios; and the depthwise ones left out by default."""
+    """Layers to prune, by name, with their ratios; and convolutions left out, with the reason."""
 
     layers: dict[str, nn.Module]
     ratios: dict[str, float]
-    depthwise: tuple[str, ...]
+    skipped: dict[str, str]
 
 
 def select_layers(
@@ -70,21 +72,25 @@ def select_layers(
 
     Raises:
         ValueError: If a pattern matches no layer or there is no layer to prune (the error lists
-            the convolutions there are), or a layer's weight is lazy or shared with another layer.
+            the convolutions there are), or a layer's weight is lazy or shared.
 
     >>> net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3, groups=8), nn.Conv2d(8, 4, 1))
     >>> selection = select_layers(net, {"0": 0.5, "*": 0.75})
-    >>> selection.ratios, selection.depthwise
-    ({'0': 0.5, '2': 0.75}, ('1',))
+    >>> selection.ratios, selection.skipped
+    ({'0': 0.5, '2': 0.75}, {'1': 'depthwise'})
     """
     # named_modules skips a module that it has met under another name.
-    convolutions = {n: layer for n, layer in model.named_modules() if is_convolution(layer)}
-    there = ", ".join(convolutions) or "none"
+    convolutions, skipped = {}, {}
+    for name, layer in model.named_modules():
+        if is_convolution(layer):
+            convolutions[name] = layer
+        elif isinstance(layer, _ConvNd):
+            # A parametrization, such as a weight norm, makes the weight from other parameters.
+            skipped[name] = "transposed" if layer.transposed else "parametrized"
     if patterns is None:
-        depthwise = tuple(n for n, layer in convolutions.items() if is_depthwise(layer))
-        chosen = [name for name in convolutions if name not in depthwise]
+        skipped |= {name: "depthwise" for name, x in convolutions.items() if is_depthwise(x)}
+        chosen = [name for name in convolutions if name not in skipped]
     else:
-        depthwise = ()
         chosen = _match("layers", list(patterns), list(convolutions))
 
     if isinstance(prune_ratio, Mapping):
@@ -98,7 +104,7 @@ def select_layers(
         ratios = dict.fromkeys(chosen, float(prune_ratio))
 
     layers: dict[str, nn.Module] = {}
-    weights: set[int] = set()
+    owners = Counter(id(p) for module in model.modules() for p in module._parameters.values())
     for name in ratios:
         layer = convolutions[name]
         weight = layer._parameters["weight"]
@@ -107,16 +113,16 @@ def select_layers(
                 f"The weight of layer {name!r} isn't initialised yet (it is lazy); run one batch"
                 " through the network first."
             )
-        if id(weight) in weights:
+        if owners[id(weight)] > 1:
             raise ValueError(
-                f"Layer {name!r} shares its weight with another layer that is pruned; leave both"
-                " out by `layers`."
+                f"Layer {name!r} shares its weight with another module and so can't be pruned by"
+                " itself; leave it out by `layers`."
             )
-        weights.add(id(weight))
         layers[name] = layer
     if not layers:
-        raise ValueError(f"There is no layer to prune. Convolutions of the network: {there}.")
-    return Selection(layers, ratios, depthwise)
+        there = ", ".join(f"{name} ({reason})" for name, reason in skipped.items()) or "none"
+        raise ValueError(f"There is no convolution to prune. Convolutions left out: {there}.")
+    return Selection(layers, ratios, skipped)
 
 
 def _match(argument: str, patterns: list[str], names: list[str]) -> list[str]:

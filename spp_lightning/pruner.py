@@ -131,7 +131,7 @@ class SPPPruner:
         )
         selection = select_layers(model, self.settings.ratio, layers)
         self.model = model
-        self.skipped_depthwise = selection.depthwise
+        self.skipped = selection.skipped  # convolutions left out, by name, with the reason
         self.num_updates = 0
         self._last_update = -1  # step of the last update
         self._step = start_step
@@ -355,7 +355,7 @@ class SPPPruner:
         """
         return pack_state(
             self.settings.as_dict(),
-            {name: p.clone() for name, p in self.probability.items()},
+            {name: p.to("cpu", copy=True) for name, p in self.probability.items()},
             {"num_updates": self.num_updates, "last_update": self._last_update, "step": self._step},
         )
 

@@ -132,10 +132,11 @@ def test_too_many_reach_one(importance, pruned):
 
 
 def test_pruned_groups_take_no_rank():
-    # Alive are groups 1 and 3: K = 0.75 * 4 - 2 = 1, so group 3 is at rank 0 and group 1 at rank K.
-    p = tensor(1.0, 0.5, 1.0, 0.5)
-    new = update_probability(p, tensor(9.0, 3.0, 0.0, 2.0), 0.6, num_pruned=2, A=0.1)
-    assert new.tolist() == pytest.approx([1, 0.5, 1, 0.6], abs=1e-15)
+    # Alive are three of six groups: K = 5/6 · 6 − 3 = 2, so the last of them is at the crossing.
+    p = tensor(1.0, 0.5, 1.0, 0.5, 1.0, 0.5)
+    new = update_probability(p, tensor(9, 3, 0, 2, 5, 7), 2 / 3, num_pruned=3, A=0.1)
+    between = 0.5 + reference.delta(1, 2, 0.1, 0.25)
+    assert new.tolist() == pytest.approx([1, between, 1, 0.6, 1, 0.5], abs=1e-15)
 
 
 def test_other_shape_is_an_error():
@@ -233,10 +234,12 @@ def test_engine_equals_reference(by, norm):
         pruner.step(pruner.num_updates)
         layer.update(importance)
         p = pruner.probability["0"].numpy()
-        fell = sum(new < old for new, old in zip(layer.p, before, strict=True))
+        change = np.subtract(layer.p, before)
         np.testing.assert_allclose(p, layer.p, rtol=0, atol=1e-12)
         assert set(np.flatnonzero(p == 1)) == layer.pruned
-        assert pruner.num_recovered == {"0": 0 if layer.finished else fell}
+        # A group right at the crossing may seem to fall, by rounding.
+        fell = [0, 0] if layer.finished else [(change < -1e-12).sum(), (change < 1e-12).sum()]
+        assert fell[0] <= pruner.num_recovered["0"] <= fell[1]
     assert layer.finished
     assert pruner.num_updates == layer.updates
     assert pruner.num_pruned == {"0": 600}

@@ -1,0 +1,744 @@
+"""SPPPruner in a bare PyTorch loop."""
+
+import copy
+import io
+import math
+import pickle
+
+import numpy as np
+import pytest
+import reference
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+
+from spp_lightning import SPPPruner
+
+
+@pytest.fixture(autouse=True)
+def _same_networks():
+    """The same weights and data in every test, without touching the global generator."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        yield
+
+
+def small_net():
+    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 6, 3, groups=2))
+
+
+def train(net, pruner, optimizer, steps, data=None):
+    """Train on noise; the steps are numbers."""
+    x = torch.randn(2, 3, 8, 8) if data is None else data
+    for step in steps:
+        pruner.step(step, optimizer)
+        net(x).float().square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def sgd(net):
+    return torch.optim.SGD(net.parameters(), 0.05, momentum=0.9, weight_decay=0.01)
+
+
+def set_probability(pruner, **probabilities):
+    state = pruner.state_dict()
+    for name, values in probabilities.items():
+        state["probability"][name.strip("_")] = torch.as_tensor(values, dtype=torch.float64)
+    pruner.load_state_dict(state)
+
+
+def saved(thing, **options):
+    """The thing after a way through a file."""
+    file = io.BytesIO()
+    torch.save(thing, file)
+    file.seek(0)
+    return torch.load(file, **options)
+
+
+def out(p):
+    """Which groups are pruned."""
+    return p == 1
+
+
+def zero_groups(layer, granularity):
+    weight = layer._parameters["weight"].detach().float().numpy()
+    groups = reference.members(weight.shape, layer.groups, granularity)
+    return sum(all(weight[spot] == 0 for spot in group) for group in groups)
+
+
+class StandardizedConv2d(nn.Conv2d):
+    """A convolution with a forward of its own."""
+
+    def forward(self, x):
+        weight = self.weight - self.weight.mean((1, 2, 3), keepdim=True)
+        return self._conv_forward(x, weight, self.bias)
+
+
+# --- exactly the target number of groups ---
+
+
+@pytest.mark.parametrize(
+    ("layer", "granularity", "expected"),  # expected: min(ceil(0.7 · N_c), N_c − 1)
+    [
+        (lambda: nn.Conv1d(5, 6, 3), "column", 11),
+        (lambda: nn.Conv3d(2, 4, (2, 3, 1)), "column", 9),
+        (lambda: nn.Conv2d(3, 4, 3, stride=2, padding=1), "column", 19),
+        (lambda: nn.Conv2d(3, 4, (3, 2), dilation=(1, 2), padding="same"), "column", 13),
+        (lambda: nn.Conv2d(3, 4, 3, padding=1, padding_mode="reflect"), "column", 19),
+        (lambda: nn.Conv2d(4, 6, 3, groups=2), "column", 26),
+        (lambda: nn.Conv2d(4, 8, 3, groups=4), "column", 26),
+        (lambda: nn.Conv2d(10, 3, 1), "column", 7),
+        (lambda: nn.Conv2d(2, 3, 1), "column", 1),
+        (lambda: nn.Conv2d(1, 3, 1), "column", 0),
+        (lambda: nn.Conv2d(10, 4, 3), "channel", 7),
+        (lambda: nn.Conv2d(10, 4, 3, groups=2), "channel", 7),
+        (lambda: nn.Conv2d(3, 10, 3), "filter", 7),
+        (lambda: nn.Conv2d(4, 10, 3, groups=2), "filter", 7),
+        (lambda: StandardizedConv2d(3, 4, 3), "column", 19),
+        (lambda: nn.Conv2d(3, 4, 3, dtype=torch.bfloat16), "column", 19),
+        (lambda: nn.Conv2d(3, 4, 3).to(memory_format=torch.channels_last), "column", 19),
+        (lambda: nn.Conv2d(4, 6, 3, groups=2).to(memory_format=torch.channels_last), "column", 26),
+    ],
+    ids=[
+        *("conv1d", "conv3d", "stride", "dilation", "padding_mode", "grouped", "depthwise", "1x1"),
+        *("two_groups", "one_group", "channel", "channel_grouped", "filter", "filter_grouped"),
+        *("own_forward", "bf16", "channels_last", "channels_last_grouped"),
+    ],
+)
+def test_exact_count(layer, granularity, expected):
+    layer = layer()
+    net = nn.Sequential(layer)
+    parameter, strides = layer.weight, layer.weight.stride()
+    x = torch.randn(4, layer.in_channels, *(7 for _ in layer.kernel_size), dtype=parameter.dtype)
+    pruner = SPPPruner(
+        net, prune_ratio=0.7, granularity=granularity, A=0.4, interval=2, layers=["0"]
+    )
+    assert layer.weight.stride() == strides  # of the masked weight
+    optimizer = torch.optim.SGD(net.parameters(), 0.01, momentum=0.9)
+    train(net, pruner, optimizer, range(60), x)
+    assert pruner.finished
+    assert pruner.num_pruned == pruner.num_target == {"0": expected}
+    assert set(pruner.probability["0"].tolist()) <= {0.0, 1.0}
+    pruner.fold()
+    assert zero_groups(layer, granularity) == expected
+    assert layer.weight is parameter and parameter.stride() == strides
+
+
+def test_depthwise_layers_only_by_pattern():
+    net = nn.Sequential(nn.Conv2d(4, 4, 3, groups=4), nn.Conv2d(4, 8, 1))
+    pruner = SPPPruner(net)
+    assert list(pruner.layers) == ["1"] and pruner.skipped_depthwise == ("0",)
+    pruner.fold()
+    assert list(SPPPruner(net, layers=["*"]).layers) == ["0", "1"]
+
+
+def test_ratios_by_pattern():
+    net = nn.Sequential(nn.Conv2d(4, 5, 1), nn.Conv2d(5, 10, 1), nn.Conv2d(10, 20, 1))
+    pruner = SPPPruner(net, prune_ratio={"0": 0.25, "[02]": 0.5}, interval=1, A=0.5)
+    assert pruner.num_target == {"0": 1, "2": 5}
+    while not pruner.finished:
+        pruner.update()
+    pruner.fold()
+    assert [zero_groups(layer, "column") for layer in net] == [1, 0, 5]
+    assert pruner.sparsity == {"0": 0.25, "2": 0.5}
+    assert pruner.total_sparsity == 6 / 14
+
+
+def test_layers_finish_one_by_one():
+    net = nn.Sequential(nn.Conv2d(4, 5, 1), nn.Conv2d(5, 10, 1))
+    pruner = SPPPruner(net, prune_ratio={"0": 0.25, "1": 0.8}, interval=1, A=0.5)
+    while pruner.num_pruned["0"] < 1:
+        pruner.update()
+    assert not pruner.finished
+    first = pruner.probability["0"].clone()
+    assert sorted(first.tolist()) == [0, 0, 0, 1]
+    while not pruner.finished:
+        pruner.update()
+    assert torch.equal(pruner.probability["0"], first)
+    updates = pruner.num_updates
+    assert not pruner.step(updates + 1) and pruner.num_updates == updates
+
+
+def test_nothing_to_prune():
+    net = nn.Sequential(nn.Conv2d(3, 4, 3))
+    pruner = SPPPruner(net, speedup=1)
+    assert pruner.finished and not pruner.step(0)
+    assert pruner.expected_updates == 0
+    assert pruner.expected_steps == 0
+
+
+def test_updates_fall_on_the_interval_from_start_step():
+    pruner = SPPPruner(small_net(), interval=3, start_step=4)
+    asked = [step for step in range(12) for _ in range(2) if pruner.step(step)]
+    assert asked == [4, 7, 10]  # a step asked for twice is one step
+    assert pruner.num_updates == 3
+
+
+# --- masks act through the weight alone ---
+
+
+@pytest.mark.parametrize(
+    ("layer", "function", "granularity"),
+    [
+        (nn.Conv1d(4, 6, 3, groups=2), F.conv1d, "column"),
+        (nn.Conv2d(4, 6, 3, groups=2, stride=2, dilation=2), F.conv2d, "column"),
+        (nn.Conv2d(3, 4, (2, 3), padding=1), F.conv2d, "column"),
+        (nn.Conv2d(6, 4, 3, groups=2), F.conv2d, "channel"),
+        (nn.Conv2d(4, 8, 3, groups=2), F.conv2d, "filter"),
+        (nn.Conv3d(2, 4, 2), F.conv3d, "column"),
+    ],
+    ids=["conv1d_grouped", "conv2d_grouped", "conv2d", "channel", "filter", "conv3d"],
+)
+def test_forward_and_gradient(layer, function, granularity):
+    layer = layer.double()
+    parameter = layer.weight
+    value = parameter.detach().clone()
+    pruner = SPPPruner(nn.Sequential(layer), granularity=granularity, layers=["0"])
+    p = torch.full_like(pruner.probability["0"], 0.5)
+    p[0] = 1.0
+    set_probability(pruner, _0=p)
+    pruner.step(1)
+
+    def mask(kept):
+        kept = reference.weight_mask(kept, value.shape, layer.groups, granularity)
+        return torch.from_numpy(kept)
+
+    def plain(x, weight):
+        options = (layer.stride, layer.padding, layer.dilation, layer.groups)
+        return function(x, weight, layer.bias, *options)
+
+    x = torch.randn(2, layer.in_channels, *(9 for _ in layer.kernel_size), dtype=torch.float64)
+    sampled, kept_for_good = mask(pruner.mask["0"].tolist()), mask((p < 1).tolist())
+    assert 0 < sampled.sum() < kept_for_good.sum() < value.numel()
+
+    masked = (value * sampled).requires_grad_()
+    expected = plain(x, masked)
+    expected.square().sum().backward()
+    output = layer(x)
+    output.square().sum().backward()
+    assert torch.equal(output, expected)
+    assert torch.equal(parameter.grad, masked.grad * sampled)
+    assert torch.equal(parameter.detach(), value * kept_for_good)
+
+    layer.eval()
+    assert torch.equal(layer(x), plain(x, value * kept_for_good))
+
+
+def test_masked_weight_keeps_its_value_but_for_momentum_and_decay():
+    net = nn.Sequential(nn.Conv2d(2, 3, 1, bias=False))
+    parameter = net[0].weight
+    optimizer = torch.optim.SGD(net.parameters(), 0.1, momentum=0.5, weight_decay=0.25)
+    x = torch.randn(4, 2, 3, 3)
+    net(x).sum().backward()
+    optimizer.step()
+    buffer = optimizer.state[parameter]["momentum_buffer"].clone()
+
+    pruner = SPPPruner(net, interval=1000)
+    set_probability(pruner, _0=[0.5, 0.0])
+    step = next(step for step in range(1, 99) if pruner.step(step) or not pruner.mask["0"][0])
+    assert step < 99
+    before = parameter.detach().clone()
+    optimizer.zero_grad()
+    net(x).sum().backward()
+    optimizer.step()
+    slope = 0.5 * buffer + 0.25 * before
+    masked, other = parameter.detach().unbind(1)
+    torch.testing.assert_close(masked, (before - 0.1 * slope)[:, 0])
+    torch.testing.assert_close(
+        other, (before - 0.1 * (slope + x.sum((0, 2, 3)).view(1, 2, 1, 1)))[:, 1]
+    )
+
+
+@pytest.mark.parametrize(
+    "make_optimizer",
+    [
+        lambda w: torch.optim.SGD(w, 0.05, momentum=0.9, weight_decay=0.01, nesterov=True),
+        lambda w: torch.optim.Adam(w, 0.01, weight_decay=0.01, amsgrad=True),
+        lambda w: torch.optim.AdamW(w, 0.01, weight_decay=0.1),
+        lambda w: torch.optim.RMSprop(w, 0.01, momentum=0.9, weight_decay=0.01, centered=True),
+    ],
+    ids=["sgd", "adam", "adamw", "rmsprop"],
+)
+def test_no_revival(make_optimizer):
+    net = nn.Sequential(nn.Conv2d(3, 4, 3))
+    parameter = net[0].weight
+    optimizer = make_optimizer(net.parameters())
+
+    def tensors():
+        state = [v for v in optimizer.state[parameter].values() if v.shape == parameter.shape]
+        return torch.stack([parameter.detach(), *state])
+
+    # With A = 1 the least important column is pruned by the first update, at step 5.
+    pruner = SPPPruner(net, A=1.0, start_step=5, interval=1000)
+    train(net, pruner, optimizer, range(5))
+    before = tensors()
+    assert (before.flatten(3).abs().amax((0, 1, 3)) > 0).all()
+    pruned = None
+    for step in range(5, 205):
+        train(net, pruner, optimizer, [step])
+        if pruned is None:
+            pruned = out(pruner.probability["0"]).view(3, 3, 3)
+            assert pruned.sum() == 1
+            assert (before[..., pruned].abs().amax((1, 2)) > 0).all()
+        assert (tensors()[..., pruned] == 0).all()
+    assert not pruner.finished
+    assert (tensors()[..., ~pruned].abs().amax(1) > 0).all()
+
+
+# --- the network stays what it is ---
+
+
+def test_state_dict_is_that_of_the_plain_network():
+    net, plain = small_net(), small_net()
+    pruner = SPPPruner(net, A=0.5, interval=2)
+    optimizer = sgd(net)
+    for step in range(30):
+        train(net, pruner, optimizer, [step])
+        state = net.state_dict()
+        assert list(state) == list(plain.state_dict())
+        assert all(state[name] is not None for name, _ in net.named_parameters())
+        plain.load_state_dict(state, strict=True)
+        for (name, ours), theirs in zip(net.named_parameters(), plain.parameters(), strict=True):
+            assert torch.equal(ours, theirs), name
+        if step == 4:
+            # Masked weights are saved with their values; only p = 1 is saved as zeros.
+            assert not pruner.mask["0"].all()
+            assert (plain[0].weight != 0).all() and pruner.num_pruned["0"] == 0
+    assert pruner.finished
+
+
+COPIES = {
+    "deepcopy": copy.deepcopy,
+    "copy_of_layer": lambda net: nn.Sequential(*(copy.copy(layer) for layer in net)),
+    "pickle": lambda net: pickle.loads(pickle.dumps(net)),
+    "torch_save": lambda net: saved(net, weights_only=False),
+}
+
+
+@pytest.mark.parametrize("make_copy", COPIES.values(), ids=COPIES)
+def test_copies_are_plain(make_copy):
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), StandardizedConv2d(4, 6, 3))
+    fresh = vars(nn.Conv2d(4, 6, 3)).keys()
+    pruner = SPPPruner(net, A=0.6, interval=1)
+    train(net, pruner, sgd(net), range(3))
+    assert not pruner.finished and 0 in pruner.mask["0"]
+    twin = make_copy(net)
+    assert [type(layer) for layer in twin] == [nn.Conv2d, StandardizedConv2d]
+    assert all(vars(layer).keys() == fresh for layer in twin)
+    for ours, theirs in zip(net.parameters(), twin.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+    x = torch.randn(1, 3, 8, 8)
+    assert torch.equal(twin(x), twin.eval()(x))
+    assert not torch.equal(net(x), twin(x))  # the masks still act here
+
+
+def test_fold_leaves_a_plain_network():
+    net, plain = small_net(), small_net()
+    pruner = SPPPruner(net, A=0.6, interval=2)
+    optimizer = sgd(net)
+    train(net, pruner, optimizer, range(6))
+    assert not pruner.finished and 0 < pruner.num_pruned["0"]
+    before = [parameter.detach().clone() for parameter in net.parameters()]
+    pruner.fold(optimizer)
+    pruner.fold()  # a second time changes nothing
+    for layer, twin in zip(net, plain, strict=True):
+        assert type(layer) is type(twin)
+        assert vars(layer).keys() == vars(twin).keys()
+        assert not any(value for name, value in vars(layer).items() if name.endswith("hooks"))
+    for parameter, value in zip(net.parameters(), before, strict=True):
+        assert torch.equal(parameter, value)
+    for name, layer in pruner.layers.items():
+        assert zero_groups(layer, "column") == pruner.num_pruned[name]
+    x = torch.randn(1, 3, 8, 8)
+    assert torch.equal(net.train()(x), net.eval()(x))
+    with pytest.raises(RuntimeError, match=r"masks are folded.*`attach\(\)`"):
+        pruner.step(6)
+    with pytest.raises(RuntimeError, match=r"masks are folded"):
+        pruner.update()
+    pruner.attach()
+    train(net, pruner, optimizer, range(6, 40))
+    assert pruner.finished
+
+
+# --- sampling ---
+
+
+@pytest.mark.parametrize("default", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+def test_masks_depend_on_seed_and_step_alone(default):
+    def masks(seed, steps):
+        pruner = SPPPruner(small_net(), seed=seed)
+        set_probability(pruner, _0=torch.full((27,), 0.5), _2=torch.full((36,), 0.5))
+        drawn = {}
+        for step in steps:
+            pruner.sample(step)
+            drawn[step] = torch.cat(list(pruner.mask.values())).tolist()
+        return drawn
+
+    expected = masks(0, range(5))
+    assert len({tuple(mask) for mask in (masks(1, range(5)) | expected).values()}) == 5
+    assert all(masks(1, [step])[step] != expected[step] for step in range(5))
+    torch.manual_seed(123)
+    generator = torch.get_rng_state()
+    pruner = SPPPruner(nn.Sequential(nn.Conv2d(3, 4, 3)).to_empty(device="cpu"), interval=1000)
+    generator = torch.get_rng_state()
+    pruner.sample(7)
+    assert torch.equal(torch.get_rng_state(), generator)
+    torch.set_default_dtype(default)
+    try:
+        assert masks(0, [3, 1]) == {3: expected[3], 1: expected[1]}
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def test_masks_are_out_with_probability_p():
+    steps = 4000
+    pruner = SPPPruner(nn.Sequential(nn.Conv2d(10, 4, 3)), interval=10**9)
+    p = torch.linspace(0, 1, 90, dtype=torch.float64) * 0.999
+    p[-20:] = 1
+    set_probability(pruner, _0=p)
+    drawn = []
+    for step in range(1, steps + 1):
+        pruner.step(step)
+        drawn.append(~pruner.mask["0"])
+    masked = torch.stack(drawn).double()
+
+    def within(observed, expected, draws):
+        """Within 5 standard deviations of a binomial, which by chance 1 in 1.7 million isn't."""
+        bound = 5 * (expected * (1 - expected) / draws).sqrt()
+        return ((observed - expected).abs() <= bound).all()
+
+    assert (masked[:, p == 1] == 1).all() and (masked[:, p == 0] == 0).all()
+    assert within(masked.mean(0), p, steps)
+    # Nor does a draw depend on the one of the step before, or on its neighbour's.
+    assert within((masked[1::2] * masked[::2]).mean(0), p**2, steps // 2)
+    assert within((masked[:, 1:] * masked[:, :-1]).mean(0), p[1:] * p[:-1], steps)
+
+
+def test_layers_hold_views_of_one_buffer():
+    pruner = SPPPruner(small_net(), interval=1)
+    pruner.step(0)
+    for views in (pruner.probability, pruner.mask):
+        first, second = views.values()
+        assert first.untyped_storage().data_ptr() == second.untyped_storage().data_ptr()
+        assert second.storage_offset() == first.numel()
+    probability, mask = pruner.probability["2"], pruner.mask["2"]
+    old_p, old_mask = probability.clone(), mask.clone()
+    pruner.load_state_dict(pruner.state_dict())
+    for step in range(1, 9):
+        pruner.step(step)
+    assert not torch.equal(probability, old_p) and not torch.equal(mask, old_mask)
+    assert torch.equal(probability, pruner.probability["2"])
+
+
+class Reads(TorchFunctionMode):
+    """Notes every way in which Python can read a tensor's values."""
+
+    names = (
+        *("item", "tolist", "numpy", "cpu", "nonzero", "equal", "allclose", "masked_select"),
+        *("__bool__", "__int__", "__float__", "__index__", "__contains__", "__array__"),
+    )
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        name = getattr(func, "__name__", "")
+        if name in self.names:
+            self.seen.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_step_reads_nothing_and_an_update_once():
+    net = nn.Sequential(*(nn.Conv2d(4, 4, 3) for _ in range(5)))
+    optimizer = sgd(net)
+    pruner = SPPPruner(net, A=0.5, interval=4)
+    net(torch.randn(1, 4, 16, 16)).sum().backward()
+    optimizer.step()
+    for step in range(40):
+        with Reads() as reads:
+            updated = pruner.step(step, optimizer)
+        assert reads.seen == (["tolist"] if updated else [])
+    assert pruner.finished and pruner.num_updates > 4
+
+
+def test_a_step_needs_no_values():
+    # Tensors without values: whatever would read one raises.
+    with FakeTensorMode():
+        pruner = SPPPruner(small_net(), interval=4)
+        assert pruner.step(1) is False
+        with pytest.raises(Exception, match=r"(?i)fake|data.dependent|\.tolist"):
+            pruner.step(4)
+
+
+# --- saving and going on ---
+
+
+@pytest.mark.parametrize("crash", [1, 4, 5, 10, 15])
+@pytest.mark.parametrize("folded", [False, True], ids=["attached", "folded"])
+def test_resumes_bitwise(crash, folded):
+    options = {
+        "prune_ratio": {"0": 0.5, "*": 0.75},
+        "layers": ["0", "2"],
+        "interval": 4,
+        "A": 0.4,
+        "seed": 3,
+    }
+    data = torch.randn(2, 3, 8, 8)
+
+    def start():
+        net = small_net()
+        return net, SPPPruner(net, **options), sgd(net)
+
+    def everything(net, pruner, optimizer):
+        momentum = [optimizer.state[p]["momentum_buffer"].clone() for p in net.parameters()]
+        state = pruner.state_dict()
+        return [
+            *(parameter.detach().clone() for parameter in net.parameters()),
+            *momentum,
+            *state["probability"].values(),
+            *(mask.clone() for mask in pruner.mask.values()),
+            torch.tensor([state["num_updates"], state["last_update"], state["step"]]),
+        ]
+
+    def same(a, b):
+        return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+    net, pruner, optimizer = start()
+    train(net, pruner, optimizer, range(crash), data)
+    middle = everything(net, pruner, optimizer)
+    file = [net.state_dict(), optimizer.state_dict(), pruner.state_dict()]
+    file = saved(file, weights_only=True)
+    train(net, pruner, optimizer, range(crash, 18), data)
+    end = everything(net, pruner, optimizer)
+    assert not same(middle, end)
+
+    torch.manual_seed(99)
+    net, pruner, optimizer = start()
+    if folded:
+        pruner.fold()
+    net.load_state_dict(file[0])
+    optimizer.load_state_dict(file[1])
+    pruner.load_state_dict(file[2])
+    if folded:
+        pruner.attach()
+        pruner.sample(crash - 1)
+    assert same(everything(net, pruner, optimizer), middle)
+    assert not pruner.step(crash - 1)  # the step done before the crash isn't updated again
+    train(net, pruner, optimizer, range(crash, 18), data)
+    assert same(everything(net, pruner, optimizer), end)
+    assert 0 < pruner.total_sparsity
+
+
+def test_saved_state_is_a_copy():
+    pruner = SPPPruner(small_net(), interval=1, A=0.5)
+    pruner.update()
+    state = pruner.state_dict()
+    kept = copy.deepcopy(state)
+    pruner.update()
+    assert all(
+        torch.equal(p, kept["probability"][name]) for name, p in state["probability"].items()
+    )
+    assert state["num_updates"] == 1
+
+
+def test_loading_zeroes_what_is_pruned():
+    first = SPPPruner(small_net(), interval=1, A=0.5)
+    while not first.finished:
+        first.update()
+    net = small_net()
+    second = SPPPruner(net, interval=1, A=0.5)
+    second.load_state_dict(first.state_dict())
+    assert second.finished and second.num_pruned == first.num_pruned
+    for name, layer in second.layers.items():
+        assert zero_groups(layer, "column") == second.num_target[name]
+        assert torch.equal(second.mask[name], first.probability[name] < 1)
+
+
+# --- errors ---
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"prune_ratio": 0.5, "speedup": 2}, r"`prune_ratio` and `speedup` must not both.*0\.5.*2"),
+        ({"prune_ratio": 1.0}, r"`prune_ratio` must be in \[0, 1\), got 1\.0"),
+        ({"prune_ratio": -0.1}, r"`prune_ratio` must be in \[0, 1\), got -0\.1"),
+        ({"prune_ratio": math.nan}, r"`prune_ratio` must be in \[0, 1\), got nan"),
+        ({"prune_ratio": {"*": 2}}, r"`prune_ratio\['\*'\]` must be in \[0, 1\), got 2"),
+        ({"prune_ratio": {}}, r"`prune_ratio` must name at least one .*\{\}"),
+        ({"speedup": 0.5}, r"`speedup` must be .* at least 1, got 0\.5"),
+        ({"speedup": math.inf}, r"`speedup` must be a finite .*, got inf"),
+        ({"A": 0}, r"`A` must be in \(0, 1\], got 0"),
+        ({"A": -0.05}, r"`A` must be in \(0, 1\], got -0\.05"),
+        ({"u": 0.0}, r"`u` must be in \(0, 1\), got 0\.0"),
+        ({"u": 1.0}, r"`u` must be in \(0, 1\), got 1\.0"),
+        ({"interval": 0}, r"`interval` must be a whole number of at least 1, got 0"),
+        ({"interval": 1.5}, r"`interval` must be a whole number of at least 1, got 1\.5"),
+        ({"start_step": -1}, r"`start_step` must be .* at least 0, got -1"),
+        ({"granularity": "row"}, r"`granularity` must be one of \"column\".*, got 'row'"),
+        ({"criterion": "l3"}, r"`criterion` must be one of \"l1\", \"l2\", got 'l3'"),
+        ({"layers": "0"}, r"`layers` must be a list .*, got '0'"),
+        ({"layers": ["0", "head.*"]}, r"`layers` .*'head\.\*' matches none\. There are: 0, 2\."),
+        ({"prune_ratio": {"9": 0.5}}, r"`prune_ratio` .*'9' matches none\. There are: 0, 2\."),
+    ],
+    ids=lambda value: (
+        None if isinstance(value, str) else "-".join(f"{k}={value[k]}" for k in value)
+    ),
+)
+def test_wrong_argument(options, message):
+    net = small_net()
+    with pytest.raises(ValueError, match=message):
+        SPPPruner(net, **options)
+    assert type(net[0]) is nn.Conv2d
+
+
+def shared_net():
+    net = nn.Sequential(nn.Conv2d(4, 4, 3), nn.Conv2d(4, 4, 3))
+    net[1].weight = net[0].weight
+    return net
+
+
+@pytest.mark.parametrize(
+    ("make_net", "message"),
+    [
+        (lambda: nn.Sequential(nn.Linear(3, 3)), r"no layer to prune\. .*: none\."),
+        (lambda: nn.Sequential(nn.Conv2d(4, 4, 1, groups=4)), r"no layer to prune\. .*: 0\."),
+        (shared_net, r"'1' shares its weight"),
+    ],
+    ids=["no_convolution", "only_depthwise", "shared_weight"],
+)
+def test_network_that_cannot_be_pruned(make_net, message):
+    with pytest.raises(ValueError, match=message):
+        SPPPruner(make_net())
+
+
+def test_lazy_layer_is_an_error():
+    with pytest.warns(UserWarning, match="Lazy"):
+        net = nn.Sequential(nn.LazyConv2d(4, 3))
+    with pytest.raises(ValueError, match=r"layer '0' isn't initialised yet"):
+        SPPPruner(net)
+
+
+def test_a_second_pruner_is_an_error():
+    net = small_net()
+    first = SPPPruner(net)
+    with pytest.raises(ValueError, match=r"masked already"):
+        SPPPruner(net)
+    first.fold()
+    assert type(net[0]) is type(net[2]) is nn.Conv2d
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf], ids=str)
+def test_weight_that_is_not_finite(value):
+    net = small_net()
+    optimizer = sgd(net)
+    pruner = SPPPruner(net, A=0.6, interval=3)
+    train(net, pruner, optimizer, range(6))
+    with torch.no_grad():
+        dict(net.named_parameters())["2.weight"][0, 0, 0, 0] = value
+    before = pruner.state_dict()
+    masks = {name: mask.clone() for name, mask in pruner.mask.items()}
+    weights = [parameter.detach().clone() for parameter in net.parameters()]
+    with pytest.raises(ValueError, match=r"layer '2' must be finite.* at step 6\."):
+        pruner.step(6, optimizer)
+    after = pruner.state_dict()
+    assert (after["num_updates"], after["last_update"]) == (2, 3)
+    assert not pruner.finished
+    for name, p in after["probability"].items():
+        assert torch.equal(p, before["probability"][name])
+        assert torch.equal(pruner.mask[name], masks[name])
+        assert pruner.num_pruned[name] == out(p).sum()
+    for parameter, weight in zip(net.parameters(), weights, strict=True):
+        np.testing.assert_array_equal(parameter.detach(), weight)
+
+
+def without(state, key):
+    return {name: value for name, value in state.items() if name != key}
+
+
+def with_probability(state, **probability):
+    return state | {"probability": {name.strip("_"): p for name, p in probability.items()}}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda s: s | {"version": 2}, r"version 1, got version 2"),
+        (lambda s: without(s, "version"), r"version 1, got version None"),
+        (lambda s: without(s, "step"), r"lacks step"),
+        (lambda s: s | {"step": 1.5}, r"step must be a whole number, got 1\.5"),
+        (
+            lambda s: s | {"settings": s["settings"] | {"interval": 90}},
+            r"these settings, but interval was 90 and is 180",
+        ),
+        (
+            lambda s: with_probability(s, _9=torch.zeros(8), _1=torch.zeros(10)),
+            r"holds 9 \(8 groups\), 1 \(10 groups\); here are 0 \(8 groups\), 1 \(10 groups\)",
+        ),
+        (
+            lambda s: with_probability(s, _0=torch.zeros(8), _1=torch.zeros(9)),
+            r"holds 0 \(8 groups\), 1 \(9 groups\)",
+        ),
+        (
+            lambda s: with_probability(s, _0=torch.zeros(8), _1=torch.full((10,), 1.5)),
+            r"layer '1' must be in \[0, 1\], .* 1\.5",
+        ),
+        (
+            lambda s: with_probability(s, _0=torch.zeros(8), _1=torch.full((10,), -0.5)),
+            r"layer '1' must be in \[0, 1\], .* -0\.5",
+        ),
+        (
+            lambda s: with_probability(s, _0=torch.full((8,), math.nan), _1=torch.zeros(10)),
+            r"layer '0' must be in \[0, 1\], .* nan",
+        ),
+        (
+            lambda s: with_probability(s, _0=torch.zeros(8), _1=torch.ones(10)),
+            r"at most 8 groups of layer '1', .* pruned 10",
+        ),
+    ],
+    ids=[
+        *("version", "no_version", "incomplete", "counter", "settings", "layers", "shape"),
+        *("above_1", "below_0", "nan", "too_many"),
+    ],
+)
+def test_wrong_state(change, message):
+    net = nn.Sequential(nn.Conv2d(8, 10, 1), nn.Conv2d(10, 4, 1))
+    pruner = SPPPruner(net)
+    set_probability(pruner, _0=torch.full((8,), 0.5), _1=[1.0] + [0.25] * 9)
+    before = pruner.state_dict()
+    with pytest.raises(ValueError, match=message):
+        pruner.load_state_dict(change(before))
+    after = pruner.state_dict()
+    assert without(after, "probability") == without(before, "probability")
+    for name, p in before["probability"].items():
+        assert torch.equal(after["probability"][name], p)
+    assert pruner.num_pruned == {"0": 0, "1": 1}
+
+
+# --- torch.compile ---
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_compiled_network_follows_the_masks(backend):
+    net = small_net()
+    pruner = SPPPruner(net, A=0.5, interval=3)
+    optimizer = sgd(net)
+    x = torch.randn(2, 3, 8, 8)
+    torch._dynamo.reset()
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        compiled = torch.compile(net, fullgraph=True, backend=backend)
+        seen = set()
+        for step in range(30):
+            pruner.step(step, optimizer)
+            output = compiled(x)
+            torch.testing.assert_close(output, net(x))
+            seen.add(tuple(torch.cat(list(pruner.mask.values())).tolist()))
+            output.square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    torch._dynamo.reset()
+    assert pruner.finished and len(seen) > 5
