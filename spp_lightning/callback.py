@@ -11,7 +11,6 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from spp_lightning.charts import log_layout, log_update
 from spp_lightning.groups import Criterion, Granularity
-from spp_lightning.macs import PositionRecorder
 from spp_lightning.pruner import SPPPruner
 from spp_lightning.settings import SPPSettings
 
@@ -100,7 +99,6 @@ class SPPCallback(Callback):
         self._restored: dict[str, Any] | None = None
         self._step = 0  # steps taken since pruning began to count
         self._global_step = 0  # the Trainer's count when last looked at
-        self._recorder = PositionRecorder({})
         self._show_sparsity = False
 
     # -- beginning and end ---------------------------------------------------------------------
@@ -121,8 +119,6 @@ class SPPCallback(Callback):
             self._step = 0
         else:
             self.pruner.attach()
-        # The passes before and in the first step tell the layers' MACs.
-        self._recorder = PositionRecorder(self.pruner.layers).__enter__()
         if self._restored is not None:
             self.load_state_dict(self._restored)
             self._restored = None
@@ -163,7 +159,6 @@ class SPPCallback(Callback):
 
     def _leave(self, trainer: Trainer) -> None:
         """Leave a plain network, however the fit ends. The state stays, to be saved and resumed."""
-        self._recorder.__exit__()
         if self.pruner is not None:
             self.pruner.fold(*trainer.optimizers)
 
@@ -177,7 +172,6 @@ class SPPCallback(Callback):
         batch: Any,
         batch_idx: int,
     ) -> None:
-        self._recorder.__exit__()
         if trainer.global_step != self._global_step:
             self._global_step = trainer.global_step
             self._step += 1
@@ -223,8 +217,7 @@ class SPPCallback(Callback):
 
     def _log(self, trainer: Trainer) -> None:
         if trainer.is_global_zero:
-            macs = self._recorder.dense_macs
-            log_update(trainer.loggers, self._active_pruner, macs, trainer.global_step)
+            log_update(trainer.loggers, self._active_pruner, trainer.global_step)
 
     def _announce(self, trainer: Trainer, pruner: SPPPruner) -> None:
         """Say what will be pruned and how long it takes; warn if the Trainer stops before."""
@@ -248,5 +241,6 @@ class SPPCallback(Callback):
         if remaining < needed:
             rank_zero_warn(
                 f"SPP takes about {needed} more steps to its target, but the Trainer stops after"
-                f" {remaining}. Fit longer, or make `interval` (={pruner.settings.interval}) smaller."
+                f" {remaining}. Fit longer, or take a smaller `interval` than"
+                f" {pruner.settings.interval}."
             )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
 
@@ -11,12 +11,11 @@ from spp_lightning.pruner import SPPPruner
 __all__ = ["log_layout", "log_update", "pruning_scalars"]
 
 
-def pruning_scalars(pruner: SPPPruner, dense_macs: Mapping[str, int]) -> dict[str, float]:
+def pruning_scalars(pruner: SPPPruner) -> dict[str, float]:
     """The state of a pruning run in numbers.
 
     Args:
         pruner: The pruner.
-        dense_macs: MACs per input of the unpruned layers, by name, as far as they are known.
 
     Returns:
         ``sparsity/total`` and ``sparsity/LAYER``, shares of the groups; ``recovered/LAYER``, how
@@ -26,10 +25,11 @@ def pruning_scalars(pruner: SPPPruner, dense_macs: Mapping[str, int]) -> dict[st
     scalars = {"sparsity/total": pruner.total_sparsity}
     scalars |= {f"sparsity/{name}": share for name, share in pruner.sparsity.items()}
     scalars |= {f"recovered/{name}": float(n) for name, n in pruner.num_recovered.items()}
-    if dense_macs.keys() >= pruner.sparsity.keys():
-        dense = sum(dense_macs[name] for name in pruner.sparsity)
-        remaining = sum(dense_macs[name] * (1 - share) for name, share in pruner.sparsity.items())
-        scalars |= {"macs/remaining": remaining, "macs/speedup": dense / remaining}
+    macs = pruner.macs
+    if macs.keys() == pruner.sparsity.keys():
+        dense = sum(before for before, _ in macs.values())
+        remaining = sum(now for _, now in macs.values())
+        scalars |= {"macs/remaining": float(remaining), "macs/speedup": dense / remaining}
     return scalars
 
 
@@ -41,18 +41,15 @@ def log_layout(loggers: Iterable[Logger]) -> None:
             logger.experiment.add_custom_scalars(layout)
 
 
-def log_update(
-    loggers: Iterable[Logger], pruner: SPPPruner, dense_macs: Mapping[str, int], step: int
-) -> None:
+def log_update(loggers: Iterable[Logger], pruner: SPPPruner, step: int) -> None:
     """Log the state of a pruning run: scalars everywhere, histograms of p to TensorBoard.
 
     Args:
         loggers: The Trainer's loggers.
         pruner: The pruner.
-        dense_macs: MACs per input of the unpruned layers, by name, as far as they are known.
         step: The optimizer step to log at.
     """
-    scalars = pruning_scalars(pruner, dense_macs)
+    scalars = pruning_scalars(pruner)
     for logger in loggers:
         logger.log_metrics(scalars, step)
         if isinstance(logger, TensorBoardLogger):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -12,56 +11,7 @@ from torch import Tensor, nn
 from spp_lightning.groups import WeightGroups, weight_of
 from spp_lightning.layers import is_convolution
 
-__all__ = ["PositionRecorder", "count_macs"]
-
-
-class PositionRecorder:
-    """Notes how many output positions each layer computes for one input.
-
-    A context manager: inside, the first forward pass of each layer is noted.
-
-    Args:
-        layers: The layers to watch, by name; their outputs are ``(B, N, *positions)``.
-
-    Attributes:
-        positions: Output positions per input, by name, of the layers that have run.
-        dense_macs: MACs per input that the layers take with all their weights, likewise.
-
-    >>> net = nn.Sequential(nn.Conv2d(3, 8, 3))
-    >>> with PositionRecorder({"0": net[0]}) as recorder:
-    ...     out = net(torch.zeros(2, 3, 10, 10))
-    >>> recorder.positions
-    {'0': 64}
-    """
-
-    def __init__(self, layers: Mapping[str, nn.Module]) -> None:
-        self._layers = layers
-        self._handles: list[Any] = []
-        self.positions: dict[str, int] = {}
-
-    def __enter__(self) -> PositionRecorder:
-        for name, layer in self._layers.items():
-            self._handles.append(layer.register_forward_hook(self._note(name)))
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        while self._handles:
-            self._handles.pop().remove()
-
-    @property
-    def dense_macs(self) -> dict[str, int]:  # noqa: D102
-        return {
-            name: positions * weight_of(self._layers[name]).numel()
-            for name, positions in self.positions.items()
-        }
-
-    def _note(self, name: str) -> Any:
-        def hook(layer: nn.Module, inputs: Any, output: Any) -> None:
-            # In a compiled network the hook would become part of the graph and stay in it.
-            if not torch.compiler.is_compiling() and isinstance(output, Tensor):
-                self.positions.setdefault(name, math.prod(output.shape[2:]))
-
-        return hook
+__all__ = ["count_macs"]
 
 
 def count_macs(model: nn.Module, example_input: Any) -> dict[str, int]:
@@ -90,19 +40,27 @@ def count_macs(model: nn.Module, example_input: Any) -> dict[str, int]:
         for name, layer in model.named_modules()
         if is_convolution(layer) or isinstance(layer, nn.Linear)
     }
+    positions: dict[str, int] = {}
+
+    def note(name: str) -> Any:
+        def hook(layer: nn.Module, inputs: Any, output: Tensor) -> None:
+            positions.setdefault(name, math.prod(output.shape[2:]))
+
+        return hook
+
     arguments = example_input if isinstance(example_input, tuple) else (example_input,)
     modes = {module: module.training for module in model.modules()}
+    hooks = [layer.register_forward_hook(note(name)) for name, layer in layers.items()]
     try:
         model.eval()
-        with torch.no_grad(), PositionRecorder(layers) as recorder:
+        with torch.no_grad():
             model(*arguments)
     finally:
+        for hook in hooks:
+            hook.remove()
         for module, training in modes.items():
             module.training = training
-    return {
-        name: positions * _kept_weights(layers[name])
-        for name, positions in recorder.positions.items()
-    }
+    return {name: count * _kept_weights(layers[name]) for name, count in positions.items()}
 
 
 def _kept_weights(layer: nn.Module) -> int:

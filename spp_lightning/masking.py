@@ -3,22 +3,26 @@
 A masked layer's class is a subclass made on the fly in which ``weight`` is a property: whatever
 the layer's ``forward`` reads is the parameter times the mask. The parameter itself stays where it
 is, under its name: ``state_dict``, ``parameters`` and optimizers never see the mask, and a copy or
-a pickle of a masked layer is a plain layer.
+a pickle of a masked layer is a plain layer. A masked layer also notes how many output positions it
+computes, for counting MACs; a hook would do that as well, but taking it off makes a compiled
+network compile again.
 """
 
 from __future__ import annotations
 
 import copy
+import math
 from functools import cache
 from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
 
 from spp_lightning.groups import WeightGroups, weight_of
 
-__all__ = ["is_masked", "mask_layer", "unmask_layer"]
+__all__ = ["is_masked", "mask_layer", "output_positions", "unmask_layer"]
 
-_ATTRIBUTES = ("_spp_sampled", "_spp_alive")
+_ATTRIBUTES = ("_spp_sampled", "_spp_alive", "_spp_positions")
 
 
 def mask_layer(layer: nn.Module, groups: WeightGroups, sampled: Tensor, alive: Tensor) -> None:
@@ -35,10 +39,11 @@ def mask_layer(layer: nn.Module, groups: WeightGroups, sampled: Tensor, alive: T
     """
     if is_masked(layer):
         raise ValueError(f"`layer` (={layer}) is masked already; a layer takes one mask at a time.")
-    for name, mask in zip(_ATTRIBUTES, (sampled, alive), strict=True):
-        view = mask.view(groups.mask_shape)
-        # Without convolution groups the mask broadcasts against the weight as it is.
-        setattr(layer, name, view[0] if groups.conv_groups == 1 else view)
+    # Without convolution groups a mask broadcasts against the weight as it is.
+    shape = groups.mask_shape[1:] if groups.conv_groups == 1 else groups.mask_shape
+    attributes: tuple[Tensor | int, ...] = (sampled.view(shape), alive.view(shape), 0)
+    for name, value in zip(_ATTRIBUTES, attributes, strict=True):
+        setattr(layer, name, value)
     cls: Any = type(layer)
     layer.__class__ = _masked_class(cls)
 
@@ -56,12 +61,27 @@ def is_masked(layer: nn.Module) -> bool:
     return "_spp_masked_class" in vars(type(layer))
 
 
+def output_positions(layer: nn.Module) -> int:
+    """Output positions that a masked layer computes for one input; 0 before its first pass.
+
+    A pass of a compiled network doesn't count.
+    """
+    return int(vars(layer)["_spp_positions"])
+
+
 def _masked_weight(layer: Any) -> Tensor:
     weight: Tensor = weight_of(layer)
     mask: Tensor = layer._spp_sampled if layer.training else layer._spp_alive
     if mask.dim() == weight.dim():
         return weight * mask
     return (weight.unflatten(0, (mask.shape[0], -1)) * mask).flatten(0, 1)
+
+
+def _forward(layer: Any, *args: Any, **kwargs: Any) -> Any:
+    output = super(type(layer), layer).forward(*args, **kwargs)
+    if not torch.compiler.is_compiling() and layer._spp_positions == 0:
+        layer._spp_positions = math.prod(output.shape[2:])
+    return output
 
 
 def _reduce_as_plain(layer: nn.Module, protocol: Any) -> Any:
@@ -77,6 +97,7 @@ def _reduce_as_plain(layer: nn.Module, protocol: Any) -> Any:
 def _masked_class(cls: type[nn.Module]) -> type[nn.Module]:
     members = {
         "weight": property(_masked_weight),
+        "forward": _forward,
         "__reduce_ex__": _reduce_as_plain,
         "__module__": cls.__module__,
         "__qualname__": cls.__qualname__,

@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 
 from spp_lightning.groups import Criterion, Granularity, WeightGroups, weight_of
 from spp_lightning.layers import select_layers
-from spp_lightning.masking import mask_layer, unmask_layer
+from spp_lightning.masking import mask_layer, output_positions, unmask_layer
 from spp_lightning.rule import count_updates, target_count, update_probability
 from spp_lightning.sampling import sample_masks
 from spp_lightning.settings import SPPSettings
@@ -34,6 +34,7 @@ class _Layer:
     span: slice
     num_pruned: int = 0
     num_recovered: int = 0
+    positions: int = 0  # output positions per input; 0 as long as they aren't known
 
     @property
     def finished(self) -> bool:
@@ -265,6 +266,7 @@ class SPPPruner:
             self._follow_device()
             self._zero_pruned(optimizers)
             for layer in self._layers:
+                layer.positions = output_positions(layer.module) or layer.positions
                 unmask_layer(layer.module)
             self._attached = False
 
@@ -334,6 +336,21 @@ class SPPPruner:
     def num_recovered(self) -> dict[str, int]:
         """Number of groups whose p fell in the last update, by layer."""
         return {layer.name: layer.num_recovered for layer in self._layers}
+
+    @property
+    def macs(self) -> dict[str, tuple[int, int]]:
+        """MACs per input by layer, dense and now; of the layers that have run uncompiled."""
+        macs = {}
+        for layer in self._layers:
+            if self._attached:
+                layer.positions = output_positions(layer.module) or layer.positions
+            if layer.positions:
+                groups, left = layer.groups, layer.groups.count - layer.num_pruned
+                macs[layer.name] = (
+                    layer.positions * groups.size * groups.count,
+                    layer.positions * groups.size * left,
+                )
+        return macs
 
     @property
     def expected_updates(self) -> int:

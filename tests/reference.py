@@ -109,7 +109,11 @@ def members(
         conv_group, c = divmod(channel, channels_read)
         readers = range(conv_group * per_group, (conv_group + 1) * per_group)
         columns = [[(f, c, *spot) for f in readers] for spot in spots]
-        groups += columns if granularity == "column" else [sum(columns, [])]
+        groups += (
+            columns
+            if granularity == "column"
+            else [[spot for column in columns for spot in column]]
+        )
     return groups
 
 

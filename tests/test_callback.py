@@ -213,6 +213,23 @@ def test_checkpoint_in_the_middle_is_plain(tmp_path, tiny):
     assert 0 < int(pruned.sum()) < target(72)
 
 
+def test_compiled_network_compiles_once(tiny):
+    """Sampling, updates, the switch to retraining: nothing of it compiles the step again."""
+    torch._dynamo.reset()
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    compiled = torch.compile(tiny, backend=backend, fullgraph=True)
+    callback = SPPCallback(**FAST)
+    make_trainer(callback).fit(compiled, tiny_data())
+    assert callback.pruner.finished
+    assert zero_columns(tiny.conv2) == target(72)
+    assert len(graphs) == 1
+
+
 # --- what it says ---
 
 

@@ -10,7 +10,7 @@ import pytest
 import reference
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
@@ -56,11 +56,6 @@ def saved(thing, **options):
     torch.save(thing, file)
     file.seek(0)
     return torch.load(file, **options)
-
-
-def out(p):
-    """Which groups are pruned."""
-    return p == 1
 
 
 def zero_groups(layer, granularity):
@@ -130,7 +125,7 @@ def test_exact_count(layer, granularity, expected):
 def test_depthwise_layers_only_by_pattern():
     net = nn.Sequential(nn.Conv2d(4, 4, 3, groups=4), nn.Conv2d(4, 8, 1))
     pruner = SPPPruner(net)
-    assert list(pruner.layers) == ["1"] and pruner.skipped_depthwise == ("0",)
+    assert list(pruner.layers) == ["1"] and pruner.skipped == {"0": "depthwise"}
     pruner.fold()
     assert list(SPPPruner(net, layers=["*"]).layers) == ["0", "1"]
 
@@ -183,17 +178,17 @@ def test_updates_fall_on_the_interval_from_start_step():
 @pytest.mark.parametrize(
     ("layer", "function", "granularity"),
     [
-        (nn.Conv1d(4, 6, 3, groups=2), F.conv1d, "column"),
-        (nn.Conv2d(4, 6, 3, groups=2, stride=2, dilation=2), F.conv2d, "column"),
-        (nn.Conv2d(3, 4, (2, 3), padding=1), F.conv2d, "column"),
-        (nn.Conv2d(6, 4, 3, groups=2), F.conv2d, "channel"),
-        (nn.Conv2d(4, 8, 3, groups=2), F.conv2d, "filter"),
-        (nn.Conv3d(2, 4, 2), F.conv3d, "column"),
+        (lambda: nn.Conv1d(4, 6, 3, groups=2), F.conv1d, "column"),
+        (lambda: nn.Conv2d(4, 6, 3, groups=2, stride=2, dilation=2), F.conv2d, "column"),
+        (lambda: nn.Conv2d(3, 4, (2, 3), padding=1), F.conv2d, "column"),
+        (lambda: nn.Conv2d(6, 4, 3, groups=2), F.conv2d, "channel"),
+        (lambda: nn.Conv2d(4, 8, 3, groups=2), F.conv2d, "filter"),
+        (lambda: nn.Conv3d(2, 4, 2), F.conv3d, "column"),
     ],
     ids=["conv1d_grouped", "conv2d_grouped", "conv2d", "channel", "filter", "conv3d"],
 )
 def test_forward_and_gradient(layer, function, granularity):
-    layer = layer.double()
+    layer = layer().double()
     parameter = layer.weight
     value = parameter.detach().clone()
     pruner = SPPPruner(nn.Sequential(layer), granularity=granularity, layers=["0"])
@@ -280,7 +275,7 @@ def test_no_revival(make_optimizer):
     for step in range(5, 205):
         train(net, pruner, optimizer, [step])
         if pruned is None:
-            pruned = out(pruner.probability["0"]).view(3, 3, 3)
+            pruned = (pruner.probability["0"] == 1).view(3, 3, 3)
             assert pruned.sum() == 1
             assert (before[..., pruned].abs().amax((1, 2)) > 0).all()
         assert (tensors()[..., pruned] == 0).all()
@@ -293,17 +288,16 @@ def test_no_revival(make_optimizer):
 
 def test_state_dict_is_that_of_the_plain_network():
     net, plain = small_net(), small_net()
-    pruner = SPPPruner(net, A=0.5, interval=2)
+    pruner = SPPPruner(net, A=0.3, interval=2)
     optimizer = sgd(net)
-    for step in range(30):
+    for step in range(50):
         train(net, pruner, optimizer, [step])
         state = net.state_dict()
         assert list(state) == list(plain.state_dict())
-        assert all(state[name] is not None for name, _ in net.named_parameters())
         plain.load_state_dict(state, strict=True)
         for (name, ours), theirs in zip(net.named_parameters(), plain.parameters(), strict=True):
             assert torch.equal(ours, theirs), name
-        if step == 4:
+        if step == 5:
             # Masked weights are saved with their values; only p = 1 is saved as zeros.
             assert not pruner.mask["0"].all()
             assert (plain[0].weight != 0).all() and pruner.num_pruned["0"] == 0
@@ -340,7 +334,7 @@ def test_fold_leaves_a_plain_network():
     pruner = SPPPruner(net, A=0.6, interval=2)
     optimizer = sgd(net)
     train(net, pruner, optimizer, range(6))
-    assert not pruner.finished and 0 < pruner.num_pruned["0"]
+    assert not pruner.finished and pruner.num_pruned["0"] > 0
     before = [parameter.detach().clone() for parameter in net.parameters()]
     pruner.fold(optimizer)
     pruner.fold()  # a second time changes nothing
@@ -366,31 +360,37 @@ def test_fold_leaves_a_plain_network():
 # --- sampling ---
 
 
-@pytest.mark.parametrize("default", [torch.float32, torch.float64, torch.bfloat16], ids=str)
-def test_masks_depend_on_seed_and_step_alone(default):
-    def masks(seed, steps):
-        pruner = SPPPruner(small_net(), seed=seed)
-        set_probability(pruner, _0=torch.full((27,), 0.5), _2=torch.full((36,), 0.5))
-        drawn = {}
-        for step in steps:
-            pruner.sample(step)
-            drawn[step] = torch.cat(list(pruner.mask.values())).tolist()
-        return drawn
+def masks_by_step(seed, steps):
+    pruner = SPPPruner(small_net(), seed=seed)
+    set_probability(pruner, _0=torch.full((27,), 0.5), _2=torch.full((36,), 0.5))
+    drawn = []
+    for step in steps:
+        pruner.sample(step)
+        drawn.append(tuple(torch.cat(list(pruner.mask.values())).tolist()))
+    return drawn
 
-    expected = masks(0, range(5))
-    assert len({tuple(mask) for mask in (masks(1, range(5)) | expected).values()}) == 5
-    assert all(masks(1, [step])[step] != expected[step] for step in range(5))
+
+def test_masks_depend_on_seed_and_step_alone():
+    expected = masks_by_step(0, range(5))
+    assert len({*expected, *masks_by_step(1, range(5))}) == 10
     torch.manual_seed(123)
-    generator = torch.get_rng_state()
-    pruner = SPPPruner(nn.Sequential(nn.Conv2d(3, 4, 3)).to_empty(device="cpu"), interval=1000)
-    generator = torch.get_rng_state()
-    pruner.sample(7)
-    assert torch.equal(torch.get_rng_state(), generator)
-    torch.set_default_dtype(default)
+    assert masks_by_step(0, [3, 1]) == [expected[3], expected[1]]
+
+
+def test_masks_do_not_depend_on_the_default_dtype():
+    expected = masks_by_step(0, [3])
+    torch.set_default_dtype(torch.float64)
     try:
-        assert masks(0, [3, 1]) == {3: expected[3], 1: expected[1]}
+        assert masks_by_step(0, [3]) == expected
     finally:
         torch.set_default_dtype(torch.float32)
+
+
+def test_a_step_leaves_the_global_generator_alone():
+    pruner = SPPPruner(small_net(), interval=2)
+    before = torch.get_rng_state()
+    assert pruner.step(0) and not pruner.step(1)
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_masks_are_out_with_probability_p():
@@ -470,7 +470,7 @@ def test_a_step_needs_no_values():
     with FakeTensorMode():
         pruner = SPPPruner(small_net(), interval=4)
         assert pruner.step(1) is False
-        with pytest.raises(Exception, match=r"(?i)fake|data.dependent|\.tolist"):
+        with pytest.raises(DataDependentOutputException):  # an update reads
             pruner.step(4)
 
 
@@ -530,7 +530,6 @@ def test_resumes_bitwise(crash, folded):
     assert not pruner.step(crash - 1)  # the step done before the crash isn't updated again
     train(net, pruner, optimizer, range(crash, 18), data)
     assert same(everything(net, pruner, optimizer), end)
-    assert 0 < pruner.total_sparsity
 
 
 def test_saved_state_is_a_copy():
@@ -539,9 +538,8 @@ def test_saved_state_is_a_copy():
     state = pruner.state_dict()
     kept = copy.deepcopy(state)
     pruner.update()
-    assert all(
-        torch.equal(p, kept["probability"][name]) for name, p in state["probability"].items()
-    )
+    for name, p in state["probability"].items():
+        assert torch.equal(p, kept["probability"][name])
     assert state["num_updates"] == 1
 
 
@@ -585,9 +583,7 @@ def test_loading_zeroes_what_is_pruned():
         ({"layers": ["0", "head.*"]}, r"`layers` .*'head\.\*' matches none\. There are: 0, 2\."),
         ({"prune_ratio": {"9": 0.5}}, r"`prune_ratio` .*'9' matches none\. There are: 0, 2\."),
     ],
-    ids=lambda value: (
-        None if isinstance(value, str) else "-".join(f"{k}={value[k]}" for k in value)
-    ),
+    ids=lambda value: str(value) if isinstance(value, dict) else "",
 )
 def test_wrong_argument(options, message):
     net = small_net()
@@ -605,9 +601,12 @@ def shared_net():
 @pytest.mark.parametrize(
     ("make_net", "message"),
     [
-        (lambda: nn.Sequential(nn.Linear(3, 3)), r"no layer to prune\. .*: none\."),
-        (lambda: nn.Sequential(nn.Conv2d(4, 4, 1, groups=4)), r"no layer to prune\. .*: 0\."),
-        (shared_net, r"'1' shares its weight"),
+        (lambda: nn.Sequential(nn.Linear(3, 3)), r"no convolution to prune\. .*: none\."),
+        (
+            lambda: nn.Sequential(nn.Conv2d(4, 4, 1, groups=4)),
+            r"no convolution to prune\. .*: 0 \(depthwise\)",
+        ),
+        (shared_net, r"'0' shares its weight"),
     ],
     ids=["no_convolution", "only_depthwise", "shared_weight"],
 )
@@ -617,8 +616,7 @@ def test_network_that_cannot_be_pruned(make_net, message):
 
 
 def test_lazy_layer_is_an_error():
-    with pytest.warns(UserWarning, match="Lazy"):
-        net = nn.Sequential(nn.LazyConv2d(4, 3))
+    net = nn.Sequential(nn.LazyConv2d(4, 3))
     with pytest.raises(ValueError, match=r"layer '0' isn't initialised yet"):
         SPPPruner(net)
 
@@ -651,7 +649,7 @@ def test_weight_that_is_not_finite(value):
     for name, p in after["probability"].items():
         assert torch.equal(p, before["probability"][name])
         assert torch.equal(pruner.mask[name], masks[name])
-        assert pruner.num_pruned[name] == out(p).sum()
+        assert pruner.num_pruned[name] == (p == 1).sum()
     for parameter, weight in zip(net.parameters(), weights, strict=True):
         np.testing.assert_array_equal(parameter.detach(), weight)
 
