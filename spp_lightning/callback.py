@@ -8,6 +8,8 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from torch import nn
+from torch.optim.swa_utils import AveragedModel
 
 from spp_lightning.charts import log_layout, log_update
 from spp_lightning.groups import Criterion, Granularity
@@ -131,7 +133,7 @@ class SPPCallback(Callback):
         self._announce(trainer, pruner)
         log_layout(trainer.loggers)
         if pruner.step(self._step, *trainer.optimizers):
-            self._log(trainer)
+            self._after_update(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: D102
         pruner = self._active_pruner
@@ -177,7 +179,7 @@ class SPPCallback(Callback):
             self._step += 1
             pruner = self._active_pruner
             if pruner.step(self._step, *trainer.optimizers):
-                self._log(trainer)
+                self._after_update(trainer)
                 self._show_sparsity = True
                 if pruner.finished:
                     rank_zero_info(
@@ -215,7 +217,15 @@ class SPPCallback(Callback):
         assert self.pruner is not None, "made in on_fit_start"
         return self.pruner
 
-    def _log(self, trainer: Trainer) -> None:
+    def _after_update(self, trainer: Trainer) -> None:
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]  # set by a connector
+            # Lightning's WeightAveraging and StochasticWeightAveraging: an average would bring
+            # back, at the end, what it remembers of the pruned weights.
+            average = getattr(callback, "_average_model", None)
+            if isinstance(average, AveragedModel):
+                average = average.module
+            if isinstance(average, nn.Module):
+                self._active_pruner.zero_pruned(average)
         if trainer.is_global_zero:
             log_update(trainer.loggers, self._active_pruner, trainer.global_step)
 

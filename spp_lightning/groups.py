@@ -114,4 +114,5 @@ class WeightGroups:
             tensor: The weight, its gradient, or an optimizer's state of that shape.
             alive: Which groups stay, ``(count,)``, bool.
         """
-        self.split(tensor.detach()).masked_fill_(~alive.view(self.mask_shape), 0)
+        pruned = ~alive.view(self.mask_shape).to(tensor.device)
+        self.split(tensor.detach()).masked_fill_(pruned, 0)

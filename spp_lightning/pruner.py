@@ -270,6 +270,17 @@ class SPPPruner:
                 unmask_layer(layer.module)
             self._attached = False
 
+    def zero_pruned(self, copy: nn.Module) -> None:
+        """Set the pruned groups to 0 in a copy of the network, such as a running average of it.
+
+        Args:
+            copy: A network with layers of the same names and shapes.
+        """
+        for layer in self._layers:
+            if layer.num_pruned:
+                weight = weight_of(copy.get_submodule(layer.name))
+                layer.groups.zero(weight, self._alive[layer.span])
+
     def attach(self) -> None:
         """Let the masks act (again), where :meth:`fold` has taken them off."""
         if not self._attached:
@@ -408,6 +419,10 @@ class SPPPruner:
 
     def _zero_pruned(self, optimizers: Sequence[Optimizer]) -> None:
         # All pruned groups, not just the new ones: whatever has written to them is undone here.
+        for optimizer in optimizers:
+            if isinstance(optimizer, torch.optim.LBFGS):
+                # Its past directions, mixed over all weights, would move the pruned ones again.
+                optimizer.state.clear()
         for layer in self._layers:
             if layer.num_pruned:
                 alive, weight = self._alive[layer.span], layer.weight

@@ -12,7 +12,11 @@ import torch
 import torchvision
 from conftest import TinyModule, tiny_data, zero_columns
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import (
+    EMAWeightAveraging,
+    ModelCheckpoint,
+    StochasticWeightAveraging,
+)
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.strategies import FSDPStrategy
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -110,6 +114,24 @@ def test_another_fit_goes_on_and_revives_nothing(tiny):
     make_trainer(callback).fit(other, tiny_data())
     assert callback.pruner.model is other
     assert zero_columns(other.conv1) == target(27)
+
+
+@pytest.mark.filterwarnings("ignore:Swapping scheduler")
+@pytest.mark.parametrize("first", [True, False], ids=["before SPP", "after SPP"])
+@pytest.mark.parametrize(
+    "averaging",
+    [
+        lambda: EMAWeightAveraging(decay=0.9),
+        lambda: StochasticWeightAveraging(swa_lrs=0.01, swa_epoch_start=2),
+    ],
+    ids=["EMA", "SWA"],
+)
+def test_averaged_weights_are_pruned_too(tiny, averaging, first):
+    callbacks = [SPPCallback(A=0.25, interval=1), averaging()]
+    callbacks = callbacks[::-1] if first else callbacks
+    make_trainer(*callbacks, max_steps=-1, max_epochs=10).fit(tiny, tiny_data())
+    assert zero_columns(tiny.conv1) == target(27)
+    assert zero_columns(tiny.conv2) == target(72)
 
 
 def test_validation_sees_only_the_pruned_groups_out(tiny):
