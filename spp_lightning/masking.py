@@ -11,6 +11,7 @@ network compile again.
 from __future__ import annotations
 
 import copy
+import copyreg
 import math
 from functools import cache
 from typing import Any, cast
@@ -22,6 +23,8 @@ from spp_lightning.groups import WeightGroups, weight_of
 
 __all__ = ["is_masked", "mask_layer", "output_positions", "unmask_layer"]
 
+_NEW: Any = vars(copyreg)["__newobj__"]
+_RECONSTRUCT: Any = vars(copyreg)["_reconstructor"]
 _ATTRIBUTES = ("_spp_sampled", "_spp_alive", "_spp_positions")
 
 
@@ -90,7 +93,11 @@ def _reduce_as_plain(layer: nn.Module, protocol: Any) -> Any:
         plain.pop(name)
     twin: nn.Module = object.__new__(type(layer).__mro__[1])
     twin.__dict__.update(plain)
-    return twin.__reduce_ex__(protocol)
+    reduced: Any = twin.__reduce_ex__(protocol)
+    make, args, *rest = reduced
+    if make is _NEW:  # pickle insists that it makes an object of the layer's own class
+        make, args = _RECONSTRUCT, (*args, object, None)
+    return (make, args, *rest)
 
 
 @cache

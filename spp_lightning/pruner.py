@@ -372,7 +372,8 @@ class SPPPruner:
     @property
     def expected_steps(self) -> int:
         """Optimizer steps until every layer is finished, from step 0, if ranks never changed."""
-        return self.settings.start_step + (self.expected_updates - 1) * self.settings.interval
+        updates = self.expected_updates
+        return self.settings.start_step + (updates - 1) * self.settings.interval if updates else 0
 
     # -- saving --------------------------------------------------------------------------------
 

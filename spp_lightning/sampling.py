@@ -36,7 +36,9 @@ def sample_masks(
     if generator is None:
         generator = torch.Generator(probability.device)
     generator.manual_seed(_mix(seed, step))
-    draw = torch.rand(len(probability), generator=generator, device=probability.device)
+    draw = torch.rand(
+        len(probability), generator=generator, dtype=torch.float32, device=probability.device
+    )
     return torch.ge(draw, probability, out=out)
 
 

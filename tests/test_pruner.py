@@ -50,6 +50,12 @@ def set_probability(pruner, **probabilities):
     pruner.load_state_dict(state)
 
 
+def finish(pruner, at_most=300):
+    for _ in range(at_most):
+        pruner.update()
+    assert pruner.finished
+
+
 def saved(thing, **options):
     """The thing after a way through a file."""
     file = io.BytesIO()
@@ -134,8 +140,7 @@ def test_ratios_by_pattern():
     net = nn.Sequential(nn.Conv2d(4, 5, 1), nn.Conv2d(5, 10, 1), nn.Conv2d(10, 20, 1))
     pruner = SPPPruner(net, prune_ratio={"0": 0.25, "[02]": 0.5}, interval=1, A=0.5)
     assert pruner.num_target == {"0": 1, "2": 5}
-    while not pruner.finished:
-        pruner.update()
+    finish(pruner)
     pruner.fold()
     assert [zero_groups(layer, "column") for layer in net] == [1, 0, 5]
     assert pruner.sparsity == {"0": 0.25, "2": 0.5}
@@ -145,15 +150,17 @@ def test_ratios_by_pattern():
 def test_layers_finish_one_by_one():
     net = nn.Sequential(nn.Conv2d(4, 5, 1), nn.Conv2d(5, 10, 1))
     pruner = SPPPruner(net, prune_ratio={"0": 0.25, "1": 0.8}, interval=1, A=0.5)
-    while pruner.num_pruned["0"] < 1:
+    for _ in range(300):
+        if pruner.num_pruned["0"] == 1:
+            break
         pruner.update()
     assert not pruner.finished
     first = pruner.probability["0"].clone()
     assert sorted(first.tolist()) == [0, 0, 0, 1]
-    while not pruner.finished:
-        pruner.update()
+    finish(pruner)
     assert torch.equal(pruner.probability["0"], first)
     updates = pruner.num_updates
+    assert updates < 300  # a finished pruner counts none
     assert not pruner.step(updates + 1) and pruner.num_updates == updates
 
 
@@ -545,8 +552,7 @@ def test_saved_state_is_a_copy():
 
 def test_loading_zeroes_what_is_pruned():
     first = SPPPruner(small_net(), interval=1, A=0.5)
-    while not first.finished:
-        first.update()
+    finish(first)
     net = small_net()
     second = SPPPruner(net, interval=1, A=0.5)
     second.load_state_dict(first.state_dict())
@@ -559,31 +565,34 @@ def test_loading_zeroes_what_is_pruned():
 # --- errors ---
 
 
+WRONG_ARGUMENTS = [
+    ({"prune_ratio": 0.5, "speedup": 2}, r"`prune_ratio` and `speedup` must not both.*0\.5.*2"),
+    ({"prune_ratio": 1.0}, r"`prune_ratio` must be in \[0, 1\), got 1\.0"),
+    ({"prune_ratio": -0.1}, r"`prune_ratio` must be in \[0, 1\), got -0\.1"),
+    ({"prune_ratio": math.nan}, r"`prune_ratio` must be in \[0, 1\), got nan"),
+    ({"prune_ratio": {"*": 2}}, r"`prune_ratio\['\*'\]` must be in \[0, 1\), got 2"),
+    ({"prune_ratio": {}}, r"`prune_ratio` must name at least one .*\{\}"),
+    ({"speedup": 0.5}, r"`speedup` must be .* at least 1, got 0\.5"),
+    ({"speedup": math.inf}, r"`speedup` must be a finite .*, got inf"),
+    ({"A": 0}, r"`A` must be in \(0, 1\], got 0"),
+    ({"A": -0.05}, r"`A` must be in \(0, 1\], got -0\.05"),
+    ({"u": 0.0}, r"`u` must be in \(0, 1\), got 0\.0"),
+    ({"u": 1.0}, r"`u` must be in \(0, 1\), got 1\.0"),
+    ({"interval": 0}, r"`interval` must be a whole number of at least 1, got 0"),
+    ({"interval": 1.5}, r"`interval` must be a whole number of at least 1, got 1\.5"),
+    ({"start_step": -1}, r"`start_step` must be .* at least 0, got -1"),
+    ({"granularity": "row"}, r"`granularity` must be one of \"column\".*, got 'row'"),
+    ({"criterion": "l3"}, r"`criterion` must be one of \"l1\", \"l2\", got 'l3'"),
+    ({"layers": "0"}, r"`layers` must be a list .*, got '0'"),
+    ({"layers": ["0", "head.*"]}, r"`layers` .*'head\.\*' matches none\. There are: 0, 2\."),
+    ({"prune_ratio": {"9": 0.5}}, r"`prune_ratio` .*'9' matches none\. There are: 0, 2\."),
+]
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
-    [
-        ({"prune_ratio": 0.5, "speedup": 2}, r"`prune_ratio` and `speedup` must not both.*0\.5.*2"),
-        ({"prune_ratio": 1.0}, r"`prune_ratio` must be in \[0, 1\), got 1\.0"),
-        ({"prune_ratio": -0.1}, r"`prune_ratio` must be in \[0, 1\), got -0\.1"),
-        ({"prune_ratio": math.nan}, r"`prune_ratio` must be in \[0, 1\), got nan"),
-        ({"prune_ratio": {"*": 2}}, r"`prune_ratio\['\*'\]` must be in \[0, 1\), got 2"),
-        ({"prune_ratio": {}}, r"`prune_ratio` must name at least one .*\{\}"),
-        ({"speedup": 0.5}, r"`speedup` must be .* at least 1, got 0\.5"),
-        ({"speedup": math.inf}, r"`speedup` must be a finite .*, got inf"),
-        ({"A": 0}, r"`A` must be in \(0, 1\], got 0"),
-        ({"A": -0.05}, r"`A` must be in \(0, 1\], got -0\.05"),
-        ({"u": 0.0}, r"`u` must be in \(0, 1\), got 0\.0"),
-        ({"u": 1.0}, r"`u` must be in \(0, 1\), got 1\.0"),
-        ({"interval": 0}, r"`interval` must be a whole number of at least 1, got 0"),
-        ({"interval": 1.5}, r"`interval` must be a whole number of at least 1, got 1\.5"),
-        ({"start_step": -1}, r"`start_step` must be .* at least 0, got -1"),
-        ({"granularity": "row"}, r"`granularity` must be one of \"column\".*, got 'row'"),
-        ({"criterion": "l3"}, r"`criterion` must be one of \"l1\", \"l2\", got 'l3'"),
-        ({"layers": "0"}, r"`layers` must be a list .*, got '0'"),
-        ({"layers": ["0", "head.*"]}, r"`layers` .*'head\.\*' matches none\. There are: 0, 2\."),
-        ({"prune_ratio": {"9": 0.5}}, r"`prune_ratio` .*'9' matches none\. There are: 0, 2\."),
-    ],
-    ids=lambda value: str(value) if isinstance(value, dict) else "",
+    WRONG_ARGUMENTS,
+    ids=[", ".join(f"{k}={v}" for k, v in options.items()) for options, _ in WRONG_ARGUMENTS],
 )
 def test_wrong_argument(options, message):
     net = small_net()
