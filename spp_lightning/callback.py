@@ -99,6 +99,7 @@ class SPPCallback(Callback):
         SPPSettings(**self._arguments)  # Bad input fails here, not in the middle of a fit.
         self.pruner: SPPPruner | None = None
         self._restored: dict[str, Any] | None = None
+        self._fitting = False
         self._step = 0  # steps taken since pruning began to count
         self._global_step = 0  # the Trainer's count when last looked at
         self._show_sparsity = False
@@ -121,13 +122,13 @@ class SPPCallback(Callback):
             self._step = 0
         else:
             self.pruner.attach()
+        self._fitting = True
         if self._restored is not None:
             self.load_state_dict(self._restored)
             self._restored = None
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: D102
         pruner = self._active_pruner
-        pruner.attach()  # A tuner that has run its own loop inside this fit has folded it.
         self._global_step = trainer.global_step
         self._show_sparsity = True
         self._announce(trainer, pruner)
@@ -137,7 +138,7 @@ class SPPCallback(Callback):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: D102
         pruner = self._active_pruner
-        if pruner.attached and not pruner.finished:
+        if not pruner.finished:
             there = "; ".join(
                 f"{name} {pruner.num_pruned[name]} of {target}"
                 for name, target in pruner.num_target.items()
@@ -148,7 +149,7 @@ class SPPCallback(Callback):
                 f" {pruner.settings.granularity}s are pruned ({there}). To go on, fit longer from"
                 " the last checkpoint: trainer.fit(…, ckpt_path=…)."
             )
-        self._leave(trainer)
+        pruner.fold(*trainer.optimizers)
 
     def on_exception(  # noqa: D102
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
@@ -161,6 +162,7 @@ class SPPCallback(Callback):
 
     def _leave(self, trainer: Trainer) -> None:
         """Leave a plain network, however the fit ends. The state stays, to be saved and resumed."""
+        self._fitting = False
         if self.pruner is not None:
             self.pruner.fold(*trainer.optimizers)
 
@@ -199,15 +201,19 @@ class SPPCallback(Callback):
         return {"step": self._step, "pruner": state}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from a state: now if a network is being pruned, else at the start of the fit.
+        """Go on from a state: now if a fit has begun, else at the start of the next one.
 
         Raises:
             ValueError: If the state isn't one of these layers and settings.
         """
-        if self.pruner is None or not self.pruner.attached:
+        if state_dict["pruner"] is None:
+            # Saved before any fit, as by a tuner that tries one out and then takes it back.
+            self.pruner, self._step = None, 0
+        elif not self._fitting:
             self._restored = state_dict
-        elif state_dict["pruner"] is not None:
-            self.pruner.load_state_dict(state_dict["pruner"])
+        else:
+            self._active_pruner.attach()
+            self._active_pruner.load_state_dict(state_dict["pruner"])
             self._step = state_dict["step"]
 
     # -- inside --------------------------------------------------------------------------------

@@ -1,15 +1,14 @@
-"""Arrays of pictures: what a record is, splitting it, and loading it in batches."""
+"""Arrays of pictures: what a record is, splitting them, and a data set of them."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, DistributedSampler
+from torch.utils.data import Dataset
 
 # One picture and its label. An array of these holds a whole data set in one .npy file.
 RECORD = np.dtype([("label", np.uint8), ("image", np.uint8, (3, 32, 32))])
@@ -90,53 +89,3 @@ class ArrayDataset(Dataset[Batch]):
         """Return the pictures ``(b, 3, 32, 32)`` and labels ``(b,)`` of a batch of positions."""
         i = self.indices[torch.as_tensor(batch)]
         return self.images[i], self.labels[i]
-
-
-class EpochSampler(DistributedSampler[int]):
-    """A new order every epoch, decided by the seed and the epoch's number alone.
-
-    Lightning sets the epoch, so a resumed run sees the orders that an uninterrupted run sees;
-    in a plain loop each pass counts as an epoch. Torch's own ``RandomSampler`` would start over
-    after a resume. With more than one rank, each takes its own part of the order.
-    """
-
-    def __iter__(self) -> Iterator[int]:
-        """Go through this rank's positions for one epoch."""
-        order = list(super().__iter__())
-        self.epoch += 1
-        return iter(order)
-
-
-def _as_it_is(batch: Any) -> Any:
-    """Collate nothing: the dataset already returns a batch. A function, as workers pickle it."""
-    return batch
-
-
-def make_loader(
-    dataset: ArrayDataset,
-    batch_size: int,
-    sampler: EpochSampler | None = None,
-    *,
-    num_workers: int = 0,
-    pin_memory: bool = False,
-) -> DataLoader[Batch]:
-    """Make a loader of batches ``(uint8 (b, 3, 32, 32), int64 (b,))``.
-
-    Args:
-        dataset: The pictures.
-        batch_size: Pictures per batch.
-        sampler: Order for training, where the last incomplete batch is dropped; ``None`` goes
-            through all pictures in order.
-        num_workers: Loader processes; indexing is so cheap that 0 is usually fastest.
-        pin_memory: Whether batches lie in page-locked memory, for copies to a GPU.
-    """
-    return DataLoader(
-        dataset,
-        batch_size,
-        sampler=sampler,
-        drop_last=sampler is not None,
-        collate_fn=_as_it_is,
-        num_workers=num_workers,
-        persistent_workers=num_workers > 0,
-        pin_memory=pin_memory,
-    )

@@ -10,15 +10,9 @@ from lightning.pytorch import LightningDataModule
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from spp_lightning.data.arrays import (
-    ArrayDataset,
-    Batch,
-    EpochSampler,
-    Records,
-    make_loader,
-    stratified_split,
-)
+from spp_lightning.data.arrays import ArrayDataset, Batch, Records, stratified_split
 from spp_lightning.data.checks import check_int, check_normalize, check_val_size, val_count
+from spp_lightning.data.loader import EpochSampler, make_loader
 from spp_lightning.data.pixels import Normalize, augment, statistics
 
 
@@ -74,7 +68,8 @@ class PictureDataModule(LightningDataModule):
     def train_dataloader(self) -> DataLoader[Batch]:
         """Load training pictures in a new order every epoch; drop the last incomplete batch.
 
-        Every loader starts at epoch 0: in a plain loop, make one and go through it repeatedly.
+        Every loader starts at epoch 0: in a plain loop, make one and go through it repeatedly. It
+        has a ``state_dict``, its position: a Trainer resumes in the middle of an epoch.
         """
         dataset = self._ready()
         ranks, rank = 1, 0
