@@ -75,6 +75,8 @@ def output_positions(layer: nn.Module) -> int:
 def _masked_weight(layer: Any) -> Tensor:
     weight: Tensor = weight_of(layer)
     mask: Tensor = layer._spp_sampled if layer.training else layer._spp_alive
+    if mask.device != weight.device:  # the network was moved; the pruner follows at its next step
+        mask = mask.to(weight.device)
     if mask.dim() == weight.dim():
         return weight * mask
     return (weight.unflatten(0, (mask.shape[0], -1)) * mask).flatten(0, 1)

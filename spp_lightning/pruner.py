@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +19,8 @@ from spp_lightning.settings import SPPSettings
 from spp_lightning.state import checked_probabilities, pack_state
 
 __all__ = ["SPPPruner"]
+
+_ROUNDING = 1e-7  # a change of p below this is none
 
 
 @dataclass
@@ -58,7 +59,9 @@ class SPPPruner:
     names and values meanwhile: ``state_dict`` is that of the unpruned network. In training mode
     the mask drawn last acts, in evaluation mode only the groups pruned so far are out.
 
-    All state lies on the network's device; only :meth:`update` reads from it, once.
+    All state lies on the network's device; only :meth:`update` reads from it, once. While the masks
+    act, a layer's attribute ``weight`` is the masked weight: read it, but write to the parameter
+    that ``named_parameters`` gives.
 
     Args:
         model: The trained network. Its layers change their class for a subclass until
@@ -170,8 +173,9 @@ class SPPPruner:
             Whether p was updated.
 
         Raises:
-            RuntimeError: If the masks are folded, or the network has moved to other devices.
-            ValueError: If a weight isn't finite; nothing is changed then.
+            RuntimeError: If the masks are folded.
+            ValueError: If a weight isn't finite, or the layers are now on several devices; nothing
+                is changed then.
         """
         self._follow_device()
         self._step = step
@@ -214,7 +218,8 @@ class SPPPruner:
                 )
                 moved[layer.span] = new
                 finite = importance.isfinite().all()
-                counts.append(torch.stack([finite, (new >= 1).sum(), (new < old).sum()]))
+                fell = new < old - _ROUNDING
+                counts.append(torch.stack([finite, (new >= 1).sum(), fell.sum()]))
         # The only time the host waits for the device.
         read = torch.stack(counts).tolist()
         for layer, (finite, _, _) in zip(unfinished, read, strict=True):
@@ -265,10 +270,7 @@ class SPPPruner:
         if self._attached:
             self._follow_device()
             self._zero_pruned(optimizers)
-            for layer in self._layers:
-                layer.positions = output_positions(layer.module) or layer.positions
-                unmask_layer(layer.module)
-            self._attached = False
+            self._unmask()
 
     def zero_pruned(self, copy: nn.Module) -> None:
         """Set the pruned groups to 0 in a copy of the network, such as a running average of it.
@@ -445,21 +447,20 @@ class SPPPruner:
         if self._layers[0].weight.device == self._probability.device:
             return
         device = self._device()
-        with self._detached():
-            self._probability = self._probability.to(device)
-            self._sampled = self._sampled.to(device)
-            self._alive = self._alive.to(device)
-            self._generator = torch.Generator(device)
-
-    @contextmanager
-    def _detached(self) -> Iterator[None]:
-        attached, self._attached = self._attached, False
-        if attached:
-            for layer in self._layers:
-                unmask_layer(layer.module)
-        yield
+        buffers = [x.to(device) for x in (self._probability, self._sampled, self._alive)]
+        attached = self._attached
+        self._unmask()
+        self._probability, self._sampled, self._alive = buffers
+        self._generator = torch.Generator(device)
         if attached:
             self.attach()
+
+    def _unmask(self) -> None:
+        for layer in self._layers:
+            if self._attached:
+                layer.positions = output_positions(layer.module) or layer.positions
+            unmask_layer(layer.module)
+        self._attached = False
 
 
 def _tensors_like(weight: nn.Parameter, optimizers: Sequence[Optimizer]) -> Iterator[Tensor]:

@@ -197,6 +197,8 @@ def count_updates(num_groups: int, prune_ratio: float, A: float = 0.05, u: float
     importance = torch.arange(num_groups, dtype=torch.float32)
     num_updates = num_pruned = 0
     while num_pruned < target:
+        # A group of rank 0 gains A in an update, so one is pruned every 1/A updates at the latest.
+        assert num_updates <= (num_groups + 1) * (1 / A + 1), "the rule must come to an end"
         probability = update_probability(probability, importance, prune_ratio, num_pruned, A, u)
         num_pruned = int((probability >= 1).sum())
         num_updates += 1

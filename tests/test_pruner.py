@@ -150,18 +150,20 @@ def test_ratios_by_pattern():
 def test_layers_finish_one_by_one():
     net = nn.Sequential(nn.Conv2d(4, 5, 1), nn.Conv2d(5, 10, 1))
     pruner = SPPPruner(net, prune_ratio={"0": 0.25, "1": 0.8}, interval=1, A=0.5)
-    for _ in range(300):
-        if pruner.num_pruned["0"] == 1:
-            break
-        pruner.update()
+    step = 0
+    while pruner.num_pruned["0"] < 1 and step < 300:
+        pruner.step(step)
+        step += 1
     assert not pruner.finished
     first = pruner.probability["0"].clone()
     assert sorted(first.tolist()) == [0, 0, 0, 1]
-    finish(pruner)
+    for later in range(step, step + 100):
+        updated = pruner.step(later)
+    assert pruner.finished and not updated
+    assert step < pruner.num_updates < step + 100  # a finished pruner counts none
     assert torch.equal(pruner.probability["0"], first)
-    updates = pruner.num_updates
-    assert updates < 300  # a finished pruner counts none
-    assert not pruner.step(updates + 1) and pruner.num_updates == updates
+    for name, p in pruner.probability.items():
+        assert torch.equal(pruner.mask[name], p < 1)
 
 
 def test_nothing_to_prune():
@@ -288,6 +290,31 @@ def test_no_revival(make_optimizer):
         assert (tensors()[..., pruned] == 0).all()
     assert not pruner.finished
     assert (tensors()[..., ~pruned].abs().amax(1) > 0).all()
+
+
+def test_a_gradient_from_before_the_update_revives_nothing():
+    net = nn.Sequential(nn.Conv2d(3, 4, 3))
+    optimizer = sgd(net)
+    pruner = SPPPruner(net, A=1.0, interval=1000)
+    net(torch.randn(1, 3, 8, 8)).square().sum().backward()
+    pruner.step(0, optimizer)
+    optimizer.step()
+    assert zero_groups(net[0], "column") == pruner.num_pruned["0"] == 1
+
+
+def test_what_is_written_to_a_pruned_group_has_no_effect():
+    net = nn.Sequential(nn.Conv2d(3, 4, 3))
+    pruner = SPPPruner(net, A=1.0, interval=1)
+    pruner.update()
+    x = torch.randn(1, 3, 8, 8)
+    net.eval()
+    before = net(x)
+    pruned = (pruner.probability["0"] == 1).view(3, 3, 3)
+    with torch.no_grad():
+        next(net.parameters())[:, pruned] = 5.0
+    assert torch.equal(net(x), before)
+    pruner.fold()
+    assert torch.equal(net(x), before)
 
 
 # --- the network stays what it is ---
@@ -419,6 +446,8 @@ def test_masks_are_out_with_probability_p():
 
     assert (masked[:, p == 1] == 1).all() and (masked[:, p == 0] == 0).all()
     assert within(masked.mean(0), p, steps)
+    spread = ((p * (1 - p)).sum() / steps).sqrt()
+    assert (masked.mean(0).sum() - p.sum()).abs() <= 5 * spread  # all groups together
     # Nor does a draw depend on the one of the step before, or on its neighbour's.
     assert within((masked[1::2] * masked[::2]).mean(0), p**2, steps // 2)
     assert within((masked[:, 1:] * masked[:, :-1]).mean(0), p[1:] * p[:-1], steps)

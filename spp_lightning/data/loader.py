@@ -19,10 +19,13 @@ class EpochSampler(DistributedSampler[int]):
     after a resume. With more than one rank, each takes its own part of the order.
     """
 
+    shift = 0  # what to add to the number that was set
+
     def __iter__(self) -> Iterator[int]:
         """Go through this rank's positions for one epoch."""
+        self.epoch += self.shift
         order = list(super().__iter__())
-        self.epoch += 1
+        self.epoch += 1 - self.shift
         return iter(order)
 
 
@@ -37,7 +40,7 @@ class TrainLoader(DataLoader[Batch]):
     # Set here and not by an `__init__`: Lightning makes loaders anew from DataLoader's arguments.
     _epoch = 0  # the pass that is under way
     _batches = 0  # batches of it that were handed out
-    _restored = False  # whether these two are a checkpoint's, to be taken up by the next pass
+    _restored = False  # whether these are a checkpoint's, to be taken up by the next pass
 
     def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]  # torch says its own class
         """Go through one epoch, or through what a loaded state has left of it."""
@@ -46,27 +49,39 @@ class TrainLoader(DataLoader[Batch]):
         if not isinstance(self.sampler, EpochSampler):
             yield from super().__iter__()
             return
-        epoch = self.sampler.epoch
-        # A state of the last batch of an epoch that `limit_train_batches` cut short is of an epoch
-        # that is over.
-        seen = self._batches if self._restored and epoch == self._epoch else 0
-        self._epoch, self._batches, self._restored = epoch, seen, False
-        for batch in islice(super().__iter__(), seen, None):
+        sampler, seen = self.sampler, 0
+        if self._restored and sampler.epoch + sampler.shift == self._epoch:
+            seen = self._batches
+        elif self._restored:
+            # Lightning is past that epoch: `limit_train_batches` has cut it short, or there was
+            # nothing left of it. It may be one too far: with `max_steps`, resuming from the end of
+            # an epoch, it counts that epoch twice.
+            sampler.shift = self._epoch + (self._batches > 0) - sampler.epoch
+        self._epoch, self._batches = sampler.epoch + sampler.shift, seen
+        self._restored = False
+        batches = super().__iter__()
+        for batch in islice(batches, seen, None):
             self._batches += 1
             yield batch
 
     def state_dict(self) -> dict[str, int]:
-        """Return the position: ``epoch``, and ``batches`` handed out in it, in [0, len)."""
-        if self._batches >= len(self):
-            return {"epoch": self._epoch + 1, "batches": 0}
-        return {"epoch": self._epoch, "batches": self._batches}
+        """Return the position.
+
+        Returns:
+            ``epoch``; ``batches`` handed out in it, in [0, len); ``shift``, by how much Lightning's
+            number of the epoch is behind.
+        """
+        over = self._batches >= len(self)
+        epoch, batches = (self._epoch + 1, 0) if over else (self._epoch, self._batches)
+        return {"epoch": epoch, "batches": batches, "shift": getattr(self.sampler, "shift", 0)}
 
     def load_state_dict(self, state_dict: dict[str, int]) -> None:
-        """Let the next pass begin at a position, if it's of the same epoch."""
+        """Let the next pass begin at a position."""
         self._epoch, self._batches = state_dict["epoch"], state_dict["batches"]
         self._restored = True
         if isinstance(self.sampler, EpochSampler):
-            self.sampler.set_epoch(self._epoch)
+            self.sampler.shift = state_dict["shift"]
+            self.sampler.set_epoch(self._epoch - self.sampler.shift)
 
 
 def _as_it_is(batch: Any) -> Any:
