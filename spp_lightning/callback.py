@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import nn
@@ -120,17 +121,21 @@ class SPPCallback(Callback):
         if self.pruner is None or self.pruner.model is not pl_module:
             self.pruner = SPPPruner(pl_module, **self._arguments)
             self._step = 0
-        else:
-            self.pruner.attach()
         self._fitting = True
         if self._restored is not None:
             self.load_state_dict(self._restored)
             self._restored = None
+        self._active_pruner.attach()
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: D102
         pruner = self._active_pruner
         self._global_step = trainer.global_step
         self._show_sparsity = True
+        for saving in trainer.checkpoint_callbacks:
+            # ModelCheckpoint forgets over a resume what it saved last: with gradient accumulation
+            # it would save again at once, in the middle of a step, without the gradients.
+            if isinstance(saving, ModelCheckpoint) and trainer.global_step:
+                saving._last_global_step_saved = trainer.global_step
         self._announce(trainer, pruner)
         log_layout(trainer.loggers)
         if pruner.step(self._step, *trainer.optimizers):
@@ -206,15 +211,22 @@ class SPPCallback(Callback):
         Raises:
             ValueError: If the state isn't one of these layers and settings.
         """
+        missing = {"step", "pruner"} - state_dict.keys()
+        if missing:
+            raise ValueError(f"The state of SPPCallback lacks {', '.join(sorted(missing))}.")
+        step = state_dict["step"]
+        if not isinstance(step, int) or isinstance(step, bool) or step < 0:
+            raise ValueError(f"The state's step must be a whole number, got {step!r}.")
         if state_dict["pruner"] is None:
             # Saved before any fit, as by a tuner that tries one out and then takes it back.
             self.pruner, self._step = None, 0
         elif not self._fitting:
             self._restored = state_dict
         else:
-            self._active_pruner.attach()
+            # Attached only then: a state that is refused must leave the loaded weights alone.
             self._active_pruner.load_state_dict(state_dict["pruner"])
-            self._step = state_dict["step"]
+            self._active_pruner.attach()
+            self._step = step
 
     # -- inside --------------------------------------------------------------------------------
 

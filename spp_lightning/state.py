@@ -66,6 +66,8 @@ def checked_probabilities(
             f"The state must be of a run with these settings, but {'; '.join(different)}."
         )
     probability: dict[str, Tensor] = dict(state["probability"])
+    if not all(isinstance(p, Tensor) for p in probability.values()):
+        raise ValueError(f"The state's probabilities must be tensors by layer, got {probability}.")
     if {name: tuple(p.shape) for name, p in probability.items()} != {
         name: (count,) for name, count in num_groups.items()
     }:

@@ -1,11 +1,15 @@
 """Small things that several tests share."""
 
+import math
+
 import pytest
 import torch
-from lightning.pytorch import LightningModule
+from lightning.pytorch import LightningModule, Trainer
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
+
+TARGETS = [21, 54]  # to prune of TinyModule's 27 and 72 columns at 4x
 
 
 class TinyModule(LightningModule):
@@ -48,6 +52,36 @@ def zero_columns(layer: nn.Module) -> int:
         int((weight[g * per_group : (g + 1) * per_group].flatten(1) == 0).all(0).sum())
         for g in range(groups)
     )
+
+
+def make_trainer(*callbacks, max_steps=30, **options):
+    defaults = {
+        "accelerator": "cpu",
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "max_epochs": -1,
+    }
+    return Trainer(callbacks=list(callbacks), max_steps=max_steps, **(defaults | options))
+
+
+def target(num_groups, ratio=0.75):
+    return min(math.ceil(ratio * num_groups), num_groups - 1)
+
+
+def assert_plain(module):
+    assert [type(module.conv1), type(module.conv2)] == [nn.Conv2d, nn.Conv2d]
+    fresh = vars(nn.Conv2d(3, 8, 3, padding=1)).keys()
+    assert vars(module.conv1).keys() == vars(module.conv2).keys() == fresh
+
+
+def columns(module):
+    return [zero_columns(module.conv1), zero_columns(module.conv2)]
+
+
+def same(first, second):
+    return all(torch.equal(first[name], second[name]) for name in first.keys() | second.keys())
 
 
 @pytest.fixture

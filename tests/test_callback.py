@@ -2,16 +2,12 @@
 
 import logging
 import math
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 import torchvision
-from conftest import TinyModule, tiny_data, zero_columns
-from lightning.pytorch import Callback, LightningModule, Trainer
+from conftest import TinyModule, make_trainer, target, tiny_data, zero_columns
+from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.callbacks import (
     EMAWeightAveraging,
     ModelCheckpoint,
@@ -25,22 +21,6 @@ from torch import nn
 from spp_lightning import ConvNet, DigitsDataModule, SPPCallback
 
 FAST = {"A": 0.5, "interval": 1}  # at its target within about ten steps
-
-
-def make_trainer(*callbacks, max_steps=30, **options):
-    defaults = {
-        "accelerator": "cpu",
-        "logger": False,
-        "enable_checkpointing": False,
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
-        "max_epochs": -1,
-    }
-    return Trainer(callbacks=list(callbacks), max_steps=max_steps, **(defaults | options))
-
-
-def target(num_groups, ratio=0.75):
-    return min(math.ceil(ratio * num_groups), num_groups - 1)
 
 
 # --- the result of a fit ---
@@ -403,53 +383,3 @@ def test_sharding_strategy_is_refused(tiny, monkeypatch):
     monkeypatch.setattr(type(trainer), "strategy", FSDPStrategy.__new__(FSDPStrategy))
     with pytest.raises(ValueError, match=r"`strategy` must keep whole weights.*FSDPStrategy"):
         callback.setup(trainer, tiny, "fit")
-
-
-# --- several processes ---
-
-TWO_RANKS = """
-import os, sys, torch, warnings
-from conftest import TinyModule, tiny_data
-from lightning.pytorch import Callback, Trainer
-from spp_lightning import SPPCallback, launcher_options
-
-folder, rank = sys.argv[1], int(os.environ["RANK"])
-torch.manual_seed(0)
-module = TinyModule()
-torch.manual_seed(1000 + rank)  # what a rank draws for itself must not matter
-callback = SPPCallback(A=0.25, interval=2)
-record = []
-
-class Watch(Callback):
-    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
-        torch.rand(1 + rank)
-        pruner = callback.pruner
-        record.append((trainer.global_step, dict(pruner.state_dict()["probability"]),
-                       {n: m.clone() for n, m in pruner.mask.items()}))
-
-trainer = Trainer(max_steps=30, max_epochs=-1, callbacks=[callback, Watch()], logger=False,
-                  enable_checkpointing=False, enable_progress_bar=False,
-                  enable_model_summary=False, **launcher_options())
-trainer.fit(module, tiny_data())
-torch.save((record, module.state_dict(), trainer.world_size), f"{folder}/rank{rank}.pt")
-"""
-
-
-def test_two_ranks_hold_the_same_masks(tmp_path):
-    script = tmp_path / "script.py"
-    script.write_text(TWO_RANKS)
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent), "OMP_NUM_THREADS": "1"}
-    options = ["--accelerator=cpu", "--devices=2", "--strategy=ddp", "--main-port=29511"]
-    command = [sys.executable, "-m", "spp_lightning.launcher", "run", *options, str(script)]
-    subprocess.run([*command, str(tmp_path)], check=True, env=environment, timeout=120)
-    ranks = [torch.load(tmp_path / f"rank{rank}.pt", weights_only=True) for rank in (0, 1)]
-    (first, weights, world), (second, other_weights, _) = ranks
-    assert world == 2
-    assert len(first) == len(second) == 30
-    for (step, p, mask), (other_step, other_p, other_mask) in zip(first, second, strict=True):
-        assert step == other_step
-        assert all(torch.equal(p[name], other_p[name]) for name in p)
-        assert all(torch.equal(mask[name], other_mask[name]) for name in mask)
-    assert not torch.equal(first[10][2]["conv2"], first[11][2]["conv2"])
-    assert all(torch.equal(weights[name], other_weights[name]) for name in weights)
-    assert int((weights["conv2.weight"].flatten(1) == 0).all(0).sum()) == target(72)

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
 from PIL import Image
 from torch import nn
 from torchvision.datasets import CIFAR10
@@ -231,18 +232,49 @@ def test_epochs_differ_and_a_seed_repeats(tree):
     assert not any(torch.equal(epoch, other) for epoch in epochs)
 
 
+def on_rank(folder, rank, **arguments):
+    data = ready(folder, **arguments)
+    data.trainer = SimpleNamespace(
+        world_size=2,
+        global_rank=rank,
+        strategy=SimpleNamespace(root_device=torch.device("cpu")),
+    )
+    return data.train_dataloader()
+
+
 def test_ranks_share_an_epoch_without_overlap(tree):
-    parts = []
-    for rank in range(2):
-        data = ready(tree)
-        data.trainer = SimpleNamespace(
-            world_size=2,
-            global_rank=rank,
-            strategy=SimpleNamespace(root_device=torch.device("cpu")),
-        )
-        parts.append(all_of(data.train_dataloader())[0])
+    parts = [all_of(on_rank(tree, rank))[0] for rank in range(2)]
     assert [len(part) for part in parts] == [30, 30]
     assert len(torch.cat(parts).flatten(1).unique(dim=0)) == 60
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_loader_goes_on_from_its_state(tree, num_workers):
+    loader = ready(tree, num_workers=num_workers).train_dataloader()
+    assert loader.state_dict() == {"epoch": 0, "batches": 0, "shift": 0}
+    batches, states = [], []
+    for _ in range(2):
+        for images, _ in loader:
+            batches.append(images)
+            states.append(loader.state_dict())  # what workers hold ready doesn't count
+    assert states[:7] == [{"epoch": i // 6, "batches": i % 6, "shift": 0} for i in range(1, 8)]
+    for done in (3, 6, 8):  # in an epoch, at its end, in another
+        resumed = ready(tree, num_workers=num_workers).train_dataloader()
+        resumed.load_state_dict(states[done - 1])
+        assert resumed.state_dict() == states[done - 1]
+        left = [images for _ in range(done // 6, 2) for images, _ in resumed]
+        assert torch.equal(torch.cat(left), torch.cat(batches[done:]))
+        assert len(resumed) == 6
+
+
+def test_every_rank_goes_on_from_the_state_of_one(tree):
+    for rank in range(2):
+        loader = on_rank(tree, 0)
+        next(iter(loader))
+        whole = [images for images, _ in on_rank(tree, rank)]
+        resumed = on_rank(tree, rank)
+        resumed.load_state_dict(loader.state_dict())
+        assert torch.equal(all_of(resumed)[0], torch.cat(whole[1:]))
 
 
 def test_worker_processes_give_the_same_batches(tree):
@@ -345,18 +377,25 @@ class Recorder(LightningModule):
         return torch.optim.SGD(self.parameters(), 0.0)
 
 
-def fit(folder, epochs, ckpt_path=None, **arguments):
+def fit(folder, epochs, ckpt_path=None, batch_size=30, num_workers=0, **arguments):
     model = Recorder()
-    data = CIFAR10DataModule(folder, batch_size=30, download=False, flip=True, crop_padding=4)
-    trainer = Trainer(
-        max_epochs=epochs,
-        accelerator="cpu",
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        **arguments,
+    data = CIFAR10DataModule(
+        folder,
+        batch_size=batch_size,
+        download=False,
+        flip=True,
+        crop_padding=4,
+        num_workers=num_workers,
     )
+    defaults = {
+        "max_epochs": epochs,
+        "accelerator": "cpu",
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+    }
+    trainer = Trainer(**(defaults | arguments))
     trainer.fit(model, data, ckpt_path=ckpt_path)
     return model, trainer
 
@@ -376,6 +415,64 @@ def test_trainer_augments_in_training_only_and_resumes_where_it_was(tree, tmp_pa
     assert len(resumed.train_batches) == 4
     for ours, theirs in zip(resumed.train_batches, whole.train_batches[2:], strict=True):
         assert torch.equal(ours, theirs)  # order, crops and flips
+
+
+@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
+@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"epochs": 2},
+        {"epochs": -1, "max_steps": 7},
+        {"epochs": 2, "limit_train_batches": 3},
+        {"epochs": 2, "limit_val_batches": 0},
+        {"epochs": 2, "limit_val_batches": 0, "num_workers": 1},
+    ],
+    ids=["epochs", "steps", "limited", "no validation", "worker"],
+)
+def test_trainer_resumes_from_every_step_of_an_epoch(tree, tmp_path, arguments, accumulate):
+    """A resumed run gets the batches, crops and flips that were left, from any checkpoint."""
+    options = {"batch_size": 12, "accumulate_grad_batches": accumulate, **arguments}
+    steps = ModelCheckpoint(tmp_path / "steps", "{step}", every_n_train_steps=1, save_top_k=-1)
+    ends = ModelCheckpoint(tmp_path / "ends", "{step}", every_n_epochs=1, save_top_k=-1)
+    whole, trainer = fit(tree, callbacks=[steps, ends], enable_checkpointing=True, **options)
+    per_epoch = trainer.num_training_batches
+    steps_per_epoch = -(-per_epoch // accumulate)
+    assert len(list((tmp_path / "steps").iterdir())) == trainer.global_step > steps_per_epoch
+    assert list((tmp_path / "ends").iterdir())
+    for path in (*(tmp_path / "steps").iterdir(), *(tmp_path / "ends").iterdir()):
+        epochs, rest = divmod(int(path.stem.removeprefix("step=")), steps_per_epoch)
+        left = whole.train_batches[epochs * per_epoch + rest * accumulate :]
+        resumed, _ = fit(tree, ckpt_path=path, **options)
+        assert len(resumed.train_batches) == len(left), path
+        assert all(map(torch.equal, resumed.train_batches, left)), path
+
+
+@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
+@pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
+def test_trainer_resumes_a_resumed_run(tree, tmp_path):
+    """With `max_steps`, resuming from the end of an epoch, Lightning counts that epoch twice."""
+    options = {"epochs": -1, "batch_size": 12}
+    end = ModelCheckpoint(tmp_path, "end", every_n_epochs=1)
+    saving = {"enable_checkpointing": True, **options}
+    fit(tree, max_steps=5, callbacks=[end], **saving)
+    steps = ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=1, save_top_k=-1)
+    path = tmp_path / "end.ckpt"
+    second, _ = fit(tree, max_steps=16, callbacks=[steps], ckpt_path=path, **saving)
+    whole, _ = fit(tree, max_steps=16, **options)
+    assert all(map(torch.equal, second.train_batches, whole.train_batches[5:]))
+    for step in range(6, 16):
+        third, _ = fit(tree, max_steps=16, ckpt_path=tmp_path / f"step={step}.ckpt", **options)
+        left = whole.train_batches[step:]
+        assert len(third.train_batches) == len(left), step
+        assert all(map(torch.equal, third.train_batches, left)), step
+
+
+@pytest.mark.filterwarnings("ignore:You requested to overfit")
+def test_overfitting_still_works(tree):
+    model, trainer = fit(tree, epochs=2, batch_size=12, overfit_batches=2)
+    assert len(model.train_batches) == 4
+    assert trainer.train_dataloader.state_dict() == {"epoch": 0, "batches": 0, "shift": 0}
 
 
 def test_batches_take_the_trainers_precision(tree):

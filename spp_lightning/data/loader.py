@@ -68,8 +68,8 @@ class TrainLoader(DataLoader[Batch]):
         """Return the position.
 
         Returns:
-            ``epoch``; ``batches`` handed out in it, in [0, len); ``shift``, by how much Lightning's
-            number of the epoch is behind.
+            ``epoch``; ``batches`` handed out in it, in [0, len); ``shift``, what to add to
+            Lightning's number of the epoch to get this one.
         """
         over = self._batches >= len(self)
         epoch, batches = (self._epoch + 1, 0) if over else (self._epoch, self._batches)
