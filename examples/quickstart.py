@@ -2,7 +2,7 @@
 
     python examples/quickstart.py
 
-Needs no data and no network, and takes about a minute and a half on two CPU cores. ``lightning
+Needs no data and no network, and takes about a minute on two CPU cores. ``lightning
 run`` and ``fabric run`` start it on the devices they are given.
 """
 
@@ -57,7 +57,7 @@ def print_table(
 def main() -> None:
     """Train, prune, retrain, compare."""
     seed_everything(0, verbose=False)
-    data = DigitsDataModule()
+    data = DigitsDataModule(batch_size=64)
     net = ConvNet(milestones=[340, 400])
     accuracy, macs = {}, {}
 
