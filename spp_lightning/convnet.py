@@ -117,7 +117,7 @@ class ConvNet(LightningModule):
         x = local_response_norm(F.relu(F.max_pool2d(self.conv1(x), 3, 2, ceil_mode=True)))
         x = local_response_norm(F.avg_pool2d(F.relu(self.conv2(x)), 3, 2, ceil_mode=True))
         x = F.avg_pool2d(F.relu(self.conv3(x)), 3, 2, ceil_mode=True)
-        return self.ip1(x.flatten(1))  # type: ignore[no-any-return]
+        return self.ip1(x.flatten(1))
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:  # noqa: D102
         pictures, labels = batch
@@ -133,7 +133,7 @@ class ConvNet(LightningModule):
 
     def predict_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         """Predicted classes of a batch, ``(B,)``."""
-        return self(batch[0]).argmax(1)  # type: ignore[no-any-return]
+        return self(batch[0]).argmax(1)
 
     def _evaluate(
         self, batch: tuple[Tensor, Tensor], stage: str, accuracy: MulticlassAccuracy
