@@ -202,6 +202,33 @@ def test_resume_is_bitwise_exact(tmp_path, optimizer, stop):
             assert torch.equal(torch.as_tensor(value), torch.as_tensor(other)), name
 
 
+class SavedSteps(Callback):
+    """Notes the step of every checkpoint."""
+
+    def __init__(self):
+        self.steps = []
+
+    def on_save_checkpoint(self, trainer, pl_module, checkpoint):
+        self.steps.append(trainer.global_step)
+
+
+@pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
+def test_resumed_run_does_not_save_in_the_middle_of_a_step(tmp_path):
+    """Its first checkpoint would lack the gradients that are being accumulated."""
+
+    def saved_steps(ckpt_path=None):
+        saving = ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=2, save_top_k=-1)
+        callbacks = [SPPCallback(**FAST), watch := SavedSteps(), saving]
+        trainer = make_trainer(
+            *callbacks, max_steps=12, accumulate_grad_batches=4, enable_checkpointing=True
+        )
+        trainer.fit(TinyModule(), tiny_data(), ckpt_path=ckpt_path)
+        return watch.steps
+
+    assert saved_steps() == [2, 4, 6, 8, 10, 12]
+    assert saved_steps(tmp_path / "step=4.ckpt") == [6, 8, 10, 12]
+
+
 def test_checkpoint_in_the_middle_is_plain(tmp_path, tiny):
     saving = ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=4, save_top_k=-1)
     trainer = make_trainer(SPPCallback(A=0.5, interval=1), saving, enable_checkpointing=True)
