@@ -6,10 +6,12 @@ Needs no data and no network, and takes about a minute on two CPU cores. ``light
 run`` and ``fabric run`` start it on the devices they are given.
 """
 
+import sys
 from typing import Any
 
 from lightning.pytorch import Trainer, seed_everything
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities import rank_zero_info
 
 from spp_lightning import (
     ConvNet,
@@ -32,6 +34,7 @@ def make_trainer(max_steps: int, **options: Any) -> Trainer:
         check_val_every_n_epoch=5,
         log_every_n_steps=10,
         enable_checkpointing=False,
+        enable_progress_bar=sys.stdout.isatty(),
         enable_model_summary=False,
         **{"accelerator": "auto", **launcher_options(), **options},
     )
@@ -61,11 +64,13 @@ def main() -> None:
     net = ConvNet(milestones=[340, 400])
     accuracy, macs = {}, {}
 
+    rank_zero_info(f"1. Training a ConvNet on digits for {TRAIN_STEPS} steps.")
     trainer = make_trainer(TRAIN_STEPS, logger=False)
     trainer.fit(net, data)
     accuracy["dense"] = trainer.test(net, data, verbose=False)[0]["test_acc"]
     macs["dense"] = count_macs(net, net.example_input_array)
 
+    rank_zero_info(f"2. Pruning it 4x and retraining it, {PRUNE_AND_RETRAIN_STEPS} steps in all.")
     logger = TensorBoardLogger("runs", name="quickstart")
     pruning = SPPCallback(speedup=4, interval=4)  # 4 steps suit a run this short; 180 is normal
     trainer = make_trainer(PRUNE_AND_RETRAIN_STEPS, logger=logger, callbacks=[pruning])

@@ -29,7 +29,7 @@ class SPPCallback(Callback):
     ``state_dict`` is that of the unpruned network at all times, and so are its checkpoints; the
     pruning's own state is saved with them, and a run resumed by ``fit(ckpt_path=…)`` goes on as if
     it had never stopped. Another fit of the same module goes on where the last one ended; another
-    module is pruned from the start.
+    module is pruned from the start. Trained on without the callback, pruned weights grow back.
 
     A step is a batch after which an optimizer has stepped: with gradient accumulation one step,
     not one micro-batch.
@@ -40,8 +40,8 @@ class SPPCallback(Callback):
 
     Args:
         prune_ratio: Share of weight groups to prune, in [0, 1), of every layer or by pattern of
-            layer names, of which the first that matches counts. Give this, or ``speedup``, or
-            neither for 0.75.
+            layer names, of which the first that matches counts and without which a layer isn't
+            pruned. Give this, or ``speedup``, or neither for 0.75.
         speedup: Factor by which the layers' MACs are to fall, at least 1; S is a ratio of 1 − 1/S.
         granularity: What one weight group is: ``"column"`` of the weight matrix (an input position
             ``(c, i, j)`` across the filters), input ``"channel"`` or ``"filter"``.
@@ -108,7 +108,6 @@ class SPPCallback(Callback):
     # -- beginning and end ---------------------------------------------------------------------
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:  # noqa: D102
-        self._restored = None
         sharding = (FSDPStrategy, DeepSpeedStrategy, ModelParallelStrategy)
         if stage == "fit" and isinstance(trainer.strategy, sharding):
             raise ValueError(
@@ -162,6 +161,7 @@ class SPPCallback(Callback):
         self._leave(trainer)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:  # noqa: D102
+        self._restored = None  # left by a fit that never began, or by a test of a checkpoint
         if stage == "fit":
             self._leave(trainer)
 
@@ -260,15 +260,18 @@ class SPPCallback(Callback):
         if pruner.finished:
             rank_zero_info("SPP has nothing left to prune; the masks are fixed.")
             return
-        rank_zero_info(
-            f"SPP takes about {pruner.expected_updates} updates, so {pruner.expected_steps} steps"
-            f" in all, to its target; {self._step} steps are done."
-        )
         needed = pruner.expected_steps - self._step
+        rank_zero_info(
+            f"SPP takes at least {pruner.expected_updates} updates, so {pruner.expected_steps}"
+            f" steps in all, to its target; {self._step} steps are done."
+        )
         remaining = trainer.estimated_stepping_batches - trainer.global_step
+        if not trainer.lightning_module.automatic_optimization:
+            remaining //= len(trainer.optimizers)  # each of them counts where one step counts here
         if remaining < needed:
+            smaller = f", or take a smaller `interval` than {pruner.settings.interval}"
+            advice = "" if self._step else smaller  # a resumed run must keep its settings
             rank_zero_warn(
-                f"SPP takes about {needed} more steps to its target, but the Trainer stops after"
-                f" {remaining}. Fit longer, or take a smaller `interval` than"
-                f" {pruner.settings.interval}."
+                f"SPP takes at least {needed} more steps to its target, but the Trainer stops after"
+                f" {remaining}. Fit longer{advice}."
             )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from os import PathLike
 from pathlib import Path
 from typing import Any
 
@@ -77,7 +76,7 @@ class ConvNet(LightningModule):
         weight_decay: float = 0.004,
         milestones: Sequence[int] = (60_000, 65_000),
         gamma: float = 0.1,
-        weights: str | PathLike[str] | None = None,
+        weights: str | Path | None = None,
         channels_last: bool = True,
     ) -> None:
         super().__init__()
@@ -167,7 +166,10 @@ class ConvNet(LightningModule):
 
 def _read_weights(path: Path, net: nn.Module) -> dict[str, Tensor]:
     if not path.is_file():
-        raise FileNotFoundError(f"`weights` must be a checkpoint file, but there is no {path}.")
+        raise FileNotFoundError(
+            f"`weights` must be a checkpoint file, but {path.absolute()} isn't a file. Train the"
+            " network that is to be pruned first, and point `weights` at its checkpoint."
+        )
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises a different one for every way a file can be bad

@@ -65,14 +65,16 @@ def select_layers(
         prune_ratio: Share of weight groups to prune, for every layer or by pattern of layer names
             (``fnmatch``'s ``*``, ``?``, ``[…]``). Of several patterns that match a layer the
             first counts; a layer that none matches isn't pruned.
-        patterns: Patterns of the names of layers; default every convolution but depthwise ones.
+        patterns: Patterns of the names of layers; default every convolution but depthwise ones
+            and those whose weight is lazy or shared with another module.
 
     Returns:
         The layers in the network's order.
 
     Raises:
         ValueError: If a pattern matches no layer or there is no layer to prune (the error lists
-            the convolutions there are), or a layer's weight is lazy or shared.
+            the convolutions there are), or ``patterns`` match a layer whose weight is lazy or
+            shared with another module.
 
     >>> net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3, groups=8), nn.Conv2d(8, 4, 1))
     >>> selection = select_layers(net, {"0": 0.5, "*": 0.75})
@@ -87,49 +89,50 @@ def select_layers(
         elif isinstance(layer, _ConvNd):
             # A parametrization, such as a weight norm, makes the weight from other parameters.
             skipped[name] = "transposed" if layer.transposed else "parametrized"
+    owners = Counter(id(p) for module in model.modules() for p in module._parameters.values())
+    for name, layer in convolutions.items():
+        weight = layer._parameters["weight"]
+        if isinstance(weight, UninitializedParameter):
+            skipped[name] = "lazy, not initialised yet"
+        elif owners[id(weight)] > 1:
+            skipped[name] = "shares its weight"
     if patterns is None:
-        skipped |= {name: "depthwise" for name, x in convolutions.items() if is_depthwise(x)}
+        depthwise = [name for name, layer in convolutions.items() if is_depthwise(layer)]
+        skipped = dict.fromkeys(depthwise, "depthwise") | skipped
         chosen = [name for name in convolutions if name not in skipped]
     else:
-        chosen = _match("layers", list(patterns), list(convolutions))
+        chosen = _match("layers", list(patterns), list(convolutions), "There are")
+        for name in chosen:
+            if name in skipped:
+                raise ValueError(
+                    f"`layers` must match layers that can be pruned, but {name!r} can't:"
+                    f" {skipped[name]}."
+                )
 
     if isinstance(prune_ratio, Mapping):
-        _match("prune_ratio", list(prune_ratio), chosen)
+        _match("prune_ratio", list(prune_ratio), chosen, "Layers chosen")
         ratios = {}
         for name in chosen:
             found = [ratio for pattern, ratio in prune_ratio.items() if fnmatchcase(name, pattern)]
             if found:
                 ratios[name] = float(found[0])
+            else:
+                skipped[name] = "no ratio"
     else:
         ratios = dict.fromkeys(chosen, float(prune_ratio))
 
-    layers: dict[str, nn.Module] = {}
-    owners = Counter(id(p) for module in model.modules() for p in module._parameters.values())
-    for name in ratios:
-        layer = convolutions[name]
-        weight = layer._parameters["weight"]
-        if isinstance(weight, UninitializedParameter):
-            raise ValueError(
-                f"The weight of layer {name!r} isn't initialised yet (it is lazy); run one batch"
-                " through the network first."
-            )
-        if owners[id(weight)] > 1:
-            raise ValueError(
-                f"Layer {name!r} shares its weight with another module and so can't be pruned by"
-                " itself; leave it out by `layers`."
-            )
-        layers[name] = layer
+    layers = {name: convolutions[name] for name in ratios}
     if not layers:
         there = ", ".join(f"{name} ({reason})" for name, reason in skipped.items()) or "none"
         raise ValueError(f"There is no convolution to prune. Convolutions left out: {there}.")
     return Selection(layers, ratios, skipped)
 
 
-def _match(argument: str, patterns: list[str], names: list[str]) -> list[str]:
+def _match(argument: str, patterns: list[str], names: list[str], what: str) -> list[str]:
     for pattern in patterns:
         if not any(fnmatchcase(name, pattern) for name in names):
             raise ValueError(
                 f"`{argument}` must hold patterns that match convolutions, but {pattern!r} matches"
-                f" none. There are: {', '.join(names) or 'none'}."
+                f" none. {what}: {', '.join(names) or 'none'}."
             )
     return [name for name in names if any(fnmatchcase(name, pattern) for pattern in patterns)]

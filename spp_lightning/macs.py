@@ -15,7 +15,7 @@ __all__ = ["count_macs"]
 
 
 def count_macs(model: nn.Module, example_input: Any) -> dict[str, int]:
-    """Multiply-accumulate operations per input of every convolution and linear layer.
+    """Multiply-accumulate operations for an input of every convolution and linear layer.
 
     Weights in columns or filters that are 0 throughout don't count: the numbers are those of a
     network that skips them. One MAC is one multiplication and one addition; biases, norms and
@@ -23,10 +23,14 @@ def count_macs(model: nn.Module, example_input: Any) -> dict[str, int]:
 
     Args:
         model: The network. It is run once in evaluation mode, and left as it was.
-        example_input: An input batch, or a tuple of the positional arguments.
+        example_input: A batch of one input, or a tuple of the positional arguments for one.
 
     Returns:
-        MACs for one input, by layer name.
+        MACs for the input, by name of the layers that it passes; a layer that it passes twice
+        counts twice.
+
+    Raises:
+        ValueError: If ``example_input`` is None.
 
     >>> net = nn.Sequential(nn.Conv2d(6, 5, 3, padding=1), nn.Flatten(), nn.Linear(80, 10))
     >>> count_macs(net, torch.zeros(1, 6, 4, 4)) == {"0": 5 * 6 * 3 * 3 * 4 * 4, "2": 80 * 10}
@@ -44,10 +48,15 @@ def count_macs(model: nn.Module, example_input: Any) -> dict[str, int]:
 
     def note(name: str) -> Any:
         def hook(layer: nn.Module, inputs: Any, output: Tensor) -> None:
-            positions.setdefault(name, math.prod(output.shape[2:]))
+            positions[name] = positions.get(name, 0) + output_positions(layer, output)
 
         return hook
 
+    if example_input is None:
+        raise ValueError(
+            "`example_input` must be an input batch, got None; give one, such as"
+            " torch.zeros(1, 3, 32, 32)."
+        )
     arguments = example_input if isinstance(example_input, tuple) else (example_input,)
     modes = {module: module.training for module in model.modules()}
     hooks = [layer.register_forward_hook(note(name)) for name, layer in layers.items()]
@@ -61,6 +70,15 @@ def count_macs(model: nn.Module, example_input: Any) -> dict[str, int]:
         for module, training in modes.items():
             module.training = training
     return {name: count * _kept_weights(layers[name]) for name, count in positions.items()}
+
+
+def output_positions(layer: nn.Module, output: Tensor) -> int:
+    """How often a convolution or linear layer applies its weight for an output, batch included."""
+    dims = weight_of(layer).dim() - 2  # of the kernel
+    if dims:
+        batch = output.shape[0] if output.dim() == dims + 2 else 1
+        return batch * math.prod(output.shape[-dims:])
+    return math.prod(output.shape[:-1])
 
 
 def _kept_weights(layer: nn.Module) -> int:

@@ -85,7 +85,8 @@ def _masked_weight(layer: Any) -> Tensor:
 def _forward(layer: Any, *args: Any, **kwargs: Any) -> Any:
     output = super(type(layer), layer).forward(*args, **kwargs)
     if not torch.compiler.is_compiling() and layer._spp_positions == 0:
-        layer._spp_positions = math.prod(output.shape[2:])
+        kernel_dims = weight_of(layer).dim() - 2
+        layer._spp_positions = math.prod(output.shape[-kernel_dims:])
     return output
 
 

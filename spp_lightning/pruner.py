@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 
 from spp_lightning.groups import Criterion, Granularity, WeightGroups, weight_of
 from spp_lightning.layers import select_layers
-from spp_lightning.masking import mask_layer, output_positions, unmask_layer
+from spp_lightning.masking import is_masked, mask_layer, output_positions, unmask_layer
 from spp_lightning.rule import count_updates, target_count, update_probability
 from spp_lightning.sampling import sample_masks
 from spp_lightning.settings import SPPSettings
@@ -67,8 +67,8 @@ class SPPPruner:
         model: The trained network. Its layers change their class for a subclass until
             :meth:`fold`; copies and pickles of it are plain.
         prune_ratio: Share of weight groups to prune, in [0, 1), of every layer or by pattern of
-            layer names, of which the first that matches counts. Give this, or ``speedup``, or
-            neither for 0.75.
+            layer names, of which the first that matches counts and without which a layer isn't
+            pruned. Give this, or ``speedup``, or neither for 0.75.
         speedup: Factor by which the layers' MACs are to fall, at least 1; S is a ratio of 1 − 1/S.
         granularity: What one weight group is: ``"column"`` of the weight matrix (an input position
             ``(c, i, j)`` across the filters), input ``"channel"`` or ``"filter"``.
@@ -84,7 +84,15 @@ class SPPPruner:
 
     Raises:
         ValueError: If an argument is outside its range, ``prune_ratio`` and ``speedup`` are both
-            given, a pattern matches no layer, or the layers are spread over several devices.
+            given, a pattern matches no layer, there is no layer to prune, a layer named by
+            ``layers`` has a lazy or shared weight, the layers are spread over several devices, or
+            another pruner is at work on the network.
+
+    Attributes:
+        model: The network.
+        settings: The checked arguments.
+        skipped: Convolutions that are left out, by name, with the reason.
+        num_updates: Updates of p so far.
 
     Source: Wang et al., BMVC 2018.
 
@@ -120,22 +128,24 @@ class SPPPruner:
         start_step: int = 0,
         seed: int = 0,
     ) -> None:
+        if not isinstance(model, nn.Module):
+            raise ValueError(f"`model` must be a network, an instance of nn.Module, got {model!r}.")
         self.settings = SPPSettings(
-            prune_ratio,
-            speedup,
-            granularity,
-            criterion,
-            use_rank,
-            interval,
-            A,
-            u,
-            layers,
-            start_step,
-            seed,
+            prune_ratio=prune_ratio,
+            speedup=speedup,
+            granularity=granularity,
+            criterion=criterion,
+            use_rank=use_rank,
+            interval=interval,
+            A=A,
+            u=u,
+            layers=layers,
+            start_step=start_step,
+            seed=seed,
         )
         selection = select_layers(model, self.settings.ratio, layers)
         self.model = model
-        self.skipped = selection.skipped  # convolutions left out, by name, with the reason
+        self.skipped = selection.skipped
         self.num_updates = 0
         self._last_update = -1  # step of the last update
         self._step = start_step
@@ -174,8 +184,8 @@ class SPPPruner:
 
         Raises:
             RuntimeError: If the masks are folded.
-            ValueError: If a weight isn't finite, or the layers are now on several devices; nothing
-                is changed then.
+            ValueError: At an update, if a weight isn't finite or the layers are now on several
+                devices; nothing is changed then.
         """
         self._follow_device()
         self._step = step
@@ -200,6 +210,7 @@ class SPPPruner:
         self._check_attached()
         if self._finished:
             return
+        self._device()  # The layers must still be on one device.
         moved = self._probability.clone()
         unfinished = [layer for layer in self._layers if not layer.finished]
         counts = []
@@ -261,7 +272,8 @@ class SPPPruner:
     def fold(self, *optimizers: Optimizer) -> None:
         """Leave a plain network: pruned weights are exactly 0, and nothing masks the others.
 
-        The state stays readable, and :meth:`attach` goes on from it.
+        Trained on without masks, pruned weights grow back. The state stays readable, and
+        :meth:`attach` goes on from it.
 
         Args:
             optimizers: The optimizers whose state of the pruned weights is to be zeroed, if the
@@ -284,8 +296,18 @@ class SPPPruner:
                 layer.groups.zero(weight, self._alive[layer.span])
 
     def attach(self) -> None:
-        """Let the masks act (again), where :meth:`fold` has taken them off."""
+        """Let the masks act (again), where :meth:`fold` has taken them off.
+
+        Raises:
+            ValueError: If another pruner's masks act on the network.
+        """
         if not self._attached:
+            taken = [layer.name for layer in self._layers if is_masked(layer.module)]
+            if taken:
+                raise ValueError(
+                    f"`model` is being pruned already (layers {', '.join(taken)}); call `fold()` of"
+                    " the other pruner first."
+                )
             for layer in self._layers:
                 sampled, alive = self._sampled[layer.span], self._alive[layer.span]
                 mask_layer(layer.module, layer.groups, sampled, alive)
@@ -293,6 +315,10 @@ class SPPPruner:
             self._follow_device()
 
     # -- what there is to see ------------------------------------------------------------------
+
+    def __repr__(self) -> str:
+        layers = ", ".join(f"{x.name} {x.num_pruned}/{x.target}" for x in self._layers)
+        return f"SPPPruner({layers} {self.settings.granularity}s pruned)"
 
     @property
     def attached(self) -> bool:
@@ -352,7 +378,10 @@ class SPPPruner:
 
     @property
     def macs(self) -> dict[str, tuple[int, int]]:
-        """MACs per input by layer, dense and now; of the layers that have run uncompiled."""
+        """MACs per input by layer, dense and now; of the layers that have run uncompiled.
+
+        A layer that an input passes several times counts once.
+        """
         macs = {}
         for layer in self._layers:
             if self._attached:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from numbers import Integral, Real
 from typing import Any, get_args
 
 from spp_lightning.groups import Criterion, Granularity
@@ -47,13 +49,15 @@ class SPPSettings:
             if not self.prune_ratio:
                 raise ValueError("`prune_ratio` must name at least one layer pattern, got {}.")
             for pattern, ratio in self.prune_ratio.items():
+                _check("prune_ratio", pattern, "a dict by layer pattern", isinstance(pattern, str))
                 _check(f"prune_ratio[{pattern!r}]", ratio, "in [0, 1)", 0 <= _number(ratio) < 1)
         elif self.prune_ratio is not None:
             ratio = self.prune_ratio
             _check("prune_ratio", ratio, "in [0, 1)", 0 <= _number(ratio) < 1)
         if self.speedup is not None:
             speedup = _number(self.speedup)
-            _check("speedup", self.speedup, "a finite number of at least 1", 1 <= speedup < 1e9)
+            finite = 1 <= speedup < math.inf
+            _check("speedup", self.speedup, "a finite number of at least 1", finite)
         _check_choice("granularity", self.granularity, Granularity)
         _check_choice("criterion", self.criterion, Criterion)
         _check("use_rank", self.use_rank, "True or False", isinstance(self.use_rank, bool))
@@ -80,7 +84,13 @@ class SPPSettings:
         """The settings as plain numbers, strings, lists and dicts, ``speedup`` as the ratio."""
         ratio = self.ratio
         plain = asdict(self) | {
-            "prune_ratio": dict(ratio) if isinstance(ratio, Mapping) else ratio,
+            "prune_ratio": (
+                {pattern: float(share) for pattern, share in ratio.items()}
+                if isinstance(ratio, Mapping)
+                else float(ratio)
+            ),
+            **{name: int(getattr(self, name)) for name in ("interval", "start_step", "seed")},
+            **{name: float(getattr(self, name)) for name in ("A", "u")},
             "layers": None if self.layers is None else list(self.layers),
         }
         del plain["speedup"]
@@ -89,13 +99,13 @@ class SPPSettings:
 
 def _number(value: object) -> float:
     """The value, if it is a number; else NaN, which is in no range."""
-    if isinstance(value, (int, float)) and not isinstance(value, bool):
+    if isinstance(value, Real) and not isinstance(value, bool):
         return float(value)
-    return float("nan")
+    return math.nan
 
 
 def _whole(value: object, lowest: int) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= lowest
+    return isinstance(value, Integral) and not isinstance(value, bool) and int(value) >= lowest
 
 
 def _check(name: str, value: object, rule: str, holds: bool) -> None:

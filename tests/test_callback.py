@@ -229,6 +229,17 @@ def test_resumed_run_does_not_save_in_the_middle_of_a_step(tmp_path):
     assert saved_steps(tmp_path / "step=4.ckpt") == [6, 8, 10, 12]
 
 
+def test_state_loaded_before_a_fit_counts(tiny):
+    first = SPPCallback(**FAST)
+    with pytest.warns(UserWarning, match="SPP"):
+        make_trainer(first, max_steps=5).fit(tiny, tiny_data())
+    second = SPPCallback(**FAST)
+    second.load_state_dict(first.state_dict())
+    make_trainer(second).fit(tiny, tiny_data())
+    assert second.pruner.state_dict()["step"] == 35
+    assert second.pruner.finished
+
+
 def test_checkpoint_in_the_middle_is_plain(tmp_path, tiny):
     saving = ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=4, save_top_k=-1)
     trainer = make_trainer(SPPCallback(A=0.5, interval=1), saving, enable_checkpointing=True)
@@ -269,7 +280,7 @@ def test_it_says_what_it_prunes_and_how_long_it_takes(tiny, caplog):
     assert "SPP prunes columns: conv1 21 of 27, conv2 54 of 72." in caplog.text
     assert callback.pruner.expected_updates == 71
     messages = [str(warning.message) for warning in caught]
-    assert any("about 140 more steps" in m and "stops after 20" in m for m in messages)
+    assert any("at least 140 more steps" in m and "stops after 20" in m for m in messages)
     ended = next(m for m in messages if "before SPP reached its target" in m)
     done = callback.pruner.num_pruned
     assert f"conv1 {done['conv1']} of 21; conv2 {done['conv2']} of 54" in ended

@@ -533,7 +533,7 @@ def test_sizes_that_exceed_the_pictures(tree):
         ready(tree, val_size=60)
     with pytest.raises(ValueError, match=r"`batch_size` must be in \[1, 60\].*, got 61\."):
         ready(tree, batch_size=61).train_dataloader()
-    with pytest.raises(ValueError, match=r"`test_size` must be in \(0, 1\), got 1\."):
+    with pytest.raises(ValueError, match=r"`test_size` must be in \[0.001, 1\), got 1\."):
         DigitsDataModule(test_size=1)
 
 

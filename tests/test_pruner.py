@@ -613,8 +613,8 @@ WRONG_ARGUMENTS = [
     ({"granularity": "row"}, r"`granularity` must be one of \"column\".*, got 'row'"),
     ({"criterion": "l3"}, r"`criterion` must be one of \"l1\", \"l2\", got 'l3'"),
     ({"layers": "0"}, r"`layers` must be a list .*, got '0'"),
-    ({"layers": ["0", "head.*"]}, r"`layers` .*'head\.\*' matches none\. There are: 0, 2\."),
-    ({"prune_ratio": {"9": 0.5}}, r"`prune_ratio` .*'9' matches none\. There are: 0, 2\."),
+    ({"layers": ["0", "head.*"]}, r"`layers` .*'head\.\*' matches none\. Layers chosen: 0, 2\."),
+    ({"prune_ratio": {"9": 0.5}}, r"`prune_ratio` .*'9' matches none\. Layers chosen: 0, 2\."),
 ]
 
 
@@ -644,28 +644,43 @@ def shared_net():
             lambda: nn.Sequential(nn.Conv2d(4, 4, 1, groups=4)),
             r"no convolution to prune\. .*: 0 \(depthwise\)",
         ),
-        (shared_net, r"'0' shares its weight"),
+        (shared_net, r"left out: 0 \(shares its weight\), 1 \(shares its weight\)"),
+        (lambda: nn.Sequential(nn.LazyConv2d(4, 3)), r"left out: 0 \(lazy, not initialised yet\)"),
     ],
-    ids=["no_convolution", "only_depthwise", "shared_weight"],
+    ids=["no_convolution", "only_depthwise", "shared_weight", "lazy"],
 )
 def test_network_that_cannot_be_pruned(make_net, message):
     with pytest.raises(ValueError, match=message):
         SPPPruner(make_net())
 
 
-def test_lazy_layer_is_an_error():
-    net = nn.Sequential(nn.LazyConv2d(4, 3))
-    with pytest.raises(ValueError, match=r"layer '0' isn't initialised yet"):
-        SPPPruner(net)
+def test_layer_that_cannot_be_pruned_is_left_out_unless_named():
+    net = nn.Sequential(shared_net(), nn.Conv2d(4, 8, 3))
+    pruner = SPPPruner(net, prune_ratio={"1": 0.5})
+    assert pruner.num_target == {"1": 18}
+    assert pruner.skipped == {"0.0": "shares its weight", "0.1": "shares its weight"}
+    pruner.fold()
+    with pytest.raises(ValueError, match=r"`layers` must match layers .* '0\.0' can't: shares"):
+        SPPPruner(net, layers=["*"])
 
 
 def test_a_second_pruner_is_an_error():
     net = small_net()
     first = SPPPruner(net)
-    with pytest.raises(ValueError, match=r"masked already"):
+    with pytest.raises(ValueError, match=r"`model` is being pruned already \(layers 0, 2\)"):
         SPPPruner(net)
     first.fold()
     assert type(net[0]) is type(net[2]) is nn.Conv2d
+
+
+def test_a_pruner_that_fails_masks_nothing():
+    net = small_net()
+    first = SPPPruner(net, layers=["2"])
+    with pytest.raises(ValueError, match=r"being pruned already \(layers 2\)"):
+        SPPPruner(net)
+    assert type(net[0]) is nn.Conv2d
+    first.fold()
+    SPPPruner(net).fold()
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf], ids=str)

@@ -11,7 +11,13 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from spp_lightning.data.arrays import ArrayDataset, Batch, Records, stratified_split
-from spp_lightning.data.checks import check_int, check_normalize, check_val_size, val_count
+from spp_lightning.data.checks import (
+    check_bool,
+    check_int,
+    check_normalize,
+    check_val_size,
+    val_count,
+)
 from spp_lightning.data.loader import EpochSampler, make_loader
 from spp_lightning.data.pixels import Normalize, augment, statistics
 
@@ -40,7 +46,7 @@ class PictureDataModule(LightningDataModule):
         super().__init__()
         self.batch_size = check_int("batch_size", batch_size, lowest=1)
         self.normalize = check_normalize(normalize)
-        self.flip = flip
+        self.flip = check_bool("flip", flip)
         self.crop_padding = check_int("crop_padding", crop_padding, lowest=0)
         self.val_size = check_val_size(val_size)
         self.seed = check_int("seed", seed, lowest=0)

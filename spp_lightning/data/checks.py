@@ -15,6 +15,13 @@ def check_int(name: str, value: int, lowest: int) -> int:
     return value
 
 
+def check_bool(name: str, value: bool) -> bool:
+    """Return ``value`` if it's True or False."""
+    if not isinstance(value, bool):
+        raise ValueError(f"`{name}` must be True or False, got {value!r}.")
+    return value
+
+
 def check_normalize(value: Normalize) -> Normalize:
     """Return ``value`` if it's a known way to normalise."""
     if value not in get_args(Normalize):

@@ -22,7 +22,7 @@ class DigitsDataModule(PictureDataModule):
         normalize: ``"mean_image"`` or ``"mean_std"``, as in ``CIFAR10DataModule``.
         val_size: Training pictures set aside for validation: a number (int) or a share (float).
             With 0, validation uses the test pictures.
-        test_size: Share of all pictures that are test pictures, in (0, 1). Which ones doesn't
+        test_size: Share of all pictures that are test pictures, in [0.001, 1). Which ones doesn't
             depend on ``seed``, so runs with different seeds are tested alike.
         seed: Decides the validation split and the order of every epoch.
 
@@ -55,8 +55,8 @@ class DigitsDataModule(PictureDataModule):
             seed=seed,
             num_workers=0,
         )
-        if not 0 < test_size < 1:
-            raise ValueError(f"`test_size` must be in (0, 1), got {test_size}.")
+        if not isinstance(test_size, float) or not 0.001 <= test_size < 1:
+            raise ValueError(f"`test_size` must be in [0.001, 1), got {test_size!r}.")
         self.test_size = test_size
 
     def load(self) -> tuple[Records, Records]:
