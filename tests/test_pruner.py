@@ -613,7 +613,7 @@ WRONG_ARGUMENTS = [
     ({"granularity": "row"}, r"`granularity` must be one of \"column\".*, got 'row'"),
     ({"criterion": "l3"}, r"`criterion` must be one of \"l1\", \"l2\", got 'l3'"),
     ({"layers": "0"}, r"`layers` must be a list .*, got '0'"),
-    ({"layers": ["0", "head.*"]}, r"`layers` .*'head\.\*' matches none\. Layers chosen: 0, 2\."),
+    ({"layers": ["0", "head.*"]}, r"`layers` .*'head\.\*' matches none\. There are: 0, 2\."),
     ({"prune_ratio": {"9": 0.5}}, r"`prune_ratio` .*'9' matches none\. Layers chosen: 0, 2\."),
 ]
 
