@@ -267,7 +267,8 @@ class SPPCallback(Callback):
         )
         remaining = trainer.estimated_stepping_batches - trainer.global_step
         if not trainer.lightning_module.automatic_optimization:
-            remaining //= len(trainer.optimizers)  # each of them counts where one step counts here
+            # Each optimizer counts there where one step counts here.
+            remaining //= max(len(trainer.optimizers), 1)
         if remaining < needed:
             smaller = f", or take a smaller `interval` than {pruner.settings.interval}"
             advice = "" if self._step else smaller  # a resumed run must keep its settings

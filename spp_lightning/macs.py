@@ -48,7 +48,7 @@ def count_macs(model: nn.Module, example_input: Any) -> dict[str, int]:
 
     def note(name: str) -> Any:
         def hook(layer: nn.Module, inputs: Any, output: Tensor) -> None:
-            positions[name] = positions.get(name, 0) + output_positions(layer, output)
+            positions[name] = positions.get(name, 0) + _times_applied(layer, output)
 
         return hook
 
@@ -72,7 +72,7 @@ def count_macs(model: nn.Module, example_input: Any) -> dict[str, int]:
     return {name: count * _kept_weights(layers[name]) for name, count in positions.items()}
 
 
-def output_positions(layer: nn.Module, output: Tensor) -> int:
+def _times_applied(layer: nn.Module, output: Tensor) -> int:
     """How often a convolution or linear layer applies its weight for an output, batch included."""
     dims = weight_of(layer).dim() - 2  # of the kernel
     if dims:

@@ -321,11 +321,6 @@ class SPPPruner:
         return f"SPPPruner({layers} {self.settings.granularity}s pruned)"
 
     @property
-    def attached(self) -> bool:
-        """Whether the masks act."""
-        return self._attached
-
-    @property
     def finished(self) -> bool:
         """Whether every layer has pruned its target number of groups."""
         return self._finished
