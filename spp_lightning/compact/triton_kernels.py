@@ -1,9 +1,9 @@
 """Column-pruned convolutions on a GPU: an implicit GEMM over the kept columns, in Triton.
 
 Shapes and names, shared with the CPU kernels: a convolution of ``G`` groups with weight
-``(N, C/G, kh, kw)`` is stored as its ``T`` kept columns. ``columns[t] = (c * kh + i) * kw + j`` with
-the input channel ``c`` counted over all groups; ``weight[r, t]`` is the weight of filter ``r`` of
-column t's group.
+``(N, C/G, kh, kw)`` is stored as its ``T`` kept columns. ``columns[t]`` is
+``(c * kh + i) * kw + j`` with the input channel ``c`` counted over all groups; ``weight[r, t]`` is
+the weight of filter ``r`` of column t's group.
 
 The forward pass of a group is the matrix product ``weight (N/G, T_g) @ x_columns (T_g, B·Ho·Wo)``
 on the tensor cores, whose right side is gathered from ``x`` tile by tile and never stored. What
@@ -51,7 +51,9 @@ __all__ = [
 Pair = tuple[int, int]
 
 _MAX_KERNEL = 15  # rows and columns of a kernel whose taps fit into the 32 bits of `outside`
-_CACHED = 2**24  # elements of the product of `column_conv2d_backward_input` that stay in the L2 cache
+_CACHED = (
+    2**24
+)  # elements of the product of `column_conv2d_backward_input` that stay in the L2 cache
 _PROGRAMS = 512  # that keep a large GPU busy; how far the sum over the pixels is split up
 
 
@@ -202,7 +204,7 @@ def column_conv2d(
             BIAS=bias is not None,
             RESIDUAL=residual is not None,
             LAST=_is_channels_last(x),
-            PRECISION=_precision(),
+            PRECISION=_precision(x),
         )
     return y
 
@@ -250,12 +252,10 @@ def column_conv2d_backward_input(
     filters, kept = weight.shape
     batch, channels, *size = input_shape
     height, width = grad.shape[2:]
-    layout = {
-        "dtype": grad.dtype,
-        "device": grad.device,
-        "memory_format": _memory_format(grad),
-    }
-    result = torch.empty(tuple(input_shape), **layout)
+    empty = functools.partial(
+        torch.empty, dtype=grad.dtype, device=grad.device, memory_format=_memory_format(grad)
+    )
+    result = empty(tuple(input_shape))
     if not (kept and grad.numel() and result.numel()):
         return result.zero_()
     _check(result)
@@ -264,7 +264,7 @@ def column_conv2d_backward_input(
     rows = columns.new_full((channels * taps,), -1)
     rows.scatter_(0, columns.long(), torch.arange(kept, dtype=rows.dtype, device=rows.device))
     chunk = min(batch, max(1, _CACHED // (kept * height * width)))
-    product = torch.empty((chunk, kept, height, width), **layout)
+    product = empty((chunk, kept, height, width))
     _check(product)
     last = _is_channels_last(grad)
     with _device_of(grad):
@@ -286,7 +286,7 @@ def column_conv2d_backward_input(
                 product.stride(),
                 _size_class(pixels),
                 LAST=last,
-                PRECISION=_precision(),
+                PRECISION=_precision(grad),
             )
             _gather_input[_tiles(channels, inputs)](
                 product,
@@ -353,6 +353,13 @@ def column_conv2d_backward_weight(
         table = column_table(columns, x, kernel_size, dilation)
     tiles = -(-filters // 64) * -(-kept // 64)
     splits = max(1, min(_PROGRAMS // tiles, pixels // 1024))
+    share = -(-pixels // splits // 256) * 256  # a tile of pixels lies in one share
+    splits = -(-pixels // share)
+    # What is worked out per pixel is the same for all tiles: do it once, for whole tiles.
+    places = [
+        torch.empty(-(-pixels // 256) * 256, dtype=dtype, device=x.device)
+        for dtype in (torch.int64, torch.int32, torch.int64)
+    ]
     parts = torch.empty((splits, filters, kept), dtype=torch.float32, device=x.device)
 
     def grid(meta: dict[str, Any]) -> tuple[int, int]:
@@ -360,29 +367,35 @@ def column_conv2d_backward_weight(
         return (tiles, splits)
 
     with _device_of(x):
+        _make_pixels[(len(places[0]) // 256,)](
+            *places,
+            pixels,
+            tuple(x.shape[2:]),
+            (height, width),
+            (*stride, *padding, *dilation),
+            x.stride(),
+            grad.stride(),
+            KH=kernel_size[0],
+            KW=kernel_size[1],
+        )
         _weight_gradient[grid](
             grad,
             x,
             columns,
             table,
+            *places,
             parts,
             filters,
             kept,
             table.shape[1],
             pixels,
-            -(-pixels // splits),
+            share,
             x.shape[1] // groups * kernel_size[0] * kernel_size[1],
-            tuple(x.shape[2:]),
-            (height, width),
-            (*stride, *padding, *dilation),
-            grad.stride(),
-            x.stride(),
+            grad.stride(1),
             _size_class(kept),
             _size_class(pixels),
-            KH=kernel_size[0],
-            KW=kernel_size[1],
             LAST=_is_channels_last(x),
-            PRECISION=_precision(),
+            PRECISION=_precision(x),
         )
     return parts.sum(0).to(x.dtype)
 
@@ -419,11 +432,12 @@ def _memory_format(x: Tensor) -> torch.memory_format:
     return torch.channels_last if _is_channels_last(x) else torch.contiguous_format
 
 
-def _precision() -> str:
+def _precision(x: Tensor) -> str:
     # The convolutions' own setting is TF32 unless one changes it; so let both be asked.
-    backends = torch.backends
+    backends: Any = torch.backends
     settings = {backends.cuda.matmul.fp32_precision, backends.cudnn.conv.fp32_precision}
-    return "tf32" if settings == {"tf32"} else "ieee"
+    exact = x.dtype == torch.float32 and settings != {"tf32"}
+    return "ieee" if exact else "tf32"  # makes no difference to 16-bit numbers
 
 
 def _size_class(n: int) -> int:
@@ -451,16 +465,29 @@ def _jit(function):
     return function if triton is None else triton.jit(function)
 
 
-def _tuned(key, *blocks):
-    """Tune a kernel, per ``key``, over blocks (a dict of sizes, warps); not in the interpreter."""
+def _tuned(key, *blocks, exact=()):
+    """Tune a kernel, per ``key``, over blocks (a dict of sizes, warps); not in the interpreter.
+
+    In exact float32 tensor cores have no part, and other blocks, ``exact``, are tried.
+    """
     if triton is None:
         return lambda kernel: kernel
     if _interpreted():
         # Blocks so small that small tensors, too, take several of them.
-        blocks = [({name: 16 for name in blocks[0][0]}, 4)]
-    configs = [triton.Config(sizes, num_warps=warps, num_stages=2) for sizes, warps in blocks]
-    bench = None if _interpreted() else functools.partial(triton.testing.do_bench, warmup=5, rep=20)
-    return triton.autotune(configs=configs, key=key, do_bench=bench)
+        small = {"BLOCK_F": 16, "BLOCK_P": 64, "BLOCK_K": 16}
+        return triton.autotune([triton.Config({name: small[name] for name in blocks[0][0]})], key)
+    configs = [triton.Config(sizes, num_warps=warps) for sizes, warps in (*blocks, *exact)]
+
+    def choose(configs, arguments, **options):
+        is_exact = exact and options["PRECISION"] == "ieee"
+        return configs[len(blocks) :] if is_exact else configs[: len(blocks)]
+
+    return triton.autotune(
+        configs,
+        key,
+        prune_configs_by={"early_config_prune": choose},
+        do_bench=functools.partial(triton.testing.do_bench, warmup=5, rep=20),
+    )
 
 
 def _blocks(filters, pixels, kept, warps):
@@ -528,9 +555,7 @@ def _origins(p, end, size, out, step, strides, KH: tl.constexpr, KW: tl.constexp
 
 
 @_jit
-def _make_table(
-    columns, table, kept, length, step, strides, KH: tl.constexpr, KW: tl.constexpr
-):
+def _make_table(columns, table, kept, length, step, strides, KH: tl.constexpr, KW: tl.constexpr):
     k = tl.program_id(0) * 256 + tl.arange(0, 256)
     column = tl.load(columns + k, mask=k < kept, other=0)
     i = column // KW % KH
@@ -541,9 +566,7 @@ def _make_table(
 
 
 @_jit
-def _gather(
-    pointers, outside, table, length, k, end, GROUPS: tl.constexpr, LAST: tl.constexpr
-):
+def _gather(pointers, outside, table, length, k, end, GROUPS: tl.constexpr, LAST: tl.constexpr):
     """The tile of columns k: x at the pixels' pointers plus the columns' offsets."""
     offset = tl.load(table + k)
     taps = tl.load(table + length + k)
@@ -565,6 +588,7 @@ def _gather(
     _blocks(32, 128, 32, 4),
     _blocks(32, 64, 64, 4),
     _blocks(16, 128, 32, 4),
+    exact=(_blocks(64, 64, 16, 8), _blocks(128, 64, 16, 8), _blocks(32, 64, 16, 4)),
 )
 @_jit
 def _forward(
@@ -656,6 +680,7 @@ def _forward(
     _blocks(32, 128, 64, 4),
     _blocks(64, 64, 64, 4),
     _blocks(32, 64, 32, 4),
+    exact=(_blocks(16, 64, 64, 8), _blocks(16, 64, 128, 8), _blocks(16, 64, 32, 4)),
 )
 @_jit
 def _transposed_product(
@@ -761,6 +786,27 @@ def _gather_input(
     tl.store(dx + at, total, mask=_m(c < channels, LAST) & _n(p < pixels, LAST))
 
 
+@_jit
+def _make_pixels(
+    origins,
+    outside,
+    places,
+    pixels,
+    size,
+    out,
+    step,
+    x_strides,
+    grad_strides,
+    KH: tl.constexpr,
+    KW: tl.constexpr,
+):
+    p = tl.program_id(0) * 256 + tl.arange(0, 256)
+    origin, beyond = _origins(p, pixels, size, out, step, x_strides, KH, KW)
+    tl.store(origins + p, origin)
+    tl.store(outside + p, beyond)
+    tl.store(places + p, _pixel_offsets(p, out, grad_strides))
+
+
 @_tuned(
     ["filters", "kept_class", "pixel_class", "LAST", "PRECISION"],
     _blocks(128, 32, 64, 4),
@@ -769,6 +815,7 @@ def _gather_input(
     _blocks(64, 64, 64, 4),
     _blocks(32, 64, 64, 4),
     _blocks(32, 64, 32, 4),
+    exact=(_blocks(64, 16, 64, 8), _blocks(128, 16, 64, 8), _blocks(32, 16, 64, 4)),
 )
 @_jit
 def _weight_gradient(
@@ -776,6 +823,9 @@ def _weight_gradient(
     x,
     columns,
     table,
+    origins,
+    outside,
+    places,
     parts,
     filters,
     kept,
@@ -783,15 +833,9 @@ def _weight_gradient(
     pixels,
     share,
     columns_per_group,
-    size,
-    out,
-    step,
-    grad_strides,
-    x_strides,
+    grad_stride,
     kept_class,
     pixel_class,
-    KH: tl.constexpr,
-    KW: tl.constexpr,
     LAST: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_F: tl.constexpr,
@@ -816,12 +860,10 @@ def _weight_gradient(
         its_taps = _m(tl.where(group == g, taps, 1 << 30), LAST)
         for q in range(begin, end, BLOCK_P):
             p = q + tl.arange(0, BLOCK_P)
-            origin, outside = _origins(p, end, size, out, step, x_strides, KH, KW)
-            inside = (its_taps & _n(outside, LAST)) == 0
-            x_tile = tl.load(pointers + _n(origin, LAST), mask=inside, other=0.0)
-            at = _n(_pixel_offsets(p, out, grad_strides), LAST)
+            inside = (its_taps & _n(tl.load(outside + p), LAST)) == 0
+            x_tile = tl.load(pointers + _n(tl.load(origins + p), LAST), mask=inside, other=0.0)
             g_tile = tl.load(
-                grad + at + _m(g * filters + f, LAST) * grad_strides[1],
+                grad + _n(tl.load(places + p), LAST) + _m(g * filters + f, LAST) * grad_stride,
                 mask=_m(f < filters, LAST) & _n(p < end, LAST),
                 other=0.0,
             )
