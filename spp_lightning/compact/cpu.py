@@ -1,0 +1,307 @@
+"""The CPU kernels seen from Python: the library, and plans that run on it."""
+
+from __future__ import annotations
+
+import ctypes
+import math
+import time
+import warnings
+import weakref
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from spp_lightning.compact.geometry import Clamp, Geometry, PlaneOp
+
+__all__ = ["Plan", "is_available", "plan_for"]
+
+_FOLDER = Path(__file__).resolve().parents[1] / "native"
+_KINDS = ("max_pool", "avg_pool", "local_response_norm")
+_VARIANTS = (0, 1)  # pack the pixels of a tile first, or read them where they are
+_SMALL = 20_000_000  # MACs below which one thread may be faster than several
+
+
+class _Geometry(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_int32) for name in ("channels", "filters", "groups")] + [
+        (name, ctypes.c_int32 * 2) for name in ("kernel", "stride", "padding", "dilation")
+    ]
+
+
+class _PlaneOp(ctypes.Structure):
+    _fields_ = [
+        ("kind", ctypes.c_int32),
+        ("kernel", ctypes.c_int32 * 2),
+        ("stride", ctypes.c_int32 * 2),
+        ("padding", ctypes.c_int32 * 2),
+        ("ceil_mode", ctypes.c_int32),
+        ("count_include_pad", ctypes.c_int32),
+        ("alpha", ctypes.c_float),
+    ]
+
+
+@cache
+def _library() -> Any:
+    for path in sorted(_FOLDER.glob("kernels*.so")):
+        try:
+            library = ctypes.CDLL(str(path))
+        except OSError:  # built for another machine
+            continue
+        pointer, number, size = ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64
+        library.spp_plan.restype = pointer
+        library.spp_plan.argtypes = [
+            *(pointer, pointer, number, pointer, pointer),
+            *(ctypes.c_float, ctypes.c_float, pointer, number),
+        ]
+        library.spp_free.argtypes = [pointer]
+        library.spp_free.restype = None
+        library.spp_forward.argtypes = [pointer] * 4 + [size] + [number] * 6
+        library.spp_backward.argtypes = [pointer] * 5 + [size] + [number] * 6
+        library.spp_isa.restype = ctypes.c_char_p
+        library.spp_set_isa.argtypes = [ctypes.c_char_p]
+        return library
+    warnings.warn(
+        "The CPU kernels of spp_lightning aren't there, because no C++ compiler was found when it"
+        " was installed: compact networks compute the same on the CPU, but no faster than dense"
+        " ones. Install a compiler (such as g++), then spp_lightning once more.",
+        stacklevel=3,
+    )
+    return None
+
+
+def is_available() -> bool:
+    """Whether the kernels were built; a warning says once if they weren't."""
+    return _library() is not None
+
+
+def instruction_set() -> str:
+    """What the kernels use: ``"avx512"``, ``"avx2"``, ``"base"``, or ``"none"`` without them."""
+    library = _library()
+    return library.spp_isa().decode() if library else "none"
+
+
+class Plan:
+    """A column-pruned convolution, ready to run on the CPU.
+
+    Args:
+        weight: Kept columns, ``(filters / groups, columns)``, float32.
+        columns: Which they are, ``(columns,)``, int32, ascending.
+        bias: One per filter, or None.
+        geometry: The convolution.
+        clamp: Limits of its output.
+        post: What is done to the output's planes after that.
+
+    Raises:
+        ValueError: If ``columns`` aren't ascending, or name columns that the layer doesn't have.
+        MemoryError: If there is no memory for it.
+    """
+
+    def __init__(
+        self,
+        weight: Tensor,
+        columns: Tensor,
+        bias: Tensor | None,
+        geometry: Geometry,
+        clamp: Clamp = Clamp(),  # noqa: B008 (immutable)
+        post: tuple[PlaneOp, ...] = (),
+    ) -> None:
+        check_columns(columns, geometry)
+        g = geometry
+        pair = ctypes.c_int32 * 2
+        shape = _Geometry(
+            g.channels,
+            g.filters,
+            g.groups,
+            *(pair(*x) for x in (g.kernel_size, g.stride, g.padding, g.dilation)),
+        )
+        ops = (_PlaneOp * len(post))(
+            *(
+                _PlaneOp(
+                    _KINDS.index(op.kind),
+                    *(pair(*x) for x in (op.kernel_size, op.stride, op.padding)),
+                    *(op.ceil_mode, op.count_include_pad, op.alpha),
+                )
+                for op in post
+            )
+        )
+        weight, columns = weight.detach().contiguous(), columns.contiguous()
+        bias = None if bias is None else bias.detach().contiguous()
+        self.geometry = geometry
+        self.post = post
+        self._library = _library()
+        self._handle = self._library.spp_plan(
+            ctypes.byref(shape),
+            columns.data_ptr(),
+            len(columns),
+            weight.data_ptr(),
+            None if bias is None else bias.data_ptr(),
+            *clamp,
+            ops,
+            len(post),
+        )
+        if not self._handle:
+            raise MemoryError("There is no memory left for the weights of a convolution.")
+        self._free = weakref.finalize(self, self._library.spp_free, self._handle)
+        self._num_columns = len(columns)
+        self._choices: dict[tuple[int, int, int, int], tuple[int, int]] = {}
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """Run the convolution.
+
+        Args:
+            x: Input, ``(B, C, H, W)``, float32, contiguous.
+            residual: Added before the clamp, of the output's shape, contiguous.
+
+        Returns:
+            The output, ``(B, N, H', W')``.
+        """
+        batch, _, height, width = x.shape
+        conv_size = self.geometry.out_size(height, width)
+        out_size = conv_size
+        for op in self.post:
+            out_size = op.out_size(*out_size)
+        out = x.new_empty(batch, self.geometry.filters, *out_size)
+        if not out.numel():
+            return out
+        threads = torch.get_num_threads()
+        # Which variant runs changes the time and nothing else: each adds in the same order.
+        key = (batch, height, width, threads)
+        choice = self._choices.get(key)
+        if choice is None:
+            choice = self._choices[key] = self._fastest(x, residual, out, conv_size, threads)
+        self._run(x, residual, out, conv_size, choice)
+        return out
+
+    def backward_input(self, grad: Tensor, weight: Tensor, size: tuple[int, int]) -> Tensor:
+        """Gradient of the input, ``(B, C, H, W)``, ``size`` being (H, W).
+
+        Args:
+            grad: Gradient of the convolution's output, contiguous.
+            weight: Kept columns, contiguous.
+            size: Height and width of the input.
+        """
+        out = grad.new_empty(len(grad), self.geometry.channels, *size)
+        if not out.numel():
+            return out
+        self._backward(grad, weight.data_ptr(), None, out, size)
+        return out
+
+    def backward_weight(self, grad: Tensor, x: Tensor) -> Tensor:
+        """Gradient of the kept columns, ``(filters / groups, columns)``; arguments contiguous."""
+        out = grad.new_empty(self.geometry.filters // self.geometry.groups, self._num_columns)
+        self._backward(grad, None, x.data_ptr(), out, (x.shape[2], x.shape[3]))
+        return out
+
+    def _run(
+        self,
+        x: Tensor,
+        residual: Tensor | None,
+        out: Tensor,
+        conv_size: tuple[int, int],
+        choice: tuple[int, int],
+    ) -> None:
+        variant, threads = choice
+        if not self._library.spp_forward(
+            self._handle,
+            x.data_ptr(),
+            None if residual is None else residual.data_ptr(),
+            out.data_ptr(),
+            x.shape[0],
+            x.shape[2],
+            x.shape[3],
+            *conv_size,
+            threads,
+            variant,
+        ):
+            raise MemoryError("There is no memory left to compute a convolution.")
+
+    def _backward(
+        self,
+        grad: Tensor,
+        weight: int | None,
+        x: int | None,
+        out: Tensor,
+        size: tuple[int, int],
+    ) -> None:
+        if not self._library.spp_backward(
+            *(self._handle, grad.data_ptr(), weight, x, out.data_ptr()),
+            *(len(grad), *size, *grad.shape[2:], torch.get_num_threads(), x is None),
+        ):
+            raise MemoryError("There is no memory left for the gradient of a convolution.")
+
+    def _fastest(
+        self,
+        x: Tensor,
+        residual: Tensor | None,
+        out: Tensor,
+        conv_size: tuple[int, int],
+        threads: int,
+    ) -> tuple[int, int]:
+        g = self.geometry
+        macs = len(x) * math.prod(conv_size) * g.filters // g.groups * self._num_columns
+        counts = [threads, 1] if threads > 1 and macs < _SMALL else [threads]
+        choices = [(variant, count) for count in counts for variant in _VARIANTS]
+        seconds = dict.fromkeys(choices, math.inf)
+        for _ in range(3):
+            for choice in choices:
+                start = time.perf_counter()
+                self._run(x, residual, out, conv_size, choice)
+                seconds[choice] = min(seconds[choice], time.perf_counter() - start)
+        return min(choices, key=seconds.__getitem__)
+
+
+def check_columns(columns: Tensor, geometry: Geometry) -> None:
+    """Check that columns are ascending and exist.
+
+    Raises:
+        ValueError: If they aren't int32 of one dimension, not ascending, or out of range.
+    """
+    if columns.dtype != torch.int32 or columns.dim() != 1:
+        raise ValueError(
+            f"`columns` must be int32 of one dimension, got {columns.dtype} of shape"
+            f" {tuple(columns.shape)}."
+        )
+    if len(columns) and not (
+        int(columns[0]) >= 0
+        and int(columns[-1]) < geometry.num_columns
+        and bool((columns[1:] > columns[:-1]).all())
+    ):
+        raise ValueError(
+            f"`columns` must be ascending and in [0, {geometry.num_columns}), the columns of"
+            f" {geometry.channels} channels and a kernel of {geometry.kernel_size}, got"
+            f" {columns.tolist() if len(columns) < 9 else [*columns[:8].tolist(), '…']}."
+        )
+
+
+_plans: dict[tuple[Any, ...], tuple[Any, Any, Plan]] = {}
+
+
+def plan_for(
+    weight: Tensor,
+    columns: Tensor,
+    bias: Tensor | None,
+    geometry: Geometry,
+    clamp: Clamp = Clamp(),  # noqa: B008 (immutable)
+    post: tuple[PlaneOp, ...] = (),
+) -> Plan:
+    """The plan of a layer, made anew only when its tensors have changed.
+
+    Changes are seen through torch's version counter: those in place count, those through ``.data``
+    don't. The arguments are those of :class:`Plan`.
+    """
+    if weight.is_inference():  # has no version counter
+        return Plan(weight, columns, bias, geometry, clamp, post)
+    key = (id(weight), id(columns), id(bias), geometry, clamp, post)
+    stamp = (weight._version, columns._version, bias._version if bias is not None else 0)
+    found = _plans.get(key)
+    if found is not None and found[0]() is weight and found[1] == stamp:
+        return found[2]
+    plan = Plan(weight, columns, bias, geometry, clamp, post)
+    if found is None or found[0]() is not weight:
+        reference = weakref.ref(weight, lambda _: _plans.pop(key, None))
+    else:
+        reference = found[0]
+    _plans[key] = (reference, stamp, plan)
+    return plan

@@ -1,0 +1,196 @@
+"""ColumnConv2d: a convolution that stores and computes only the columns that pruning kept."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from spp_lightning.compact import cpu
+from spp_lightning.compact.geometry import (
+    Clamp,
+    Geometry,
+    PlaneOp,
+    dense_weight,
+    kept_columns,
+)
+from spp_lightning.compact.ops import (
+    column_conv2d,
+    column_conv2d_fused,
+    pack_geometry,
+    pack_post,
+)
+
+__all__ = ["ColumnConv2d"]
+
+
+class ColumnConv2d(nn.Module):
+    """A convolution without its pruned columns, and with what follows it computed on the way.
+
+    Computes ``post(clamp(conv(x) + residual))``. It trains like any layer, its pruned columns stay
+    pruned; clamp and post operations are computed by torch then.
+
+    Args:
+        geometry: The convolution.
+        weight: Kept columns, ``(filters / groups, columns)``.
+        columns: Which they are, ``(columns,)``, int32, ascending: column (c, i, j) is
+            ``(c · kh + i) · kw + j``, c counted over all convolution groups.
+        bias: One per filter, ``(filters,)``, or None.
+        clamp: Limits of the output; ReLU is ``(0, inf)``.
+        post: Operations on the planes of the clamped output.
+
+    Raises:
+        ValueError: If the shapes don't fit, or ``columns`` aren't ascending or don't exist.
+
+    >>> conv = nn.Conv2d(3, 8, 3, padding=1)
+    >>> with torch.no_grad():
+    ...     _ = conv.weight[:, 1].zero_()
+    >>> compact = ColumnConv2d.of(conv)
+    >>> compact
+    ColumnConv2d(3, 8, kernel_size=(3, 3), stride=(1, 1), padding=(1, 1), columns=18 of 27)
+    >>> x = torch.ones(1, 3, 8, 8)
+    >>> torch.allclose(compact(x), conv(x), atol=1e-6)
+    True
+    """
+
+    columns: Tensor
+
+    def __init__(
+        self,
+        geometry: Geometry,
+        weight: Tensor,
+        columns: Tensor,
+        bias: Tensor | None = None,
+        clamp: Clamp = Clamp(),  # noqa: B008 (immutable)
+        post: tuple[PlaneOp, ...] = (),
+    ) -> None:
+        super().__init__()
+        cpu.check_columns(columns, geometry)
+        shape = (geometry.filters // geometry.groups, len(columns))
+        if tuple(weight.shape) != shape:
+            raise ValueError(
+                f"`weight` must be (filters / groups, columns) = {shape}, got {tuple(weight.shape)}."
+            )
+        if bias is not None and tuple(bias.shape) != (geometry.filters,):
+            raise ValueError(f"`bias` must be ({geometry.filters},), got {tuple(bias.shape)}.")
+        self.geometry = geometry
+        self.clamp = clamp
+        self.post = post
+        self.weight = nn.Parameter(weight.detach().clone())
+        self.register_parameter(
+            "bias", None if bias is None else nn.Parameter(bias.detach().clone())
+        )
+        self.register_buffer("columns", columns.clone())
+        self._numbers = (pack_geometry(geometry), *pack_post(post))
+
+    @classmethod
+    def of(
+        cls,
+        conv: nn.Conv2d,
+        clamp: Clamp = Clamp(),  # noqa: B008 (immutable)
+        post: tuple[PlaneOp, ...] = (),
+    ) -> ColumnConv2d:
+        """The same convolution as a layer, without the columns that are all 0.
+
+        Raises:
+            ValueError: If the layer's padding isn't zeros of one number per side.
+        """
+        geometry = Geometry.of(conv)
+        weight, columns = kept_columns(conv.weight.detach(), geometry)
+        return cls(geometry, weight, columns, conv.bias, clamp, post)
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """The convolution and what follows it.
+
+        Args:
+            x: Input, ``(B, C, H, W)`` or ``(C, H, W)``.
+            residual: Added to the convolution's output, of its shape.
+
+        Returns:
+            The output, ``(B, N, H', W')`` or ``(N, H', W')``.
+        """
+        if x.dim() == 3:
+            batch = None if residual is None else residual[None]
+            return self.forward(x[None], batch)[0]
+        if not torch.compiler.is_compiling() and self._runs_at_once(x, residual):
+            plan = cpu.plan_for(
+                self.weight, self.columns, self.bias, self.geometry, self.clamp, self.post
+            )
+            return plan.forward(x, residual)
+        shape, post, alphas = self._numbers
+        if torch.is_grad_enabled() and self._needs_grad(x, residual):
+            y = column_conv2d(x, self.weight, self.columns, self.bias, shape)
+            if residual is not None:
+                y = y + residual
+            if self.clamp == (0, math.inf):
+                y = F.relu(y)
+            elif self.clamp != Clamp():
+                y = y.clamp(*self.clamp)
+            for op in self.post:
+                y = op(y)
+            return y
+        return column_conv2d_fused(
+            x, self.weight, self.columns, self.bias, residual, shape, *self.clamp, post, alphas
+        )
+
+    def _needs_grad(self, x: Tensor, residual: Tensor | None) -> bool:
+        return (
+            x.requires_grad
+            or self.weight.requires_grad
+            or (self.bias is not None and self.bias.requires_grad)
+            or (residual is not None and residual.requires_grad)
+        )
+
+    def _runs_at_once(self, x: Tensor, residual: Tensor | None) -> bool:
+        # Spares the way through torch's dispatcher, which takes longer than a small layer.
+        return (
+            type(x) is Tensor
+            and x.is_cpu
+            and x.dtype == torch.float32 == self.weight.dtype
+            and not (torch.is_grad_enabled() and self._needs_grad(x, residual))
+            and x.dim() == 4
+            and x.shape[1] == self.geometry.channels
+            and x.is_contiguous()
+            and (residual is None or (type(residual) is Tensor and residual.is_contiguous()))
+            and not torch.is_autocast_enabled("cpu")
+            and not torch._C._len_torch_dispatch_stack()
+            and cpu.is_available()
+        )
+
+    def to_dense(self) -> nn.Conv2d:
+        """The convolution alone as an ordinary layer, with zeros in the pruned columns."""
+        g = self.geometry
+        conv = nn.Conv2d(
+            g.channels,
+            g.filters,
+            g.kernel_size,
+            g.stride,
+            g.padding,
+            g.dilation,
+            g.groups,
+            self.bias is not None,
+            device=self.weight.device,
+            dtype=self.weight.dtype,
+        )
+        with torch.no_grad():
+            conv.weight.copy_(dense_weight(self.weight, self.columns, g))
+            if conv.bias is not None and self.bias is not None:
+                conv.bias.copy_(self.bias)
+        return conv.train(self.training)
+
+    def extra_repr(self) -> str:  # noqa: D102
+        g = self.geometry
+        parts = [
+            f"{g.channels}, {g.filters}, kernel_size={g.kernel_size}, stride={g.stride}",
+            f"padding={g.padding}",
+            f"dilation={g.dilation}" if g.dilation != (1, 1) else "",
+            f"groups={g.groups}" if g.groups != 1 else "",
+            f"columns={len(self.columns)} of {g.num_columns}",
+            "bias=False" if self.bias is None else "",
+            "relu" if self.clamp == (0, math.inf) else "",
+            f"clamp={tuple(self.clamp)}" if self.clamp not in (Clamp(), (0, math.inf)) else "",
+            *(op.kind for op in self.post),
+        ]
+        return ", ".join(part for part in parts if part)

@@ -1,0 +1,278 @@
+"""The column-pruned convolution as an operator of torch: compiled, exported, differentiated."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from spp_lightning.compact import cpu, triton_kernels
+from spp_lightning.compact.geometry import Clamp, Geometry, PlaneOp, dense_weight
+
+__all__ = ["column_conv2d", "column_conv2d_fused", "pack_geometry", "pack_post"]
+
+
+def pack_geometry(geometry: Geometry) -> list[int]:
+    """A geometry as the list of numbers that the operators take."""
+    g = geometry
+    return [
+        *(g.channels, g.filters, *g.kernel_size, *g.stride),
+        *(*g.padding, *g.dilation, g.groups),
+    ]
+
+
+def _geometry(numbers: Sequence[int]) -> Geometry:
+    channels, filters, kh, kw, sh, sw, ph, pw, dh, dw, groups = numbers
+    return Geometry(channels, filters, (kh, kw), (sh, sw), (ph, pw), (dh, dw), groups)
+
+
+_KINDS = ("max_pool", "avg_pool", "local_response_norm")
+
+
+def pack_post(post: Sequence[PlaneOp]) -> tuple[list[int], list[float]]:
+    """Plane operations as the lists of numbers that the operators take."""
+    numbers = [
+        number
+        for op in post
+        for number in (
+            _KINDS.index(op.kind),
+            *(*op.kernel_size, *op.stride, *op.padding),
+            *(int(op.ceil_mode), int(op.count_include_pad)),
+        )
+    ]
+    return numbers, [op.alpha for op in post]
+
+
+def _post(numbers: Sequence[int], alphas: Sequence[float]) -> tuple[PlaneOp, ...]:
+    ops = []
+    for i, alpha in enumerate(alphas):
+        kind, kh, kw, sh, sw, ph, pw, ceil_mode, include = numbers[9 * i : 9 * i + 9]
+        sizes = (kh, kw), (sh, sw), (ph, pw)
+        ops.append(PlaneOp(_KINDS[kind], *sizes, bool(ceil_mode), bool(include), alpha))  # type: ignore[arg-type]
+    return tuple(ops)
+
+
+@torch.library.custom_op("spp_lightning::column_conv2d", mutates_args=())
+def column_conv2d(
+    x: Tensor, weight: Tensor, columns: Tensor, bias: Tensor | None, geometry: list[int]
+) -> Tensor:
+    """A convolution of which only some columns are left.
+
+    Differentiable in ``x``, ``weight`` and ``bias``; the backward pass, too, touches kept columns
+    only. On CPUs float16 and bfloat16 are computed in float32, and float64 as a dense convolution.
+
+    Args:
+        x: Input, ``(B, C, H, W)``.
+        weight: Kept columns, ``(filters / groups, columns)``.
+        columns: Which they are, ``(columns,)``, int32, ascending: column (c, i, j) is
+            ``(c · kh + i) · kw + j``, c counted over all groups.
+        bias: One per filter, ``(filters,)``, or None.
+        geometry: What :func:`pack_geometry` makes of the convolution's geometry.
+
+    Returns:
+        The output, ``(B, N, H', W')``.
+
+    Raises:
+        ValueError: If ``x`` doesn't have the layer's channels, or ``columns`` aren't ascending.
+
+    >>> from spp_lightning.compact.geometry import Geometry
+    >>> columns = torch.tensor([0, 2], dtype=torch.int32)
+    >>> geometry = pack_geometry(Geometry(channels=3, filters=1, kernel_size=(1, 1)))
+    >>> column_conv2d(torch.ones(1, 3, 1, 2), torch.tensor([[2.0, 5.0]]), columns, None, geometry)
+    tensor([[[[7., 7.]]]])
+    """
+    return _compute(x, weight, columns, bias, None, _geometry(geometry), Clamp(), ())
+
+
+@torch.library.custom_op("spp_lightning::column_conv2d_fused", mutates_args=())
+def column_conv2d_fused(
+    x: Tensor,
+    weight: Tensor,
+    columns: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    geometry: list[int],
+    low: float,
+    high: float,
+    post: list[int],
+    alphas: list[float],
+) -> Tensor:
+    """:func:`column_conv2d`, then ``+ residual``, a clamp, and operations on planes: inference only.
+
+    Args:
+        x: Input, ``(B, C, H, W)``.
+        weight: Kept columns, ``(filters / groups, columns)``.
+        columns: Which they are, ``(columns,)``.
+        bias: One per filter, or None.
+        residual: Of the convolution's output's shape, or None.
+        geometry: What :func:`pack_geometry` makes of the convolution's geometry.
+        low: Least value of the output.
+        high: Greatest value of the output.
+        post: What :func:`pack_post` makes of the operations on planes.
+        alphas: Likewise.
+
+    Returns:
+        The output, ``(B, N, H', W')``.
+    """
+    ops = _post(post, alphas)
+    return _compute(x, weight, columns, bias, residual, _geometry(geometry), Clamp(low, high), ops)
+
+
+def _compute(
+    x: Tensor,
+    weight: Tensor,
+    columns: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    geometry: Geometry,
+    clamp: Clamp,
+    post: tuple[PlaneOp, ...],
+) -> Tensor:
+    if x.dim() != 4 or x.shape[1] != geometry.channels:
+        raise ValueError(
+            f"`x` must be (batch, {geometry.channels}, height, width), got {tuple(x.shape)}."
+        )
+    if _on_cpu_kernels(x):
+        dtype = x.dtype
+        x, weight = x.float().contiguous(), _float(weight)
+        bias = None if bias is None else _float(bias)
+        residual = None if residual is None else residual.float().contiguous()
+        plan = cpu.plan_for(weight, columns, bias, geometry, clamp, post)
+        return plan.forward(x, residual).to(dtype)
+    if x.is_cuda and x.dtype != torch.float64 and triton_kernels.is_available():
+        y = triton_kernels.column_conv2d(
+            x, weight, columns, bias, *geometry[2:], residual=residual, clamp=tuple(clamp)
+        )
+    else:
+        g = geometry
+        full = dense_weight(weight, columns, g)
+        y = F.conv2d(x, full, bias, g.stride, g.padding, g.dilation, g.groups)
+        if residual is not None:
+            y = y + residual
+        if clamp != Clamp():
+            y = y.clamp(*clamp)
+    for op in post:
+        y = op(y)
+    return y
+
+
+def _on_cpu_kernels(x: Tensor) -> bool:
+    return x.device.type == "cpu" and x.dtype != torch.float64 and cpu.is_available()
+
+
+def _float(tensor: Tensor) -> Tensor:
+    return tensor if tensor.dtype == torch.float32 else tensor.float()
+
+
+@column_conv2d.register_fake
+def _(
+    x: Tensor, weight: Tensor, columns: Tensor, bias: Tensor | None, geometry: list[int]
+) -> Tensor:
+    g = _geometry(geometry)
+    return x.new_empty(x.shape[0], g.filters, *g.out_size(x.shape[2], x.shape[3]))
+
+
+@column_conv2d_fused.register_fake
+def _(
+    x: Tensor,
+    weight: Tensor,
+    columns: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    geometry: list[int],
+    low: float,
+    high: float,
+    post: list[int],
+    alphas: list[float],
+) -> Tensor:
+    g = _geometry(geometry)
+    size = g.out_size(x.shape[2], x.shape[3])
+    for op in _post(post, alphas):
+        size = op.out_size(*size)
+    return x.new_empty(x.shape[0], g.filters, *size)
+
+
+@torch.library.custom_op("spp_lightning::column_conv2d_backward", mutates_args=())
+def _backward_op(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    columns: Tensor,
+    geometry: list[int],
+    for_input: bool,
+    for_weight: bool,
+) -> tuple[Tensor, Tensor]:
+    """Gradients of the input and of the weights; empty where they aren't wanted."""
+    g = _geometry(geometry)
+    grad_x, grad_weight = x.new_empty(0), weight.new_empty(0)
+    size = (int(x.shape[2]), int(x.shape[3]))
+    if _on_cpu_kernels(x):
+        dy, full, kept = grad.float().contiguous(), x.float().contiguous(), _float(weight)
+        plan = cpu.plan_for(kept, columns, None, g)
+        if for_input:
+            grad_x = plan.backward_input(dy, kept.contiguous(), size).to(x.dtype)
+        if for_weight:
+            grad_weight = plan.backward_weight(dy, full).to(weight.dtype)
+        return grad_x, grad_weight
+    if x.is_cuda and x.dtype != torch.float64 and triton_kernels.is_available():
+        if for_input:
+            grad_x = triton_kernels.column_conv2d_backward_input(
+                grad, weight, columns, tuple(x.shape), *g[2:]
+            )
+        if for_weight:
+            grad_weight = triton_kernels.column_conv2d_backward_weight(grad, x, columns, *g[2:])
+        return grad_x, grad_weight
+    dense = dense_weight(weight, columns, g)
+    conv = (g.stride, g.padding, g.dilation, g.groups)
+    if for_input:
+        grad_x = torch.nn.grad.conv2d_input(list(x.shape), dense, grad, *conv)
+    if for_weight:
+        by_filter = torch.nn.grad.conv2d_weight(x, list(dense.shape), grad, *conv)
+        by_group = by_filter.unflatten(0, (g.groups, -1)).transpose(0, 1)
+        grad_weight = by_group.reshape(len(weight), -1)[:, columns.long()].contiguous()
+    return grad_x, grad_weight
+
+
+@_backward_op.register_fake
+def _(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    columns: Tensor,
+    geometry: list[int],
+    for_input: bool,
+    for_weight: bool,
+) -> tuple[Tensor, Tensor]:
+    return (
+        x.new_empty(x.shape if for_input else 0),
+        weight.new_empty(weight.shape if for_weight else 0),
+    )
+
+
+def _remember(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, weight, columns, bias, geometry = inputs
+    ctx.save_for_backward(x, weight, columns)
+    ctx.geometry = geometry
+
+
+def _differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    x, weight, columns = ctx.saved_tensors
+    for_x, for_weight, _, for_bias, _ = ctx.needs_input_grad
+    grad_x = grad_weight = None
+    if for_x or for_weight:
+        grad_x, grad_weight = _backward_op(
+            grad, x, weight, columns, ctx.geometry, for_x, for_weight
+        )
+    return (
+        grad_x if for_x else None,
+        grad_weight if for_weight else None,
+        None,
+        grad.sum((0, 2, 3)) if for_bias else None,
+        None,
+    )
+
+
+column_conv2d.register_autograd(_differentiate, setup_context=_remember)

@@ -1,0 +1,1 @@
+"""The CPU kernels: C++ sources, and the library built from them when the package is installed."""

@@ -1,0 +1,164 @@
+// The plan of a layer, the choice of the instruction set, and the functions that Python calls.
+#include "column_conv.h"
+
+#include <cstdlib>
+#include <exception>
+#include <new>
+
+#include "common.h"
+
+namespace spp {
+
+void AlignedFree::operator()(float* p) const { std::free(p); }
+
+AlignedFloats aligned_floats(size_t count) {
+  void* memory = nullptr;
+  if (posix_memalign(&memory, 64, std::max<size_t>(1, count) * sizeof(float)) != 0)
+    throw std::bad_alloc();
+  return AlignedFloats(static_cast<float*>(memory));
+}
+
+int32_t pool_size(int32_t size, int32_t kernel, int32_t stride, int32_t padding, bool ceil_mode) {
+  const int32_t room = size + 2 * padding - kernel;
+  int32_t out = (ceil_mode ? room + stride - 1 : room) / stride + 1;
+  if (ceil_mode && (out - 1) * stride >= size + padding) --out;  // starts beyond the picture
+  return out;
+}
+
+namespace {
+
+struct Choice {
+  const Kernels* kernels;
+  const char* name;
+};
+
+Choice choose(const char* wanted) {
+  const auto is = [&](const char* name) { return !*wanted || std::strcmp(wanted, name) == 0; };
+#ifdef SPP_X86
+  __builtin_cpu_init();
+  if (is("avx512") && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") &&
+      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bw"))
+    return {&kAvx512Kernels, "avx512"};
+  if (is("avx2") && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
+    return {&kAvx2Kernels, "avx2"};
+#endif
+  if (is("base")) return {&kBaseKernels, "base"};
+  return {nullptr, nullptr};
+}
+
+Choice chosen = choose("");
+
+std::unique_ptr<Plan> make_plan(const Geometry& g, const int32_t* columns, int32_t num_columns,
+                                const float* weight, const float* bias, float low, float high,
+                                const PostOp* post, int32_t num_post) {
+  auto plan = std::make_unique<Plan>();
+  plan->geometry = g;
+  plan->low = low;
+  plan->high = high;
+  plan->post.assign(post, post + num_post);
+  const int taps = g.kernel[0] * g.kernel[1], group_channels = g.channels / g.groups;
+  for (int d = 0; d < 2; ++d) plan->margin[d] = (g.kernel[d] - 1) * g.dilation[d] / g.stride[d];
+  plan->group_start.assign(g.groups + 1, 0);
+  for (int32_t k = 0; k < num_columns; ++k) {
+    const int channel = columns[k] / taps;
+    const int at[2] = {columns[k] % taps / g.kernel[1] * g.dilation[0],
+                       columns[k] % g.kernel[1] * g.dilation[1]};
+    const Source source{channel, {at[0] % g.stride[0], at[1] % g.stride[1]}};
+    // Columns are sorted by channel: a channel's source planes are among the last ones.
+    int index = static_cast<int>(plan->sources.size()) - 1;
+    for (; index >= 0 && plan->sources[index].channel == channel; --index)
+      if (plan->sources[index].phase[0] == source.phase[0] &&
+          plan->sources[index].phase[1] == source.phase[1])
+        break;
+    if (index < 0 || plan->sources[index].channel != channel) {
+      index = static_cast<int>(plan->sources.size());
+      plan->sources.push_back(source);
+    }
+    plan->columns.push_back({index, at[0] / g.stride[0], at[1] / g.stride[1],
+                             columns[k] % taps});
+    ++plan->group_start[channel / group_channels + 1];
+  }
+  for (int i = 0; i < g.groups; ++i) plan->group_start[i + 1] += plan->group_start[i];
+  plan->bias.assign(g.filters + 2 * kBlock, 0.0f);  // blocks may reach beyond the last filter
+  if (bias != nullptr) std::copy(bias, bias + g.filters, plan->bias.begin());
+
+  size_t floats = 0;
+  for (int i = 0; i < g.groups; ++i) {
+    plan->packed_start.push_back(floats);
+    floats += static_cast<size_t>(plan->group_blocks()) * kBlock * plan->group_columns(i);
+  }
+  plan->packed = aligned_floats(floats + 2 * kBlock);
+  float* out = plan->packed.get();
+  const int filters = plan->group_filters();
+  for (int i = 0; i < g.groups; ++i)
+    for (int block = 0; block < plan->group_blocks(); ++block)
+      for (int k = plan->group_start[i]; k < plan->group_start[i + 1]; ++k)
+        for (int r = 0; r < kBlock; ++r) {
+          const int filter = block * kBlock + r;
+          *out++ = filter < filters ? weight[static_cast<size_t>(filter) * num_columns + k] : 0.0f;
+        }
+  return plan;
+}
+
+}  // namespace
+}  // namespace spp
+
+#if defined(_WIN32)
+#define SPP_EXPORT extern "C" __declspec(dllexport)
+#else
+#define SPP_EXPORT extern "C" __attribute__((visibility("default")))
+#endif
+
+// All return 0 or null where memory runs out; the arguments are checked in Python.
+
+SPP_EXPORT const char* spp_isa() { return spp::chosen.name; }
+
+// For tests: another instruction set than the best one. Returns whether this machine has it.
+SPP_EXPORT int32_t spp_set_isa(const char* name) {
+  const spp::Choice choice = spp::choose(name);
+  if (choice.kernels == nullptr) return 0;
+  spp::chosen = choice;
+  return 1;
+}
+
+SPP_EXPORT void* spp_plan(const spp::Geometry* geometry, const int32_t* columns,
+                          int32_t num_columns, const float* weight, const float* bias, float low,
+                          float high, const spp::PostOp* post, int32_t num_post) {
+  try {
+    return spp::make_plan(*geometry, columns, num_columns, weight, bias, low, high, post, num_post)
+        .release();
+  } catch (const std::exception&) {
+    return nullptr;
+  }
+}
+
+SPP_EXPORT void spp_free(void* plan) { delete static_cast<spp::Plan*>(plan); }
+
+SPP_EXPORT int32_t spp_forward(const void* plan, const float* input, const float* residual,
+                               float* output, int64_t batch, int32_t height, int32_t width,
+                               int32_t conv_height, int32_t conv_width, int32_t threads,
+                               int32_t variant) {
+  try {
+    spp::chosen.kernels->forward({static_cast<const spp::Plan*>(plan), input, residual, output,
+                                  batch, height, width, conv_height, conv_width, threads,
+                                  variant});
+    return 1;
+  } catch (const std::exception&) {
+    return 0;
+  }
+}
+
+SPP_EXPORT int32_t spp_backward(const void* plan, const float* grad, const float* weight,
+                                const float* input, float* output, int64_t batch, int32_t height,
+                                int32_t width, int32_t conv_height, int32_t conv_width,
+                                int32_t threads, int32_t of_input) {
+  const spp::Backward pass{static_cast<const spp::Plan*>(plan), grad, weight, input, output,
+                           batch, height, width, conv_height, conv_width, threads};
+  try {
+    if (of_input) spp::chosen.kernels->backward_input(pass);
+    else spp::chosen.kernels->backward_weight(pass);
+    return 1;
+  } catch (const std::exception&) {
+    return 0;
+  }
+}

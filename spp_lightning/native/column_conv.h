@@ -1,0 +1,94 @@
+// The C interface of the column-pruned convolution, and the plan behind it.
+//
+// A plan is made once per layer: which input positions are kept, and their weights in the order in
+// which the kernels read them. It is never written to afterwards, so any number of threads may run
+// it at the same time. All tensors are float32, NCHW, contiguous.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <vector>
+
+namespace spp {
+
+constexpr int kBlock = 4;  // filters that a kernel computes together
+
+// What happens to each plane of the convolution's output before it is stored.
+enum class PostKind : int32_t { kMaxPool = 0, kAveragePool = 1, kLocalResponseNorm = 2 };
+
+// One operation on a plane. The same layout is declared in native.py.
+struct PostOp {
+  PostKind kind;
+  int32_t kernel[2], stride[2], padding[2];
+  int32_t ceil_mode, count_include_pad;
+  float alpha;  // of the local response norm: x · (1 + alpha · mean(x²))^(-3/4)
+};
+
+struct Geometry {
+  int32_t channels, filters, groups;
+  int32_t kernel[2], stride[2], padding[2], dilation[2];
+};
+
+// A plane that the kernels read: one input channel, padded, every stride-th pixel from a phase on.
+// With the phases taken apart, a kernel of any stride reads neighbouring pixels.
+struct Source {
+  int32_t channel, phase[2];
+};
+
+// A kept column: where in its source plane the pixel of output (0, 0) lies.
+struct Column {
+  int32_t source, row, col;
+  int32_t tap;  // i · kw + j
+};
+
+struct AlignedFree {
+  void operator()(float* p) const;
+};
+using AlignedFloats = std::unique_ptr<float[], AlignedFree>;
+AlignedFloats aligned_floats(size_t count);
+
+struct Plan {
+  Geometry geometry;
+  std::vector<Source> sources;
+  std::vector<Column> columns;      // sorted by conv group
+  std::vector<int32_t> group_start;  // first column of each conv group, and their number
+  std::vector<size_t> packed_start;  // of each conv group, in `packed`
+  AlignedFloats packed;              // [group][block of filters][column][filter of the block]
+  std::vector<float> bias;           // one per filter, and zeros
+  float low, high;                   // the output is clamped to these
+  std::vector<PostOp> post;
+  int32_t margin[2];                 // rows and columns that a source plane has beyond the output
+
+  int32_t group_filters() const { return geometry.filters / geometry.groups; }
+  int32_t group_blocks() const { return (group_filters() + kBlock - 1) / kBlock; }
+  int32_t group_columns(int32_t g) const { return group_start[g + 1] - group_start[g]; }
+};
+
+// One pass over a batch.
+struct Pass {
+  const Plan* plan;
+  const float* input;
+  const float* residual;  // added before the clamp, in the output's shape; may be null
+  float* output;
+  int64_t batch;
+  int32_t height, width;          // of the input
+  int32_t conv_height, conv_width;  // of the convolution's output, before the post operations
+  int32_t threads;
+  int32_t variant;  // 0: pack the kept columns of a tile of pixels first; 1: read them in place
+};
+
+// One backward pass over a batch, for the gradient of the input or of the weights.
+struct Backward {
+  const Plan* plan;  // its weights and post operations play no part
+  const float* grad;    // of the convolution's output
+  const float* weight;  // (filters of a group, columns)
+  const float* input;
+  float* output;
+  int64_t batch;
+  int32_t height, width, conv_height, conv_width, threads;
+};
+
+int32_t pool_size(int32_t size, int32_t kernel, int32_t stride, int32_t padding, bool ceil_mode);
+
+}  // namespace spp

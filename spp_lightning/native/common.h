@@ -1,0 +1,63 @@
+// What the kernels of every instruction set share.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <limits>
+
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+
+#include "column_conv.h"
+
+namespace spp {
+
+// Memory that stays with its thread from call to call, and grows when more is asked for.
+class Buffer {
+ public:
+  template <typename T>
+  T* get(size_t count) {
+    const size_t floats = (count * sizeof(T) + sizeof(float) - 1) / sizeof(float);
+    if (floats > size_) {
+      memory_ = aligned_floats(floats);
+      size_ = floats;
+    }
+    return reinterpret_cast<T*>(memory_.get());
+  }
+
+ private:
+  AlignedFloats memory_;
+  size_t size_ = 0;
+};
+
+inline int thread_index() {
+#ifdef _OPENMP
+  return omp_get_thread_num();
+#else
+  return 0;
+#endif
+}
+
+inline int thread_count() {
+#ifdef _OPENMP
+  return omp_get_num_threads();
+#else
+  return 1;
+#endif
+}
+
+// One set of kernels per instruction set.
+struct Kernels {
+  void (*forward)(const Pass&);
+  void (*backward_input)(const Backward&);
+  void (*backward_weight)(const Backward&);
+};
+
+extern const Kernels kBaseKernels;
+#ifdef SPP_X86
+extern const Kernels kAvx2Kernels, kAvx512Kernels;
+#endif
+
+}  // namespace spp

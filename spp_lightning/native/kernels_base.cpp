@@ -1,0 +1,7 @@
+// The kernels for any processor; the compiler maps the vectors to what there is.
+#include "common.h"
+
+#define SPP_ISA base
+#define SPP_LANES 4
+#include "kernels.inc"
+const spp::Kernels spp::kBaseKernels = {base::forward, base::backward_input, base::backward_weight};
