@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from typing import Literal, NamedTuple
+from collections.abc import Sequence
+from typing import Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -140,8 +141,8 @@ class PlaneOp(NamedTuple):
 def _pair(value: object) -> Pair:
     if isinstance(value, int):
         return value, value
-    first, second = value  # type: ignore[misc]
-    return int(first), int(second)
+    height, width = cast(Sequence[int], value)
+    return int(height), int(width)
 
 
 def _padding(conv: nn.Conv2d) -> Pair:
@@ -151,9 +152,7 @@ def _padding(conv: nn.Conv2d) -> Pair:
         sizes = []
         for kernel, dilation in zip(_pair(conv.kernel_size), _pair(conv.dilation), strict=True):
             if dilation * (kernel - 1) % 2:
-                raise ValueError(
-                    "`padding` 'same' must be of one number per side, for odd kernels."
-                )
+                raise ValueError("`padding` 'same' must be the same on both sides: odd kernels.")
             sizes.append(dilation * (kernel - 1) // 2)
         return sizes[0], sizes[1]
     return _pair(conv.padding)

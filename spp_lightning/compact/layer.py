@@ -56,6 +56,7 @@ class ColumnConv2d(nn.Module):
     """
 
     columns: Tensor
+    bias: nn.Parameter | None
 
     def __init__(
         self,
@@ -71,7 +72,8 @@ class ColumnConv2d(nn.Module):
         shape = (geometry.filters // geometry.groups, len(columns))
         if tuple(weight.shape) != shape:
             raise ValueError(
-                f"`weight` must be (filters / groups, columns) = {shape}, got {tuple(weight.shape)}."
+                f"`weight` must be (filters / groups, columns) = {shape}, got"
+                f" {tuple(weight.shape)}."
             )
         if bias is not None and tuple(bias.shape) != (geometry.filters,):
             raise ValueError(f"`bias` must be ({geometry.filters},), got {tuple(bias.shape)}.")
@@ -79,9 +81,8 @@ class ColumnConv2d(nn.Module):
         self.clamp = clamp
         self.post = post
         self.weight = nn.Parameter(weight.detach().clone())
-        self.register_parameter(
-            "bias", None if bias is None else nn.Parameter(bias.detach().clone())
-        )
+        own = None if bias is None else nn.Parameter(bias.detach().clone())
+        self.register_parameter("bias", own)
         self.register_buffer("columns", columns.clone())
         self._numbers = (pack_geometry(geometry), *pack_post(post))
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.nn.grad import conv2d_input, conv2d_weight
 
 from spp_lightning.compact import cpu, triton_kernels
 from spp_lightning.compact.geometry import Clamp, Geometry, PlaneOp, dense_weight
@@ -100,7 +101,7 @@ def column_conv2d_fused(
     post: list[int],
     alphas: list[float],
 ) -> Tensor:
-    """:func:`column_conv2d`, then ``+ residual``, a clamp, and operations on planes: inference only.
+    """:func:`column_conv2d`, ``+ residual``, a clamp, and operations on planes; no gradients.
 
     Args:
         x: Input, ``(B, C, H, W)``.
@@ -144,7 +145,7 @@ def _compute(
         return plan.forward(x, residual).to(dtype)
     if x.is_cuda and x.dtype != torch.float64 and triton_kernels.is_available():
         y = triton_kernels.column_conv2d(
-            x, weight, columns, bias, *geometry[2:], residual=residual, clamp=tuple(clamp)
+            x, weight, columns, bias, *geometry[2:], residual=residual, clamp=clamp
         )
     else:
         g = geometry
@@ -228,9 +229,9 @@ def _backward_op(
     dense = dense_weight(weight, columns, g)
     conv = (g.stride, g.padding, g.dilation, g.groups)
     if for_input:
-        grad_x = torch.nn.grad.conv2d_input(list(x.shape), dense, grad, *conv)
+        grad_x = conv2d_input(list(x.shape), dense, grad, *conv)
     if for_weight:
-        by_filter = torch.nn.grad.conv2d_weight(x, list(dense.shape), grad, *conv)
+        by_filter = conv2d_weight(x, list(dense.shape), grad, *conv)
         by_group = by_filter.unflatten(0, (g.groups, -1)).transpose(0, 1)
         grad_weight = by_group.reshape(len(weight), -1)[:, columns.long()].contiguous()
     return grad_x, grad_weight
@@ -253,7 +254,7 @@ def _(
 
 
 def _remember(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, weight, columns, bias, geometry = inputs
+    x, weight, columns, _, geometry = inputs
     ctx.save_for_backward(x, weight, columns)
     ctx.geometry = geometry
 
