@@ -20,6 +20,10 @@ Loads coalesce along pixels in NCHW. In channels-last they coalesce along the co
 position, so there all tiles are transposed, and the columns should be ordered by position: see
 `channels_last_order`.
 
+Block sizes are tuned when a kernel first meets a size: that takes seconds, and must be over before
+a CUDA graph is captured. No atomic additions are used: the same call gives the same bits for as
+long as the process lives; another one may choose other blocks, which add up in another order.
+
 This module can be imported without Triton; `is_available` says whether its functions work.
 """
 
@@ -133,8 +137,7 @@ def column_conv2d(
     """``clamp(convolution + bias + residual)`` with the kept columns of a weight.
 
     Sums are taken in float32. float32 is multiplied exactly, or in TF32 where PyTorch's settings
-    allow that for matrix products and for convolutions. The first call with a new shape tunes and
-    waits for the GPU; later ones don't, and can be captured in a CUDA graph.
+    allow that for matrix products and for convolutions.
 
     Args:
         x: Input, ``(B, C, H, W)``, float32, float16 or bfloat16, of any strides.
@@ -224,11 +227,10 @@ def column_conv2d_backward_input(
 
     First the product ``weightᵀ @ grad``, one row for every kept column, then a gather: every input
     element adds up what its channel's columns hold for it. This takes the multiplications of the
-    kept columns alone, on the tensor cores, and has no atomic additions, so the same numbers come
-    out every time. One fused kernel can't do that: which outputs an input element needs differs
-    from column to column, so a tile of it is no matrix product unless all columns take part. The
-    price is the product's way through memory (in ``grad``'s dtype); it is done for so many
-    pictures at once as stay in the L2 cache.
+    kept columns alone, on the tensor cores, and no atomic additions. One fused kernel can't do
+    that: which outputs an input element needs differs from column to column, so a tile of it is no
+    matrix product unless all columns take part. The price is the product's way through memory (in
+    ``grad``'s dtype); it is done for so many pictures at once as stay in the L2 cache.
 
     Args:
         grad: Gradient of the output, ``(B, N, Ho, Wo)``.
@@ -284,6 +286,7 @@ def column_conv2d_backward_input(
                 g.stride(),
                 weight.stride(),
                 product.stride(),
+                _size_class(kept),
                 _size_class(pixels),
                 LAST=last,
                 PRECISION=_precision(grad),
@@ -409,9 +412,13 @@ def _check(first: Tensor, second: Tensor | None = None, kernel_size: Pair = (1, 
         raise TypeError(f"All tensors must have one dtype, got {first.dtype} and {second.dtype}.")
     if max(kernel_size) > _MAX_KERNEL:
         raise ValueError(f"`kernel_size` must be at most {_MAX_KERNEL}, got {kernel_size}.")
-    # Offsets within a picture are 32 bits wide, those of the pictures 64.
-    if math.prod(first.shape[1:]) >= 2**31:
-        raise ValueError(f"One picture must have fewer than 2**31 elements, got {first.shape[1:]}.")
+    # Offsets within a picture and pixels are numbered in 32 bits, offsets of pictures in 64.
+    reach = sum((n - 1) * s for n, s in zip(first.shape[1:], first.stride()[1:], strict=True))
+    if max(reach, len(first) * math.prod(first.shape[2:])) >= 2**31:
+        raise ValueError(
+            "A tensor must have fewer than 2**31 pixels, and a picture must lie within 2**31"
+            f" elements of memory; got shape {tuple(first.shape)}, strides {first.stride()}."
+        )
 
 
 def _output_size(
@@ -462,7 +469,10 @@ def _interpreted() -> bool:
 
 
 def _jit(function):
-    return function if triton is None else triton.jit(function)
+    if triton is None:
+        return function
+    # These numbers only choose the blocks; nothing is gained from compiling for their values.
+    return triton.jit(function, do_not_specialize=["kept_class", "pixel_class"])
 
 
 def _tuned(key, *blocks, exact=()):
@@ -636,13 +646,15 @@ def _forward(
     start = 0
     end = kept
     if GROUPS > 1:  # the group's columns: count those before it and those up to its end
-        start = tl.sum(tl.zeros((1024,), tl.int32))
-        end = start
+        before = tl.zeros((1024,), tl.int32)
+        until = tl.zeros((1024,), tl.int32)
         for t in range(0, kept, 1024):
             k = t + tl.arange(0, 1024)
             g = tl.load(columns + k, mask=k < kept, other=2**31 - 1) // columns_per_group
-            start += tl.sum((g < group).to(tl.int32))
-            end += tl.sum((g <= group).to(tl.int32))
+            before += (g < group).to(tl.int32)
+            until += (g <= group).to(tl.int32)
+        start = tl.sum(before)
+        end = tl.sum(until)
 
     origin, outside = _origins(p, pixels, size, out, step, x_strides, KH, KW)
     pointers, outside = _n(x + origin, LAST), _n(outside, LAST)
@@ -674,7 +686,7 @@ def _forward(
 
 
 @_tuned(
-    ["filters", "kept", "pixel_class", "LAST", "PRECISION"],
+    ["filters", "kept_class", "pixel_class", "LAST", "PRECISION"],
     _blocks(32, 128, 128, 4),
     _blocks(64, 128, 128, 8),
     _blocks(32, 128, 64, 4),
@@ -696,6 +708,7 @@ def _transposed_product(
     grad_strides,
     weight_strides,
     product_strides,
+    kept_class,
     pixel_class,
     LAST: tl.constexpr,
     PRECISION: tl.constexpr,
