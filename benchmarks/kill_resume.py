@@ -1,13 +1,13 @@
 """Kill training runs at random points, resume them, and compare with the run that never stopped.
 
-    python benchmarks/kill_resume.py --kills 20 --seed 0
+    python benchmarks/kill_resume.py --kills 20 --twice 5 --seed 0
 
 Trains the ConvNet on scikit-learn's digits, pruning and then retraining, first without a stop.
 Then, for every kill, one fresh process trains until it sends itself SIGKILL, and another resumes
-from the last checkpoint. At the end weights, pruning probabilities, masks, optimizer state,
-learning rates, counters and the logged sparsity must be equal, bit for bit. Exits with 1 if
-anything differs. CPU only, one thread per process. ``--save`` writes
-``benchmarks/results/kill_resume.json`` and ``.md``.
+from the last checkpoint; in the runs of ``--twice`` that one is killed too. At the end weights,
+pruning probabilities, masks, optimizer state, learning rates, counters and the logged sparsity
+must be equal, bit for bit. Exits with 1 if anything differs. CPU only, one thread per process.
+``--save`` writes ``benchmarks/results/kill_resume.json`` and ``.md``.
 """
 
 from __future__ import annotations
@@ -55,7 +55,16 @@ SAVE_EVERY = 2  # optimizer steps
 PRUNING: dict[str, Any] = {"A": 0.25, "interval": 3}
 # 39 batches an epoch: an odd number, so an epoch's last step is of one micro-batch.
 DATA: dict[str, Any] = {"batch_size": 9, "test_size": 0.8}
-MICRO_BATCHES = 125  # of the whole run: 20 steps of an epoch take 39
+EPOCH_BATCHES, EPOCH_STEPS = 39, 20
+
+
+def batches_of(steps: int) -> int:
+    """Micro-batches that the first steps of a run take."""
+    epochs, more = divmod(steps, EPOCH_STEPS)
+    return epochs * EPOCH_BATCHES + more * ACCUMULATE
+
+
+MICRO_BATCHES = batches_of(MAX_STEPS)  # 125, of the whole run
 
 PLACES = {
     "start": "before a forward pass",
@@ -77,14 +86,21 @@ class KillPoint:
 
 
 @dataclass(frozen=True)
-class Outcome:
-    """What came of one kill."""
+class Kill:
+    """Where a run was when it was killed."""
 
-    micro_batch: int  # under way when killed, from 1
-    step: int  # optimizer steps taken when killed
+    micro_batch: int  # under way, from 1
+    step: int  # optimizer steps taken
     place: str
     phase: str
     resumed_from: int  # optimizer step of the last checkpoint; 0 if there was none
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What came of one run and its kills."""
+
+    kills: list[Kill]
     differences: list[str]
 
 
@@ -101,6 +117,12 @@ def draw_points(count: int, seed: int) -> list[KillPoint]:
         KillPoint(chance.randrange(bounds[i], max(bounds[i] + 1, bounds[i + 1])), places[i])
         for i in range(count)
     ]
+
+
+def draw_pairs(count: int, seed: int) -> list[list[KillPoint]]:
+    """Draw where to kill runs twice: first in the first half, then in the second."""
+    points = draw_points(2 * count, seed)
+    return [[points[i], points[count + i]] for i in range(count)]
 
 
 # --- the process that trains ---
@@ -130,6 +152,9 @@ class Killer(Callback):
         """Be at a place."""
         if self.due(place):
             self.die()
+
+    def on_train_start(self, trainer: Trainer, *_: Any) -> None:  # noqa: D102
+        self.micro_batch = batches_of(trainer.global_step)  # checkpoints are of whole steps
 
     def on_train_batch_start(self, trainer: Trainer, *_: Any) -> None:  # noqa: D102
         self.micro_batch += 1
@@ -242,8 +267,8 @@ def train(folder: Path, part: str, point: KillPoint | None = None) -> None:
 def logged(folder: Path) -> dict[int, dict[str, str]]:
     """Rows of the logged sparsity by step, from all parts of a run, the later part's last."""
     curve: dict[int, dict[str, str]] = {}
-    for part in ("killed", "whole"):
-        path = folder / "logs" / part / "metrics.csv"
+    for part in sorted((folder / "logs").iterdir()):  # killed1, killed2, whole
+        path = part / "metrics.csv"
         if path.is_file():
             with path.open(newline="") as file:
                 for row in csv.DictReader(file):
@@ -281,32 +306,36 @@ def end_of(folder: Path) -> dict[str, Any]:
     return {**state, "logged": logged(folder)}
 
 
-def kill_and_resume(start: str, folder: Path, point: KillPoint, whole: dict[str, Any]) -> Outcome:
-    """Kill a run at a point, resume it and compare its end with the whole run's.
+def kill_and_resume(
+    start: str, folder: Path, points: Sequence[KillPoint], whole: dict[str, Any]
+) -> Outcome:
+    """Kill a run at one point after the other, resuming it, and compare its end with the whole's.
 
     Raises:
-        RuntimeError: If the run wasn't killed at the point, or the resumed one failed.
+        RuntimeError: If the run wasn't killed at a point, or the last one resumed failed.
     """
-    code = process(start, folder, "killed", point)
-    if code != -signal.SIGKILL:
-        raise RuntimeError(f"The run must be killed at {point}, but exited with {code}.")
+    kills = []
     last = folder / "last.ckpt"
-    step = torch.load(last, weights_only=True)["global_step"] if last.is_file() else 0
+    for number, point in enumerate(points, 1):
+        code = process(start, folder, f"killed{number}", point)
+        if code != -signal.SIGKILL:
+            raise RuntimeError(f"The run must be killed at {point}, but exited with {code}.")
+        step = torch.load(last, weights_only=True)["global_step"] if last.is_file() else 0
+        where = json.loads((folder / "killed.json").read_text())
+        kills.append(Kill(place=point.place, resumed_from=step, **where))
     code = process(start, folder, "whole")
     if code != 0:
-        raise RuntimeError(f"The run killed at {point} must resume, but exited with {code}.")
-    where = json.loads((folder / "killed.json").read_text())
-    found = differences(whole, end_of(folder))
-    return Outcome(place=point.place, resumed_from=step, differences=found, **where)
+        raise RuntimeError(f"The run killed at {points} must resume, but exited with {code}.")
+    return Outcome(kills, differences(whole, end_of(folder)))
 
 
 def run_kills(
-    points: Sequence[KillPoint], folder: Path, start: str = "spawn", jobs: int = 2
+    points: Sequence[Sequence[KillPoint]], folder: Path, start: str = "spawn", jobs: int = 2
 ) -> Iterator[Outcome]:
-    """Kill and resume one run per point.
+    """Kill and resume runs.
 
     Args:
-        points: Where to kill.
+        points: Where to kill, one after the other, by run.
         folder: Where the runs write; on one file system with the folder for temporary files,
             between which Lightning moves checkpoints.
         start: How processes start: ``"spawn"``, a new interpreter each, or ``"forkserver"``, each
@@ -314,7 +343,7 @@ def run_kills(
         jobs: Runs at a time.
 
     Returns:
-        The outcomes, in the order of the points.
+        The outcomes, in the order of the runs.
 
     Raises:
         RuntimeError: If a run ends otherwise than it should.
@@ -328,27 +357,25 @@ def run_kills(
         raise RuntimeError(f"The uninterrupted run must prune to its end: {whole['counters']}.")
     with ThreadPoolExecutor(jobs) as pool:
         runs = [
-            pool.submit(kill_and_resume, start, folder / f"kill{i}", point, whole)
-            for i, point in enumerate(points)
+            pool.submit(kill_and_resume, start, folder / f"run{i}", its_points, whole)
+            for i, its_points in enumerate(points)
         ]
         for run in runs:
             yield run.result()
 
 
 HEADER = (
-    "| kill | micro-batch | step | phase | killed | resumed from step | differences |\n"
+    "| run | micro-batch | step | phase | killed | resumed from step | differences |\n"
     "| --- | --- | --- | --- | --- | --- | --- |"
 )
 
 
 def table_row(number: int, o: Outcome) -> str:
-    """One kill as a row of the table."""
+    """One run as a row of the table."""
+    kills = [(k.micro_batch, k.step, k.phase, PLACES[k.place], k.resumed_from) for k in o.kills]
+    cells = ["; then ".join(map(str, column)) for column in zip(*kills, strict=True)]
     found = ", ".join(o.differences) or "none"
-    place = PLACES[o.place]
-    return (
-        f"| {number} | {o.micro_batch} | {o.step} | {o.phase} | {place} | {o.resumed_from} |"
-        f" {found} |"
-    )
+    return f"| {number} | {' | '.join(cells)} | {found} |"
 
 
 def save(outcomes: Sequence[Outcome], seed: int, jobs: int) -> None:
@@ -356,8 +383,10 @@ def save(outcomes: Sequence[Outcome], seed: int, jobs: int) -> None:
     commit = subprocess.run(
         ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True
     ).stdout.strip()
+    twice = sum(len(outcome.kills) > 1 for outcome in outcomes)
+    counts = f"--kills {len(outcomes) - twice} --twice {twice}"
     context = {
-        "command": f"python benchmarks/kill_resume.py --kills {len(outcomes)} --seed {seed}",
+        "command": f"python benchmarks/kill_resume.py {counts} --seed {seed}",
         "device": f"CPU, one thread per process, {jobs} at a time, {platform.machine()}",
         "versions": {
             "python": platform.python_version(),
@@ -370,7 +399,7 @@ def save(outcomes: Sequence[Outcome], seed: int, jobs: int) -> None:
     }
     path = RESULTS / "kill_resume.json"
     path.parent.mkdir(exist_ok=True)
-    result = {"context": context, "kills": [asdict(outcome) for outcome in outcomes]}
+    result = {"context": context, "runs": [asdict(outcome) for outcome in outcomes]}
     path.write_text(json.dumps(result, indent=2) + "\n")
     exact = sum(not outcome.differences for outcome in outcomes)
     versions = ", ".join(f"{name} {version}" for name, version in context["versions"].items())  # type: ignore[attr-defined]
@@ -388,12 +417,14 @@ def save(outcomes: Sequence[Outcome], seed: int, jobs: int) -> None:
 def main() -> int:
     """Run the command line."""
     parser = argparse.ArgumentParser(description="Kill and resume training runs, and compare.")
-    parser.add_argument("--kills", type=int, default=20, help="how many runs to kill")
+    parser.add_argument("--kills", type=int, default=20, help="how many runs to kill once")
+    parser.add_argument("--twice", type=int, default=5, help="how many runs to kill twice")
     parser.add_argument("--seed", type=int, default=0, help="decides where")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time")
     parser.add_argument("--save", action="store_true", help="write benchmarks/results")
     arguments = parser.parse_args()
-    points = draw_points(arguments.kills, arguments.seed)
+    points = [[point] for point in draw_points(arguments.kills, arguments.seed)]
+    points += draw_pairs(arguments.twice, arguments.seed)
     outcomes = []
     print(HEADER, flush=True)
     with tempfile.TemporaryDirectory() as folder:

@@ -13,6 +13,7 @@ from kill_resume import (
     PLACES,
     KillPoint,
     differences,
+    draw_pairs,
     draw_points,
     run_kills,
 )
@@ -22,15 +23,22 @@ from kill_resume import (
     "forkserver" not in multiprocessing.get_all_start_methods(), reason="no SIGKILL here"
 )
 def test_killed_and_resumed_runs_end_like_the_uninterrupted_one(tmp_path):
-    """Between two micro-batches in an interval, in a checkpoint's writing, while retraining."""
-    points = [KillPoint(33, "gradients"), KillPoint(62, "write"), KillPoint(107, "step")]
-    first, second, third = run_kills(points, tmp_path, start="forkserver")
-    assert [o.differences for o in (first, second, third)] == [[], [], []]
+    """Between two micro-batches in an interval and again while retraining; in a file's writing."""
+    twice = [KillPoint(33, "gradients"), KillPoint(107, "step")]
+    outcomes = list(run_kills([twice, [KillPoint(62, "write")]], tmp_path, start="forkserver"))
+    assert [outcome.differences for outcome in outcomes] == [[], []]
     # 20 steps take 39 micro-batches, an epoch; the checkpoints are of even steps.
+    (first, second), (third,) = (outcome.kills for outcome in outcomes)
     assert (first.micro_batch, first.step, first.resumed_from) == (33, 16, 16)
-    assert (second.micro_batch, second.step, second.resumed_from) == (63, 32, 30)
-    assert (third.micro_batch, third.step, third.resumed_from) == (108, 54, 54)
-    assert [o.phase for o in (first, second, third)] == ["pruning", "pruning", "retraining"]
+    assert (second.micro_batch, second.step, second.resumed_from) == (108, 54, 54)
+    assert (third.micro_batch, third.step, third.resumed_from) == (63, 32, 30)
+    assert [k.phase for k in (first, second, third)] == ["pruning", "retraining", "pruning"]
+
+
+def test_the_second_kill_comes_later():
+    pairs = draw_pairs(5, seed=0)
+    assert len(pairs) == 5
+    assert all(first.micro_batch < second.micro_batch for first, second in pairs)
 
 
 def test_points_are_spread_over_the_run():
