@@ -5,9 +5,8 @@
 Trains the ConvNet on scikit-learn's digits without a callback, with ``ModelPruning`` (L1 norms of
 input channels, with and without ``make_pruning_permanent``) and with ``SPPCallback``, and checks
 what one expects of a callback in a longer project: resuming, checkpoints, ranks, copies, errors,
-``torch.compile``. Every cell is an experiment with its number. CPU only, a minute
-or two. ``--save``
-writes ``benchmarks/results/control_group.json`` and ``.md``.
+``torch.compile``. Every cell is an experiment with its number. CPU only, a minute or two.
+``--save`` writes ``benchmarks/results/control_group.json`` and ``.md``.
 """
 
 from __future__ import annotations
