@@ -20,7 +20,7 @@ FLAGS = ["-std=gnu++17", "-O3", "-fno-math-errno", "-fvisibility=hidden"]
 class build_kernels(build_ext):
     """Compiles the sources side by side, with OpenMP where the compiler has it."""
 
-    def build_extension(self, ext: Extension) -> None:
+    def build_extension(self, ext: Extension) -> None:  # noqa: D102
         if self._compiles("-fopenmp"):
             ext.extra_compile_args.append("-fopenmp")
             ext.extra_link_args.append("-fopenmp")

@@ -14,7 +14,7 @@ from torchmetrics.classification import MulticlassAccuracy
 
 __all__ = ["ConvNet"]
 
-_LRN_SIZE, _LRN_ALPHA = 3, 5e-5
+LRN_SIZE, LRN_ALPHA = 3, 5e-5
 
 
 def local_response_norm(x: Tensor) -> Tensor:
@@ -28,8 +28,8 @@ def local_response_norm(x: Tensor) -> Tensor:
 
     Source: Caffe's LRN layer with ``norm_region: WITHIN_CHANNEL``.
     """
-    mean = F.avg_pool2d(x * x, _LRN_SIZE, stride=1, padding=_LRN_SIZE // 2)
-    scale = 1 + _LRN_ALPHA * mean
+    mean = F.avg_pool2d(x * x, LRN_SIZE, stride=1, padding=LRN_SIZE // 2)
+    scale = 1 + LRN_ALPHA * mean
     # scale^(-3/4) through two square roots: several times faster than pow, forward and backward.
     return x * torch.rsqrt(scale * scale.sqrt())
 

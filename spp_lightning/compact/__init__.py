@@ -1,0 +1,1 @@
+"""Pruned networks made fast: only the kept columns are stored and computed."""

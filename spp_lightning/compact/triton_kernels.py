@@ -36,6 +36,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 try:
     import triton
@@ -141,7 +142,8 @@ def column_conv2d(
 
     Args:
         x: Input, ``(B, C, H, W)``, float32, float16 or bfloat16, of any strides.
-        weight: Kept columns, ``(N/G, T)``, of x's dtype.
+        weight: Kept columns, ``(N/G, T)``, of x's dtype. If G = 1 zeros may follow: with a multiple
+            of 16 columns it needn't be padded at each call.
         columns: Their numbers, ``(T,)``, int32; sorted by group, in any order within one.
         bias: ``(N,)`` or None.
         kernel_size: ``(kh, kw)``, at most 15 each.
@@ -171,6 +173,9 @@ def column_conv2d(
     _check(y)
     if table is None:
         table = column_table(columns, x, kernel_size, dilation)
+    if groups == 1 and kept % 16:
+        weight = F.pad(weight, (0, -kept % 16))  # or its rows could only be read number by number
+        kept = weight.shape[1]
 
     def grid(meta: dict[str, Any]) -> tuple[int]:
         tiles = triton.cdiv(filters, meta["BLOCK_F"]) * triton.cdiv(pixels, meta["BLOCK_P"])
@@ -251,13 +256,16 @@ def column_conv2d_backward_input(
         ValueError: If the kernel or a picture is too large.
     """
     _check(grad, weight, kernel_size)
-    filters, kept = weight.shape
+    kept = len(columns)
+    weight = weight[:, :kept]
     batch, channels, *size = input_shape
     height, width = grad.shape[2:]
-    empty = functools.partial(
-        torch.empty, dtype=grad.dtype, device=grad.device, memory_format=_memory_format(grad)
+    result = torch.empty(
+        tuple(input_shape),
+        dtype=grad.dtype,
+        device=grad.device,
+        memory_format=_memory_format(grad),
     )
-    result = empty(tuple(input_shape))
     if not (kept and grad.numel() and result.numel()):
         return result.zero_()
     _check(result)
@@ -266,31 +274,11 @@ def column_conv2d_backward_input(
     rows = columns.new_full((channels * taps,), -1)
     rows.scatter_(0, columns.long(), torch.arange(kept, dtype=rows.dtype, device=rows.device))
     chunk = min(batch, max(1, _CACHED // (kept * height * width)))
-    product = empty((chunk, kept, height, width))
-    _check(product)
-    last = _is_channels_last(grad)
     with _device_of(grad):
         for start in range(0, batch, chunk):
             g, dx = grad[start : start + chunk], result[start : start + chunk]
-            pixels, inputs = len(g) * height * width, len(g) * math.prod(size)
-            _transposed_product[_tiles(kept, pixels)](
-                g,
-                weight,
-                columns,
-                product,
-                filters,
-                kept,
-                pixels,
-                channels // groups * taps,
-                (height, width),
-                g.stride(),
-                weight.stride(),
-                product.stride(),
-                _size_class(kept),
-                _size_class(pixels),
-                LAST=last,
-                PRECISION=_precision(grad),
-            )
+            product = _transpose_and_multiply(g, weight, columns, channels // groups * taps, groups)
+            inputs = len(g) * math.prod(size)
             _gather_input[_tiles(channels, inputs)](
                 product,
                 rows,
@@ -305,9 +293,50 @@ def column_conv2d_backward_input(
                 _size_class(inputs),
                 KH=kernel_size[0],
                 KW=kernel_size[1],
-                LAST=last,
+                LAST=_is_channels_last(grad),
             )
     return result
+
+
+def _transpose_and_multiply(
+    g: Tensor, weight: Tensor, columns: Tensor, columns_per_group: int, groups: int
+) -> Tensor:
+    """What every kept column gets from the outputs, ``(B, T, Ho, Wo)``, in g's memory format."""
+    batch, _, height, width = g.shape
+    filters, kept = weight.shape
+    last = _is_channels_last(g)
+    if groups == 1 and last:
+        rows = g.permute(0, 2, 3, 1).reshape(-1, filters) @ weight
+        return rows.view(batch, height, width, kept).permute(0, 3, 1, 2)
+    if groups == 1:
+        return (weight.mT @ g.flatten(2)).unflatten(2, (height, width))
+    product = torch.empty(
+        (batch, kept, height, width),
+        dtype=g.dtype,
+        device=g.device,
+        memory_format=_memory_format(g),
+    )
+    _check(product)
+    pixels = batch * height * width
+    _transposed_product[_tiles(kept, pixels)](
+        g,
+        weight,
+        columns,
+        product,
+        filters,
+        kept,
+        pixels,
+        columns_per_group,
+        (height, width),
+        g.stride(),
+        weight.stride(),
+        product.stride(),
+        _size_class(kept),
+        _size_class(pixels),
+        LAST=last,
+        PRECISION=_precision(g),
+    )
+    return product
 
 
 def column_conv2d_backward_weight(
@@ -358,9 +387,9 @@ def column_conv2d_backward_weight(
     splits = max(1, min(_PROGRAMS // tiles, pixels // 1024))
     share = -(-pixels // splits // 256) * 256  # a tile of pixels lies in one share
     splits = -(-pixels // share)
-    # What is worked out per pixel is the same for all tiles: do it once, for whole tiles.
+    # What is worked out per pixel is the same for all tiles: do it once, for whole tiles and the next.
     places = [
-        torch.empty(-(-pixels // 256) * 256, dtype=dtype, device=x.device)
+        torch.empty(-(-pixels // 256) * 256 + 256, dtype=dtype, device=x.device)
         for dtype in (torch.int64, torch.int32, torch.int64)
     ]
     parts = torch.empty((splits, filters, kept), dtype=torch.float32, device=x.device)
@@ -820,6 +849,17 @@ def _make_pixels(
     tl.store(places + p, _pixel_offsets(p, out, grad_strides))
 
 
+@_jit
+def _gather_pair(
+    x, taps, origins, outside, grad, is_filter, filters_at, places, p, end, LAST: tl.constexpr
+):
+    """Tiles of x and of the gradient at output pixels p."""
+    inside = (taps & _n(tl.load(outside + p), LAST)) == 0
+    x_tile = tl.load(x + _n(tl.load(origins + p), LAST), mask=inside, other=0.0)
+    at = filters_at + _n(tl.load(places + p), LAST)
+    return x_tile, tl.load(grad + at, mask=is_filter & _n(p < end, LAST), other=0.0)
+
+
 @_tuned(
     ["filters", "kept_class", "pixel_class", "LAST", "PRECISION"],
     _blocks(128, 32, 64, 4),
@@ -871,18 +911,31 @@ def _weight_gradient(
     total = tl.zeros((BLOCK_F, BLOCK_K), tl.float32)
     for g in range(first_group, last_group + 1):  # the groups that the tile's columns belong to
         its_taps = _m(tl.where(group == g, taps, 1 << 30), LAST)
+        is_filter = _m(f < filters, LAST)
+        filters_at = _m(g * filters + f, LAST) * grad_stride
+        p = begin + tl.arange(0, BLOCK_P)
+        x_tile, g_tile = _gather_pair(
+            pointers, its_taps, origins, outside, grad, is_filter, filters_at, places, p, end, LAST
+        )
         for q in range(begin, end, BLOCK_P):
-            p = q + tl.arange(0, BLOCK_P)
-            inside = (its_taps & _n(tl.load(outside + p), LAST)) == 0
-            x_tile = tl.load(pointers + _n(tl.load(origins + p), LAST), mask=inside, other=0.0)
-            g_tile = tl.load(
-                grad + _n(tl.load(places + p), LAST) + _m(g * filters + f, LAST) * grad_stride,
-                mask=_m(f < filters, LAST) & _n(p < end, LAST),
-                other=0.0,
+            x_now, g_now = x_tile, g_tile
+            p = q + BLOCK_P + tl.arange(0, BLOCK_P)
+            x_tile, g_tile = _gather_pair(
+                pointers,
+                its_taps,
+                origins,
+                outside,
+                grad,
+                is_filter,
+                filters_at,
+                places,
+                p,
+                end,
+                LAST,
             )
             if LAST:
-                total = tl.dot(tl.trans(g_tile), x_tile, total, input_precision=PRECISION)
+                total = tl.dot(tl.trans(g_now), x_now, total, input_precision=PRECISION)
             else:
-                total = tl.dot(g_tile, tl.trans(x_tile), total, input_precision=PRECISION)
+                total = tl.dot(g_now, tl.trans(x_now), total, input_precision=PRECISION)
     at = (tl.program_id(1).to(tl.int64) * filters + f[:, None]) * kept + k[None, :]
     tl.store(parts + at, total, mask=(f[:, None] < filters) & (k[None, :] < kept))

@@ -1,0 +1,257 @@
+"""compact(): a pruned network as one that computes the same several times faster."""
+
+from __future__ import annotations
+
+import copy
+import statistics
+import time
+import warnings
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, fx, nn
+
+from spp_lightning.compact import cpu
+from spp_lightning.compact.channels import (
+    absorb_constants,
+    fold_batch_norms,
+    remove_channels,
+    set_module,
+)
+from spp_lightning.compact.fusing import Chain, chain_after
+from spp_lightning.compact.geometry import Clamp
+from spp_lightning.compact.layer import ColumnConv2d
+from spp_lightning.compact.tracing import module_of, shape_of, trace
+from spp_lightning.masking import is_masked
+
+__all__ = ["compact"]
+
+_SURELY_FASTER = 0.5  # share of kept weights up to which the dense layer needn't be timed
+
+
+def compact(model: nn.Module, example_input: Tensor, fuse: bool = True) -> nn.Module:
+    """Make a pruned network fast: store and compute only the columns that pruning kept.
+
+    Every convolution with pruned columns becomes a :class:`ColumnConv2d`; channels that no layer
+    reads any more are removed with the filters that make them; batch norms, additions, ReLUs and
+    pools that follow a convolution are computed together with it. Layers that are faster dense
+    stay dense. The result is in evaluation mode and computes what ``model.eval()`` computes, up to
+    rounding, for inputs of any batch size.
+
+    Networks that ``torch.fx`` can't trace keep their own ``forward``; their convolutions are
+    replaced one by one, and nothing is fused.
+
+    Args:
+        model: The pruned network; it is left as it was.
+        example_input: A batch of the size that is to be fast, on the network's device.
+        fuse: Whether batch norms are folded and what follows a convolution is fused. Without, the
+            network keeps its batch norms, as it should for training it further.
+
+    Returns:
+        The compact network, on the device of ``model``.
+
+    Raises:
+        ValueError: If ``model`` isn't a network or is still being pruned, ``example_input`` isn't
+            a tensor, or the network fails for it.
+
+    >>> net = nn.Sequential(nn.Conv2d(3, 16, 3, padding=1), nn.ReLU(), nn.Conv2d(16, 8, 3))
+    >>> with torch.no_grad():
+    ...     _ = net[2].weight[:, 4:].zero_()  # reads 4 of the first layer's 16 channels
+    >>> fast = compact(net, torch.zeros(1, 3, 32, 32))
+    >>> len(fast.get_submodule("0").bias)  # which makes no others any more
+    4
+    >>> x = torch.randn(5, 3, 32, 32)
+    >>> torch.allclose(fast(x), net(x), atol=1e-5)
+    True
+    """
+    _check(model, example_input)
+    original, model = model, copy.deepcopy(model).eval()
+    if example_input.is_cpu:
+        model.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
+        example_input = example_input.contiguous()
+    try:
+        graph = trace(model, example_input)
+    except Exception as error:  # whatever a network may raise that can't be traced
+        names = _replace_one_by_one(model)
+        warnings.warn(
+            f"The network can't be traced ({type(error).__name__}: {error}), so nothing in it is"
+            f" fused and no channels are removed; the layers {', '.join(names)} are made compact"
+            " one by one.",
+            stacklevel=2,
+        )
+        return model
+    if fuse:
+        fold_batch_norms(graph)
+        absorb_constants(graph)
+    remove_channels(graph)
+    with torch.no_grad():
+        fx.passes.shape_prop.ShapeProp(graph).propagate(example_input)
+    _drop_layouts(graph)
+    _replace_convolutions(graph, fuse)
+    return graph if _is_surely_faster(graph) else _faster(graph, original, example_input)
+
+
+def _check(model: nn.Module, example_input: Tensor) -> None:
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"`model` must be a network, an instance of nn.Module, got {model!r}.")
+    if not isinstance(example_input, Tensor):
+        raise ValueError(
+            f"`example_input` must be a tensor, a batch of inputs, got {type(example_input)}."
+        )
+    masked = [name for name, layer in model.named_modules() if is_masked(layer)]
+    if masked:
+        raise ValueError(
+            f"`model` is still being pruned (layers {', '.join(masked)}); call `fold()` of the"
+            " pruner first, or let the fit end."
+        )
+    training = {module: module.training for module in model.modules()}
+    try:
+        with torch.no_grad():
+            model.eval()(example_input)
+    except Exception as error:
+        raise ValueError(
+            f"`example_input` (={tuple(example_input.shape)}, {example_input.dtype}, on"
+            f" {example_input.device}) must be an input of `model`, but the network fails for it:"
+            f" {error}"
+        ) from error
+    finally:
+        for module, mode in training.items():
+            module.training = mode
+
+
+def _replace_one_by_one(model: nn.Module) -> list[str]:
+    names = []
+    for name, module in list(model.named_modules()):
+        if _replaceable(module) and name and _is_pruned(module):
+            parent, _, child = name.rpartition(".")
+            setattr(model.get_submodule(parent), child, ColumnConv2d.of(module))
+            names.append(name)
+    return names
+
+
+def _replaceable(module: nn.Module | None) -> bool:
+    if type(module) is not nn.Conv2d:
+        return False
+    if module.groups > 1 and module.groups == module.in_channels:
+        return False  # depthwise
+    same = module.padding == "same" and any(
+        dilation * (size - 1) % 2
+        for size, dilation in zip(module.kernel_size, module.dilation, strict=True)
+    )
+    return module.padding_mode == "zeros" and not same
+
+
+def _is_pruned(conv: nn.Conv2d) -> bool:
+    return bool((conv.weight.detach().flatten(1).abs().amax(0) == 0).any())
+
+
+def _drop_layouts(graph: fx.GraphModule) -> None:
+    """Remove orders to lay out tensors in some way: they don't change what is computed."""
+    for node in list(graph.graph.nodes):
+        if node.op != "call_method":
+            continue
+        only_layout = len(node.args) == 1 and set(node.kwargs) == {"memory_format"}
+        if node.target == "contiguous" or (node.target == "to" and only_layout):
+            node.replace_all_uses_with(node.args[0])
+            graph.graph.erase_node(node)
+    graph.recompile()
+
+
+def _replace_convolutions(graph: fx.GraphModule, fuse: bool) -> None:
+    order = {node: i for i, node in enumerate(graph.graph.nodes)}
+    for node in list(graph.graph.nodes):
+        conv = module_of(graph, node)
+        if node not in order or not _replaceable(conv):
+            continue
+        assert isinstance(conv, nn.Conv2d)
+        chain = chain_after(graph, node) if fuse else Chain(node)
+        layer = ColumnConv2d.of(conv, chain.clamp, chain.post).train(conv.training)
+        if len(node.args) != 1 or node.kwargs or not _pays(graph, conv, layer, chain):
+            continue
+        name = str(node.target)
+        calls = [x for x in graph.graph.nodes if x.op == "call_module" and x.target == node.target]
+        if len(calls) > 1:  # another call has another chain
+            if _is_pruned(conv):
+                set_module(graph, name, ColumnConv2d.of(conv).train(conv.training))
+            continue
+        end = chain.end
+        set_module(graph, name, layer)
+        arguments = (node.args[0],) if chain.residual is None else (node.args[0], chain.residual)
+        with graph.graph.inserting_after(end):
+            fused = graph.graph.call_module(name, arguments)
+        fused.meta = dict(end.meta)
+        end.replace_all_uses_with(fused)
+        for old in (*reversed(chain.nodes), node):
+            graph.graph.erase_node(old)
+            order.pop(old, None)
+    graph.graph.lint()
+    graph.delete_all_unused_submodules()
+    graph.recompile()
+
+
+def _pays(graph: fx.GraphModule, conv: nn.Conv2d, layer: ColumnConv2d, chain: Chain) -> bool:
+    """Whether a layer is faster than the dense one with all that follows, by a short timing."""
+    share = len(layer.columns) / layer.geometry.num_columns
+    fast = conv.weight.is_cuda or (conv.weight.dtype != torch.float64 and cpu.is_available())
+    if not fast or share <= _SURELY_FASTER:
+        return share < 1
+    shape, meta = shape_of(chain.conv.args[0]), chain.conv.args[0]
+    assert shape is not None and isinstance(meta, fx.Node)
+    x = torch.randn(shape, dtype=conv.weight.dtype, device=conv.weight.device)
+    residual = torch.randn_like(conv(x)) if chain.residual is not None else None
+
+    def dense() -> Tensor:
+        y = conv(x)
+        if residual is not None:
+            y = y + residual
+        if chain.clamp != Clamp():
+            y = y.clamp_(*chain.clamp)
+        for op in chain.post:
+            y = op(y)
+        return y
+
+    with torch.no_grad():
+        seconds = _interleaved_seconds([dense, lambda: layer(x, residual)])
+    return seconds[1] < seconds[0]
+
+
+def _is_surely_faster(graph: fx.GraphModule) -> bool:
+    layers = [layer for layer in graph.modules() if isinstance(layer, ColumnConv2d)]
+    kept = sum(layer.weight.numel() for layer in layers)
+    dense = sum(x.geometry.num_columns * x.geometry.filters // x.geometry.groups for x in layers)
+    return bool(layers) and kept <= _SURELY_FASTER * dense
+
+
+def _faster(compacted: nn.Module, original: nn.Module, example_input: Tensor) -> nn.Module:
+    """The compact network, or a copy of the original one where that is faster."""
+    dense = copy.deepcopy(original).eval()
+    with torch.no_grad():
+        seconds = _interleaved_seconds(
+            [lambda: dense(example_input), lambda: compacted(example_input)]
+        )
+    if seconds[1] <= seconds[0]:
+        return compacted
+    warnings.warn(
+        "The network has too few pruned columns for a compact one to be faster:"
+        f" {seconds[0] * 1e3:.3f} ms dense, {seconds[1] * 1e3:.3f} ms compact for the example"
+        " input. It stays dense.",
+        stacklevel=3,
+    )
+    return dense
+
+
+def _interleaved_seconds(functions: list[Callable[[], Tensor]], rounds: int = 5) -> list[float]:
+    times: list[list[float]] = [[] for _ in functions]
+    for function in functions:
+        _wait(function())
+    for _ in range(rounds):
+        for function, seconds in zip(functions, times, strict=True):
+            start = time.perf_counter()
+            _wait(function())
+            seconds.append(time.perf_counter() - start)
+    return [statistics.median(seconds) for seconds in times]
+
+
+def _wait(output: Tensor) -> None:
+    if output.is_cuda:
+        torch.cuda.synchronize(output.device)
