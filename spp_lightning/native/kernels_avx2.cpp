@@ -6,7 +6,14 @@
 
 #define SPP_ISA avx2
 #define SPP_LANES 8
+#ifdef __clang__
+#pragma clang attribute push(__attribute__((target("avx2,fma"))), apply_to = function)
+#else
 #pragma GCC target("avx2,fma")
+#endif
 #include "kernels.inc"
+#ifdef __clang__
+#pragma clang attribute pop
+#endif
 const spp::Kernels spp::kAvx2Kernels = {avx2::forward, avx2::backward_input, avx2::backward_weight};
 #endif

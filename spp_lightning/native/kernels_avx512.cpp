@@ -6,7 +6,17 @@
 
 #define SPP_ISA avx512
 #define SPP_LANES 16
+#ifdef __clang__
+#pragma clang attribute push(__attribute__((target("avx2,fma,avx512f,avx512vl,avx512dq,avx512bw"))), \
+                             apply_to = function)
+#else
 #pragma GCC target("avx2,fma,avx512f,avx512vl,avx512dq,avx512bw,prefer-vector-width=512")
+// gcc's own header hands an undefined vector to the intrinsics without a mask.
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#endif
 #include "kernels.inc"
+#ifdef __clang__
+#pragma clang attribute pop
+#endif
 const spp::Kernels spp::kAvx512Kernels = {avx512::forward, avx512::backward_input, avx512::backward_weight};
 #endif
