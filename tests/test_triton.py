@@ -76,7 +76,13 @@ CASES = {
     "bfloat16": Case(channels=8, filters=19, dtype=torch.bfloat16),
     "bfloat16, last": Case(channels=8, dtype=torch.bfloat16, last=True, residual=True),
 }
-OTHERS = ["importable without triton", "refuses", "nan passes the clamp", "long sums", "table"]
+OTHERS = [
+    "importable without triton",
+    "refuses",
+    "nan passes the clamp",
+    "long sums",
+    "table, padding",
+]
 KERNEL_NAMES = (
     "make_table",
     "forward",
@@ -235,7 +241,7 @@ def check_other(tk: typing.Any, name: str) -> None:
         tk._CACHED = 2000
         tk._PROGRAMS = 8
         check(tk, Case(channels=2, size=(16, 18), batch=8))
-    elif name == "table":
+    elif name == "table, padding":
         table = tk.column_table(columns, x, (3, 3), (1, 1))
         assert table[:, :4].tolist() == [
             [0, 6, 36, 0],
@@ -243,6 +249,11 @@ def check_other(tk: typing.Any, name: str) -> None:
         ]
         given = tk.column_conv2d(x, weight, columns, None, *geometry, table=table)
         assert torch.equal(given, tk.column_conv2d(x, weight, columns, None, *geometry))
+        padded = F.pad(weight, (0, 13))
+        assert torch.equal(given, tk.column_conv2d(x, padded, columns, None, *geometry))
+        arguments = (columns, x.shape, *geometry)
+        dx = tk.column_conv2d_backward_input(given, padded, *arguments)
+        assert torch.equal(dx, tk.column_conv2d_backward_input(given, weight, *arguments))
 
 
 def interpret() -> dict[str, str]:

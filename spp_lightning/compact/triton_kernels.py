@@ -387,7 +387,7 @@ def column_conv2d_backward_weight(
     splits = max(1, min(_PROGRAMS // tiles, pixels // 1024))
     share = -(-pixels // splits // 256) * 256  # a tile of pixels lies in one share
     splits = -(-pixels // share)
-    # What is worked out per pixel is the same for all tiles: do it once, for whole tiles and the next.
+    # What is worked out per pixel is the same for all tiles: do it once, up to a tile too far.
     places = [
         torch.empty(-(-pixels // 256) * 256 + 256, dtype=dtype, device=x.device)
         for dtype in (torch.int64, torch.int32, torch.int64)
@@ -862,12 +862,12 @@ def _gather_pair(
 
 @_tuned(
     ["filters", "kept_class", "pixel_class", "LAST", "PRECISION"],
-    _blocks(128, 32, 64, 4),
-    _blocks(128, 64, 128, 8),
+    _blocks(128, 32, 64, 8),
+    _blocks(128, 32, 128, 8),
     _blocks(64, 32, 64, 4),
-    _blocks(64, 64, 64, 4),
-    _blocks(32, 64, 64, 4),
-    _blocks(32, 64, 32, 4),
+    _blocks(64, 32, 128, 8),
+    _blocks(64, 64, 64, 8),
+    _blocks(32, 32, 64, 4),
     exact=(_blocks(64, 16, 64, 8), _blocks(128, 16, 64, 8), _blocks(32, 16, 64, 4)),
 )
 @_jit
