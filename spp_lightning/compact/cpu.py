@@ -86,7 +86,7 @@ class Plan:
     """A column-pruned convolution, ready to run on the CPU.
 
     Args:
-        weight: Kept columns, ``(filters / groups, columns)``, float32.
+        weight: Kept columns, ``(filters / groups, columns)``.
         columns: Which they are, ``(columns,)``, int32, ascending.
         bias: One per filter, or None.
         geometry: The convolution.
@@ -94,7 +94,8 @@ class Plan:
         post: What is done to the output's planes after that.
 
     Raises:
-        ValueError: If ``columns`` aren't ascending, or name columns that the layer doesn't have.
+        ValueError: If a tensor isn't on the CPU and of the right shape, or ``columns`` aren't
+            ascending, or name columns that the layer doesn't have.
         MemoryError: If there is no memory for it.
     """
 
@@ -109,6 +110,9 @@ class Plan:
     ) -> None:
         check_columns(columns, geometry)
         g = geometry
+        _check("weight", weight, (g.filters // g.groups, len(columns)))
+        if bias is not None:
+            _check("bias", bias, (g.filters,))
         pair = ctypes.c_int32 * 2
         shape = _Geometry(
             g.channels,
@@ -126,8 +130,8 @@ class Plan:
                 for op in post
             )
         )
-        weight, columns = weight.detach().contiguous(), columns.contiguous()
-        bias = None if bias is None else bias.detach().contiguous()
+        weight, columns = weight.detach().float().contiguous(), columns.contiguous()
+        bias = None if bias is None else bias.detach().float().contiguous()
         self.geometry = geometry
         self.post = post
         self._library = _library()
@@ -159,6 +163,8 @@ class Plan:
         """
         batch, _, height, width = x.shape
         conv_size = self.geometry.out_size(height, width)
+        if residual is not None:
+            _check("residual", residual, (batch, self.geometry.filters, *conv_size))
         out_size = conv_size
         for op in self.post:
             out_size = op.out_size(*out_size)
@@ -275,7 +281,17 @@ def check_columns(columns: Tensor, geometry: Geometry) -> None:
         )
 
 
-_plans: dict[tuple[Any, ...], tuple[Any, Any, Plan]] = {}
+def _check(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
+    # The kernels read memory as these say: what doesn't fit would be read beyond its end.
+    if tensor.shape != shape or not tensor.is_cpu:
+        raise ValueError(
+            f"`{name}` must be of shape {shape} on the CPU, got {tuple(tensor.shape)} on"
+            f" {tensor.device}."
+        )
+
+
+_References = tuple[weakref.ref[Tensor] | None, ...]
+_plans: dict[tuple[Any, ...], tuple[_References, tuple[int, ...] | None, Plan]] = {}
 
 
 def plan_for(
@@ -288,20 +304,30 @@ def plan_for(
 ) -> Plan:
     """The plan of a layer, made anew only when its tensors have changed.
 
-    Changes are seen through torch's version counter: those in place count, those through ``.data``
-    don't. The arguments are those of :class:`Plan`.
+    Changes are seen through torch's version counter and the memory's address: those in place count,
+    and new memory; changes in place through ``.data`` don't. The arguments are those of
+    :class:`Plan`.
     """
-    if weight.is_inference():  # has no version counter
-        return Plan(weight, columns, bias, geometry, clamp, post)
+    tensors = (weight, columns, bias)
     key = (id(weight), id(columns), id(bias), geometry, clamp, post)
-    stamp = (weight._version, columns._version, bias._version if bias is not None else 0)
+    stamp = None  # inference tensors don't count their versions: they may have changed
+    if not any(x is not None and x.is_inference() for x in tensors):
+        stamp = tuple(n for x in tensors if x is not None for n in (x._version, x.data_ptr()))
     found = _plans.get(key)
-    if found is not None and found[0]() is weight and found[1] == stamp:
+    # An id may be that of another tensor which is gone.
+    alive = found is not None and all(
+        x is None or (ref is not None and ref() is x)
+        for ref, x in zip(found[0], tensors, strict=True)
+    )
+    if found is not None and alive and stamp is not None and found[1] == stamp:
         return found[2]
     plan = Plan(weight, columns, bias, geometry, clamp, post)
-    if found is None or found[0]() is not weight:
-        reference = weakref.ref(weight, lambda _: _plans.pop(key, None))
+    if found is not None and alive:
+        references = found[0]
+        plan._choices = found[2]._choices  # the weights' values don't change which way is fastest
     else:
-        reference = found[0]
-    _plans[key] = (reference, stamp, plan)
+        references = tuple(
+            None if x is None else weakref.ref(x, lambda _: _plans.pop(key, None)) for x in tensors
+        )
+    _plans[key] = (references, stamp, plan)
     return plan

@@ -149,14 +149,20 @@ class ColumnConv2d(nn.Module):
         return (
             type(x) is Tensor
             and x.is_cpu
-            and x.dtype == torch.float32 == self.weight.dtype
+            and self.weight.dtype == torch.float32
             and not (torch.is_grad_enabled() and self._needs_grad(x, residual))
             and x.dim() == 4
             and x.shape[1] == self.geometry.channels
-            and x.is_contiguous()
-            and (residual is None or (type(residual) is Tensor and residual.is_contiguous()))
+            and _is_plain(x)
+            and (residual is None or (type(residual) is Tensor and _is_plain(residual)))
+            and type(self.weight) in (nn.Parameter, Tensor)
+            # Whoever watches or transforms what torch computes must see the operator.
             and not torch.is_autocast_enabled("cpu")
+            and not torch._C._is_tracing()
             and not torch._C._len_torch_dispatch_stack()
+            and not torch._C._len_torch_function_stack()
+            and torch._C._functorch.peek_interpreter_stack() is None
+            and torch.autograd.forward_ad._current_level < 0
             and cpu.is_available()
         )
 
@@ -195,3 +201,8 @@ class ColumnConv2d(nn.Module):
             *(op.kind for op in self.post),
         ]
         return ", ".join(part for part in parts if part)
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    # A negated view's memory holds the opposite of its values.
+    return tensor.is_contiguous() and tensor.dtype == torch.float32 and not tensor.is_neg()

@@ -136,10 +136,16 @@ def _compute(
         raise ValueError(
             f"`x` must be (batch, {geometry.channels}, height, width), got {tuple(x.shape)}."
         )
+    g = geometry
+    _check_shape("weight", weight, (g.filters // g.groups, len(columns)))
+    if bias is not None:
+        _check_shape("bias", bias, (g.filters,))
+    if residual is not None:
+        size = g.out_size(x.shape[2], x.shape[3])
+        _check_shape("residual", residual, (x.shape[0], g.filters, *size))
     if _on_cpu_kernels(x):
         dtype = x.dtype
-        x, weight = x.float().contiguous(), _float(weight)
-        bias = None if bias is None else _float(bias)
+        x = x.float().contiguous()
         residual = None if residual is None else residual.float().contiguous()
         plan = cpu.plan_for(weight, columns, bias, geometry, clamp, post)
         return plan.forward(x, residual).to(dtype)
@@ -148,7 +154,6 @@ def _compute(
             x, weight, columns, bias, *geometry[2:], residual=residual, clamp=clamp
         )
     else:
-        g = geometry
         full = dense_weight(weight, columns, g)
         y = F.conv2d(x, full, bias, g.stride, g.padding, g.dilation, g.groups)
         if residual is not None:
@@ -160,12 +165,13 @@ def _compute(
     return y
 
 
+def _check_shape(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
+    if tensor.shape != shape:
+        raise ValueError(f"`{name}` must be of shape {shape}, got {tuple(tensor.shape)}.")
+
+
 def _on_cpu_kernels(x: Tensor) -> bool:
     return x.device.type == "cpu" and x.dtype != torch.float64 and cpu.is_available()
-
-
-def _float(tensor: Tensor) -> Tensor:
-    return tensor if tensor.dtype == torch.float32 else tensor.float()
 
 
 @column_conv2d.register_fake
@@ -211,12 +217,13 @@ def _backward_op(
     grad_x, grad_weight = x.new_empty(0), weight.new_empty(0)
     size = (int(x.shape[2]), int(x.shape[3]))
     if _on_cpu_kernels(x):
-        dy, full, kept = grad.float().contiguous(), x.float().contiguous(), _float(weight)
-        plan = cpu.plan_for(kept, columns, None, g)
+        dy = grad.float().contiguous()
+        plan = cpu.plan_for(weight, columns, None, g)
         if for_input:
-            grad_x = plan.backward_input(dy, kept.contiguous(), size).to(x.dtype)
+            kept = weight.float().contiguous()
+            grad_x = plan.backward_input(dy, kept, size).to(x.dtype)
         if for_weight:
-            grad_weight = plan.backward_weight(dy, full).to(weight.dtype)
+            grad_weight = plan.backward_weight(dy, x.float().contiguous()).to(weight.dtype)
         return grad_x, grad_weight
     if x.is_cuda and x.dtype != torch.float64 and triton_kernels.is_available():
         if for_input:
