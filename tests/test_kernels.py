@@ -1,0 +1,406 @@
+"""The CPU kernels against float64 convolutions: values, gradients, and memory that isn't theirs."""
+
+import math
+import threading
+import typing
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.nn import functional as F
+
+from spp_lightning.compact import cpu
+from spp_lightning.compact.geometry import Clamp, Geometry, PlaneOp, dense_weight
+from spp_lightning.convnet import LRN_ALPHA
+
+pytestmark = pytest.mark.skipif(not cpu.is_available(), reason="built without the kernels")
+
+SENTINEL = 12345.0
+ROOM = 512  # floats of a guard on each side
+NORM = PlaneOp("local_response_norm", (3, 3), alpha=LRN_ALPHA)
+THREADS = (1, 2, 3, 5)
+
+
+@pytest.fixture(params=["base", "avx2", "avx512"])
+def isa(request):
+    """Each instruction set that this machine has."""
+    library, best = cpu._library(), cpu.instruction_set()
+    if not library.spp_set_isa(request.param.encode()):
+        pytest.skip(f"no {request.param} here")
+    yield request.param
+    library.spp_set_isa(best.encode())
+
+
+class Case(typing.NamedTuple):
+    geometry: Geometry
+    size: tuple[int, int]
+    batch: int
+    columns: tuple[int, ...]
+    bias: bool = True
+    residual: bool = False
+    clamp: Clamp = Clamp()
+    post: tuple[PlaneOp, ...] = ()
+    seed: int = 0
+
+
+def pair(low, high):
+    return st.tuples(st.integers(low, high), st.integers(low, high))
+
+
+@st.composite
+def geometries(draw):
+    groups = draw(st.sampled_from([1, 1, 1, 2, 3]))
+    channels, filters = groups * draw(st.integers(1, 4)), groups * draw(st.integers(1, 9))
+    return Geometry(
+        channels,
+        filters,
+        draw(pair(1, 4)),
+        draw(pair(1, 3) | st.just((1, 1))),
+        draw(pair(0, 5)),
+        draw(pair(1, 3) | st.just((1, 1))),
+        groups,
+    )
+
+
+@st.composite
+def kept(draw, geometry):
+    """Columns: none, one, all, some, or those of the first group only."""
+    every = range(geometry.num_columns)
+    return draw(
+        st.sampled_from([(), tuple(every), tuple(every[: geometry.num_columns // geometry.groups])])
+        | st.integers(0, geometry.num_columns - 1).map(lambda k: (k,))
+        | st.sets(st.sampled_from(every)).map(lambda some: tuple(sorted(some)))
+    )
+
+
+def least(geometry, axis):
+    """The smallest picture that the kernel fits into."""
+    reach = geometry.dilation[axis] * (geometry.kernel_size[axis] - 1) + 1
+    return max(1, reach - 2 * geometry.padding[axis])
+
+
+@st.composite
+def pools(draw, size):
+    """A pool that fits planes of this size, or a norm."""
+    kind = draw(st.sampled_from(["max_pool", "avg_pool", "local_response_norm"]))
+    if kind == "local_response_norm":
+        return NORM
+    kernel = tuple(draw(st.integers(1, min(4, n))) for n in size)
+    padding = tuple(draw(st.integers(0, k // 2)) for k in kernel)
+    flags = draw(st.booleans()), draw(st.booleans())
+    return PlaneOp(kind, kernel, draw(pair(1, 3)), padding, *flags)
+
+
+@st.composite
+def cases(draw, post=True):
+    geometry = draw(geometries())
+    # Mostly small; now and then several tiles wide, or one pixel.
+    extra = st.integers(0, 12) | st.sampled_from([0, 15, 16, 24, 40])
+    size = tuple(least(geometry, axis) + draw(extra) for axis in (0, 1))
+    if draw(st.booleans()):  # rows of one length in and out: read where they are
+        kernel = (geometry.kernel_size[0], 2 * draw(st.integers(0, 2)) + 1)
+        padding = (geometry.padding[0], geometry.dilation[1] * (kernel[1] // 2))
+        geometry = geometry._replace(kernel_size=kernel, padding=padding, stride=(1, 1))
+    ops, out = [], geometry.out_size(*size)
+    for _ in range(draw(st.integers(0, 2)) if post else 0):
+        ops.append(draw(pools(out)))
+        out = ops[-1].out_size(*out)
+    return Case(
+        geometry,
+        size,
+        draw(st.sampled_from([0, 1, 2, 5])),
+        draw(kept(geometry)),
+        draw(st.booleans()),
+        draw(st.booleans()),
+        draw(st.sampled_from([Clamp(), Clamp(0.0), Clamp(-0.5, 0.75), Clamp(0.0, 6.0)])),
+        tuple(ops),
+        draw(st.integers(0, 1000)),
+    )
+
+
+class Tensors(typing.NamedTuple):
+    x: Tensor
+    weight: Tensor
+    columns: Tensor
+    bias: Tensor | None
+    residual: Tensor | None
+    grad: Tensor
+
+
+def tensors(case: Case) -> Tensors:
+    g, generator = case.geometry, torch.Generator().manual_seed(case.seed)
+
+    def normal(*shape):
+        return torch.randn(shape, generator=generator)
+
+    out = (case.batch, g.filters, *g.out_size(*case.size))
+    return Tensors(
+        guarded(normal(case.batch, g.channels, *case.size), math.nan),
+        normal(g.filters // g.groups, len(case.columns)),
+        torch.tensor(case.columns, dtype=torch.int32),
+        normal(g.filters) if case.bias else None,
+        guarded(normal(*out), math.nan) if case.residual else None,
+        guarded(normal(*out), math.nan),
+    )
+
+
+def guarded(tensor: Tensor, fill: float) -> Tensor:
+    """The same in the middle of a larger memory full of ``fill``."""
+    buffer = torch.full((tensor.numel() + 2 * ROOM + 1,), fill)
+    # An odd offset: no vector is aligned.
+    inner = buffer[ROOM + 1 : ROOM + 1 + tensor.numel()].view(tensor.shape)
+    return inner.copy_(tensor)
+
+
+def intact(tensor: Tensor) -> bool:
+    """Whether nothing was written around a guarded tensor."""
+    buffer = torch.empty(0).set_(tensor.untyped_storage())
+    around = torch.cat([buffer[: ROOM + 1], buffer[ROOM + 1 + tensor.numel() :]])
+    return bool((around == SENTINEL).all())
+
+
+def dense(case: Case, t: Tensors, dtype=torch.float64) -> Tensor:
+    """What the kernels should give, computed by torch."""
+    g = case.geometry
+    full = dense_weight(t.weight.to(dtype), t.columns, g)
+    bias = None if t.bias is None else t.bias.to(dtype)
+    y = F.conv2d(t.x.to(dtype), full, bias, g.stride, g.padding, g.dilation, g.groups)
+    if t.residual is not None:
+        y = y + t.residual.to(dtype)
+    y = y.clamp(*case.clamp)
+    for op in case.post:
+        y = op(y)
+    return y
+
+
+def plan(case: Case, t: Tensors) -> cpu.Plan:
+    return cpu.Plan(t.weight, t.columns, t.bias, case.geometry, case.clamp, case.post)
+
+
+def outputs(case: Case, t: Tensors):
+    """What each variant and number of threads gives, from memory full of NaN."""
+    made, conv_size = plan(case, t), case.geometry.out_size(*case.size)
+    shape = made.forward(t.x, t.residual).shape
+    for variant in cpu._VARIANTS:
+        for threads in THREADS:
+            out = guarded(torch.full(shape, math.nan), SENTINEL)
+            if out.numel():
+                made._run(t.x, t.residual, out, conv_size, (variant, threads))
+            assert intact(out), f"variant {variant}, {threads} threads"
+            yield out
+
+
+def error(y: Tensor, expected: Tensor) -> float:
+    """The greatest difference, by the greatest value."""
+    if not y.numel():
+        return 0.0
+    assert not y.isnan().any()
+    scale = float(expected.abs().max())
+    return float((y - expected).abs().max()) / max(scale, 1e-3)
+
+
+def check_forward(case: Case) -> None:
+    t = tensors(case)
+    expected = dense(case, t)
+    first, *others = outputs(case, t)
+    assert first.shape == expected.shape
+    assert error(first, expected) < 1e-5
+    assert all(torch.equal(first, other) for other in others)
+
+
+def check_backward(case: Case) -> None:
+    t, g = tensors(case), case.geometry
+    x = t.x.double().requires_grad_()
+    weight = t.weight.double().requires_grad_()
+    full = dense_weight(weight, t.columns, g)
+    y = F.conv2d(x, full, None, g.stride, g.padding, g.dilation, g.groups)
+    expected = torch.autograd.grad(y, (x, weight), t.grad.double())
+    made = cpu.Plan(t.weight, t.columns, None, g)
+    results = []
+    for threads in THREADS:
+        grad_x = guarded(torch.full(t.x.shape, math.nan), SENTINEL)
+        grad_weight = guarded(torch.full(t.weight.shape, math.nan), SENTINEL)
+        made._library.spp_backward(
+            *(made._handle, t.grad.data_ptr(), t.weight.data_ptr(), None, grad_x.data_ptr()),
+            *(case.batch, *case.size, *t.grad.shape[2:], threads, 1),
+        )
+        made._library.spp_backward(
+            *(made._handle, t.grad.data_ptr(), None, t.x.data_ptr(), grad_weight.data_ptr()),
+            *(case.batch, *case.size, *t.grad.shape[2:], threads, 0),
+        )
+        assert intact(grad_x) and intact(grad_weight)
+        assert error(grad_x, expected[0]) < 1e-5
+        assert error(grad_weight, expected[1]) < 1e-5
+        results.append(grad_x)
+    assert all(torch.equal(results[0], other) for other in results)
+
+
+@settings(deadline=None, max_examples=250, derandomize=True)
+@given(cases())
+def test_outputs_are_a_dense_convolutions_whatever_the_variant_and_threads(case):
+    check_forward(case)
+
+
+@settings(deadline=None, max_examples=120, derandomize=True)
+@given(cases(post=False))
+def test_gradients_are_a_dense_convolutions(case):
+    check_backward(case)
+
+
+EVERY = Geometry(4, 9, (3, 3), (1, 1), (1, 1))
+SOME = tuple(range(0, 36, 5))
+CASES = {
+    "read in place": Case(EVERY, (9, 21), 2, SOME),
+    "one pixel": Case(EVERY, (1, 1), 1, SOME),
+    "one row": Case(EVERY, (1, 67), 2, SOME),
+    "one column": Case(EVERY, (67, 1), 2, SOME),
+    "stride": Case(EVERY._replace(stride=(2, 3)), (13, 11), 5, SOME),
+    "padding wider than the kernel": Case(EVERY._replace(padding=(7, 6)), (2, 3), 2, SOME),
+    "padding above and below only": Case(Geometry(3, 5, (3, 1), padding=(4, 0)), (5, 9), 2, (1, 8)),
+    "dilation beyond the picture": Case(
+        EVERY._replace(padding=(9, 9), dilation=(9, 9)), (4, 5), 1, SOME
+    ),
+    "more columns than a panel": Case(
+        Geometry(40, 5, (3, 3), (1, 1), (1, 1)), (7, 9), 2, tuple(range(360))
+    ),
+    "more columns than a panel, in parts": Case(
+        Geometry(70, 33, (3, 3), (2, 2), (1, 1)), (7, 9), 1, tuple(range(630)), residual=True
+    ),
+    "a filter per group": Case(
+        Geometry(6, 6, (3, 3), padding=(1, 1), groups=6), (8, 8), 2, (3, 30)
+    ),
+    "wide residual and clamp": Case(EVERY, (12, 48), 1, SOME, True, True, Clamp(0.0, 6.0)),
+    "pools": Case(
+        EVERY,
+        (16, 17),
+        3,
+        SOME,
+        clamp=Clamp(0.0),
+        post=(PlaneOp("max_pool", (3, 3), (2, 2), ceil_mode=True), NORM),
+    ),
+    "norm of one pixel": Case(EVERY, (1, 1), 1, SOME, post=(NORM,)),
+    "kernel and pool not square": Case(
+        Geometry(3, 7, (1, 5), (1, 2), (0, 2)),
+        (6, 30),
+        2,
+        (0, 4, 9),
+        post=(PlaneOp("avg_pool", (2, 4), (3, 1), (1, 2), True, False),),
+    ),
+}
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
+def test_every_instruction_set(case, isa):
+    assert cpu.instruction_set() == isa
+    check_forward(case)
+    check_backward(case._replace(post=(), residual=False))
+
+
+def test_an_unknown_instruction_set_is_refused():
+    best = cpu.instruction_set()
+    assert not cpu._library().spp_set_isa(b"abacus")
+    assert cpu.instruction_set() == best
+
+
+@pytest.mark.parametrize("variant", cpu._VARIANTS)
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize(
+    "post",
+    [
+        (),
+        (PlaneOp("max_pool", (3, 3), (2, 2), (1, 1)),),
+        (PlaneOp("avg_pool", (2, 2), (2, 2)),),
+        (NORM,),
+    ],
+    ids=["", "max_pool", "avg_pool", "norm"],
+)
+def test_what_is_no_number_goes_where_torch_takes_it(post, value, variant, isa):
+    case = Case(EVERY, (10, 19), 2, SOME, clamp=Clamp(-4.0), post=post)
+    for pixel in [(0, 0, 0, 0), (1, 3, 9, 18), (0, 2, 4, 15), (1, 1, 5, 0)]:
+        t = tensors(case)
+        t.x[pixel] = value
+        # Kept columns only: a dense layer would multiply it by the zeros of pruned ones, too.
+        patches = F.unfold(t.x.double(), 3, padding=1)[:, t.columns.long()]
+        expected = (t.weight.double() @ patches + t.bias[:, None]).unflatten(2, case.size)
+        expected = expected.clamp(*case.clamp)
+        for op in post:
+            expected = op(expected)
+        assert value == -math.inf or not expected.isfinite().all()
+        out = torch.zeros(expected.shape)
+        plan(case, t)._run(t.x, None, out, (10, 19), (variant, 1))
+        assert torch.equal(out.isnan(), expected.isnan())
+        assert torch.equal(out.isinf(), expected.isinf())
+        finite = expected.isfinite()
+        torch.testing.assert_close(out[finite].double(), expected[finite], rtol=1e-5, atol=1e-5)
+
+
+def test_gradients_dont_depend_on_what_was_computed_before(isa):
+    case = Case(EVERY, (6, 5), 16, SOME)
+    t = tensors(case)
+    made = cpu.Plan(t.weight, t.columns, None, case.geometry)
+    grad, x = t.grad.contiguous(), t.x.contiguous()
+    alone = made.backward_weight(grad[:1], x[:1]), made.backward_input(grad[:1], t.weight, (6, 5))
+    # Memory is kept from call to call: what is left in it is NaN now.
+    made.backward_weight(grad * math.nan, x * math.nan)
+    made.backward_input(grad * math.nan, t.weight, (6, 5))
+    made.forward(x * math.nan)
+    again = made.backward_weight(grad[:1], x[:1]), made.backward_input(grad[:1], t.weight, (6, 5))
+    assert all(torch.equal(*both) for both in zip(alone, again, strict=True))
+    assert all(not y.isnan().any() for y in again)
+
+
+def test_several_python_threads_run_one_plan():
+    case = Case(EVERY, (20, 21), 3, SOME, post=(PlaneOp("max_pool", (2, 2), (2, 2)),))
+    t = tensors(case)
+    made, inputs = plan(case, t), [t.x + i for i in range(4)]
+    expected, wrong = [made.forward(x) for x in inputs], []
+
+    def work(i):
+        for n in range(30):
+            choice = (n % 2, 1 + n % 3)
+            out = torch.full_like(expected[i], math.nan)
+            made._run(inputs[i], None, out, (20, 21), choice)
+            if not torch.equal(out, expected[i]):
+                wrong.append(choice)
+
+    workers = [threading.Thread(target=work, args=(i,)) for i in range(4)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert not wrong
+
+
+def test_torch_says_how_many_threads(monkeypatch):
+    case = Case(EVERY, (20, 21), 3, SOME)
+    t = tensors(case)
+    made, seen, run = plan(case, t), set(), cpu.Plan._run
+    monkeypatch.setattr(
+        cpu.Plan, "_run", lambda self, *args: (seen.add(args[-1][1]), run(self, *args))
+    )
+    before = torch.get_num_threads()
+    try:
+        for threads in (3, 1):
+            seen.clear()
+            torch.set_num_threads(threads)
+            made.forward(t.x)
+            assert seen == {threads, 1}  # small: one thread may be faster
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_the_way_is_chosen_once_per_size(monkeypatch):
+    case = Case(EVERY, (8, 8), 2, SOME)
+    t = tensors(case)
+    made, sizes, choose = plan(case, t), [], cpu.Plan._fastest
+
+    def fastest(self, x, *args):
+        sizes.append(tuple(x.shape))
+        return choose(self, x, *args)
+
+    monkeypatch.setattr(cpu.Plan, "_fastest", fastest)
+    for x in (t.x, t.x, t.x[:1], t.x):
+        made.forward(x)
+    assert sizes == [(2, 4, 8, 8), (1, 4, 8, 8)]
