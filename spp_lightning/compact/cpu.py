@@ -150,6 +150,7 @@ class Plan:
         self._free = weakref.finalize(self, self._library.spp_free, self._handle)
         self._num_columns = len(columns)
         self._choices: dict[tuple[int, int, int, int], tuple[int, int]] = {}
+        self._held: tuple[Tensor, ...] = ()
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """Run the convolution.
@@ -322,6 +323,8 @@ def plan_for(
     if found is not None and alive and stamp is not None and found[1] == stamp:
         return found[2]
     plan = Plan(weight, columns, bias, geometry, clamp, post)
+    # While the memory is held, nothing else gets its address.
+    plan._held = tuple(x.detach() for x in tensors if x is not None)
     if found is not None and alive:
         references = found[0]
         plan._choices = found[2]._choices  # the weights' values don't change which way is fastest
