@@ -76,7 +76,10 @@ def rebuild_graph(data: dict[str, Any], tensors: Sequence[Tensor]) -> fx.GraphMo
     """
     graph = fx.Graph()
     nodes: dict[str, fx.Node] = {}
-    for row in data["nodes"]:
+    rows = data["nodes"]
+    if [row[0] == "output" for row in rows] != [False] * (len(rows) - 1) + [True]:
+        raise ValueError("a network must have one output, its last node")
+    for row in rows:
         _check_node(row)
         op, name, target, args, kwargs = row
         if name in nodes:
