@@ -20,7 +20,11 @@ class Buffer {
   template <typename T>
   T* get(size_t count) {
     const size_t floats = (count * sizeof(T) + sizeof(float) - 1) / sizeof(float);
+#ifdef SPP_EXACT_BUFFERS  // so that a sanitizer sees where a buffer ends
+    if (floats != size_) {
+#else
     if (floats > size_) {
+#endif
       memory_ = aligned_floats(floats);
       size_ = floats;
     }
@@ -53,6 +57,7 @@ struct Kernels {
   void (*forward)(const Pass&);
   void (*backward_input)(const Backward&);
   void (*backward_weight)(const Backward&);
+  void (*planes)(const Planes&);
 };
 
 extern const Kernels kBaseKernels;

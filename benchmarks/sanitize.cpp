@@ -1,0 +1,233 @@
+// Runs the CPU kernels on random shapes, every tensor in memory of its exact size, and compares with
+// loops in double precision. What the sanitizers say is the point; see sanitize.py.
+//
+//     driver CASES [ISA ...]
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <limits>
+#include <memory>
+#include <random>
+#include <vector>
+
+#include "column_conv.h"
+
+extern "C" {
+int32_t spp_set_isa(const char*);
+void* spp_plan(const spp::Geometry*, const int32_t*, int32_t, const float*, const float*, float,
+               float, const spp::PostOp*, int32_t);
+void spp_free(void*);
+int32_t spp_forward(const void*, const float*, const float*, float*, int64_t, int32_t, int32_t,
+                    int32_t, int32_t, int32_t, int32_t);
+int32_t spp_backward(const void*, const float*, const float*, const float*, float*, int64_t,
+                     int32_t, int32_t, int32_t, int32_t, int32_t, int32_t);
+}
+
+namespace {
+
+std::mt19937 generator(1);
+
+int between(int low, int high) { return std::uniform_int_distribution<int>(low, high)(generator); }
+
+// Memory that ends where the tensor ends, and holds no number before it is written.
+using Floats = std::unique_ptr<float[]>;
+Floats memory(size_t count) { return Floats(new float[count]); }
+
+Floats normal(size_t count) {
+  std::normal_distribution<float> draw;
+  Floats out = memory(count);
+  for (size_t i = 0; i < count; ++i) out[i] = draw(generator);
+  return out;
+}
+
+struct Planes {
+  int count, height, width;
+  std::vector<double> values;
+  double& at(int plane, int y, int x) {
+    return values[(static_cast<size_t>(plane) * height + y) * width + x];
+  }
+};
+
+Planes planes(int count, int height, int width) {
+  return {count, height, width, std::vector<double>(static_cast<size_t>(count) * height * width)};
+}
+
+Planes apply(const spp::PostOp& op, Planes& in) {
+  if (op.kind == spp::PostKind::kLocalResponseNorm) {
+    Planes out = planes(in.count, in.height, in.width);
+    for (int p = 0; p < in.count; ++p)
+      for (int y = 0; y < in.height; ++y)
+        for (int x = 0; x < in.width; ++x) {
+          double squares = 0;
+          for (int i = y - 1; i <= y + 1; ++i)
+            for (int j = x - 1; j <= x + 1; ++j)
+              if (i >= 0 && i < in.height && j >= 0 && j < in.width)
+                squares += in.at(p, i, j) * in.at(p, i, j);
+          out.at(p, y, x) = in.at(p, y, x) * std::pow(1 + op.alpha * squares / 9, -0.75);
+        }
+    return out;
+  }
+  const bool max = op.kind == spp::PostKind::kMaxPool;
+  const auto size = [&](int n, int d) {
+    return spp::pool_size(n, op.kernel[d], op.stride[d], op.padding[d], op.ceil_mode);
+  };
+  Planes out = planes(in.count, size(in.height, 0), size(in.width, 1));
+  for (int p = 0; p < out.count; ++p)
+    for (int y = 0; y < out.height; ++y)
+      for (int x = 0; x < out.width; ++x) {
+        const int top = y * op.stride[0] - op.padding[0], left = x * op.stride[1] - op.padding[1];
+        double sum = 0, most = -std::numeric_limits<double>::infinity();
+        int seen = 0, all = 0;
+        for (int i = top; i < top + op.kernel[0]; ++i)
+          for (int j = left; j < left + op.kernel[1]; ++j) {
+            all += i < in.height + op.padding[0] && j < in.width + op.padding[1];
+            if (i < 0 || i >= in.height || j < 0 || j >= in.width) continue;
+            ++seen;
+            sum += in.at(p, i, j);
+            most = std::max(most, in.at(p, i, j));
+          }
+        out.at(p, y, x) = max ? most : sum / (op.count_include_pad ? all : seen);
+      }
+  return out;
+}
+
+int failures = 0;
+
+// sizes: the sums of the products' sizes, by which they are rounded.
+void compare(const char* what, const Floats& got, const std::vector<double>& expected,
+             const std::vector<double>& sizes) {
+  double most = 1e-3, error = 0;
+  for (size_t i = 0; i < expected.size(); ++i) {
+    most = std::max(most, sizes[i]);
+    const double difference = std::abs(got[i] - expected[i]);
+    if (!(difference <= error)) error = difference;  // a NaN stays
+  }
+  if (!(error <= 2e-6 * most)) {
+    std::printf("%s: off by %g of %g\n", what, error, most);
+    ++failures;
+  }
+}
+
+void run_case() {
+  spp::Geometry g{};
+  g.groups = between(0, 3) ? 1 : between(2, 3);
+  g.channels = g.groups * between(1, between(0, 9) ? 4 : 40);
+  g.filters = g.groups * between(1, 9);
+  const bool in_place = between(0, 1);  // rows of one length: read where they are
+  int size[2], out[2];
+  for (int d = 0; d < 2; ++d) {
+    g.kernel[d] = in_place && d ? 2 * between(0, 2) + 1 : between(1, 4);
+    g.stride[d] = in_place ? 1 : between(1, 3);
+    g.dilation[d] = between(0, 2) ? 1 : between(2, 3);
+    g.padding[d] = in_place && d ? g.dilation[d] * (g.kernel[d] / 2) : between(0, 5);
+    const int reach = g.dilation[d] * (g.kernel[d] - 1) + 1;
+    size[d] = std::max(1, reach - 2 * g.padding[d]) + between(0, between(0, 3) ? 12 : 40);
+    out[d] = (size[d] + 2 * g.padding[d] - reach) / g.stride[d] + 1;
+  }
+  const int taps = g.kernel[0] * g.kernel[1], rows = g.filters / g.groups;
+  const int group_channels = g.channels / g.groups;
+  const double share = between(0, 4) / 4.0;  // none to all of the columns
+  std::vector<int32_t> columns;
+  for (int k = 0; k < g.channels * taps; ++k)
+    if (std::uniform_real_distribution<>(0, 1)(generator) < share) columns.push_back(k);
+  columns.shrink_to_fit();
+  const int count = static_cast<int>(columns.size());
+  const int64_t batch = between(1, 4);
+  const int in_plane = size[0] * size[1], out_plane = out[0] * out[1];
+  const size_t outputs = batch * g.filters * out_plane;
+  const Floats x = normal(batch * g.channels * in_plane), weight = normal(rows * count);
+  const Floats bias = between(0, 1) ? normal(g.filters) : nullptr;
+  const Floats residual = between(0, 1) ? normal(outputs) : nullptr;
+  const float infinity = std::numeric_limits<float>::infinity();
+  const bool clamped = between(0, 1);
+  const float low = clamped ? 0 : -infinity, high = clamped ? 3 : infinity;
+
+  std::vector<spp::PostOp> post;
+  int now[2] = {out[0], out[1]};
+  for (int n = between(0, 2); n > 0; --n) {
+    spp::PostOp op{};
+    op.kind = static_cast<spp::PostKind>(between(0, 2));
+    op.alpha = 5e-5f;
+    op.ceil_mode = between(0, 1);
+    op.count_include_pad = between(0, 1);
+    for (int d = 0; d < 2; ++d) {
+      const bool norm = op.kind == spp::PostKind::kLocalResponseNorm;
+      op.kernel[d] = norm ? 3 : between(1, std::min(4, now[d]));
+      op.stride[d] = norm ? 1 : between(1, 3);
+      op.padding[d] = norm ? 0 : between(0, op.kernel[d] / 2);
+      if (!norm)
+        now[d] = spp::pool_size(now[d], op.kernel[d], op.stride[d], op.padding[d], op.ceil_mode);
+    }
+    post.push_back(op);
+  }
+
+  // The convolution and its gradients: every product once.
+  const Floats grad = normal(outputs);
+  Planes y = planes(static_cast<int>(batch) * g.filters, out[0], out[1]);
+  std::vector<double> grad_x(batch * g.channels * in_plane), grad_weight(rows * count);
+  std::vector<double> size_x(grad_x.size()), size_weight(grad_weight.size());
+  for (int b = 0; b < batch; ++b)
+    for (int f = 0; f < g.filters; ++f)
+      for (int i = 0; i < out[0]; ++i)
+        for (int j = 0; j < out[1]; ++j) {
+          const size_t at = (b * g.filters + f) * static_cast<size_t>(out_plane) + i * out[1] + j;
+          double sum = bias ? bias[f] : 0;
+          for (int k = 0; k < count; ++k) {
+            const int channel = columns[k] / taps, tap = columns[k] % taps;
+            if (channel / group_channels != f / rows) continue;
+            const int row = i * g.stride[0] - g.padding[0] + tap / g.kernel[1] * g.dilation[0];
+            const int col = j * g.stride[1] - g.padding[1] + tap % g.kernel[1] * g.dilation[1];
+            if (row < 0 || row >= size[0] || col < 0 || col >= size[1]) continue;
+            const size_t from = (b * g.channels + channel) * static_cast<size_t>(in_plane) +
+                                row * size[1] + col;
+            const size_t w = static_cast<size_t>(f % rows) * count + k;
+            sum += static_cast<double>(weight[w]) * x[from];
+            grad_x[from] += static_cast<double>(weight[w]) * grad[at];
+            grad_weight[w] += static_cast<double>(x[from]) * grad[at];
+            size_x[from] += std::abs(static_cast<double>(weight[w]) * grad[at]);
+            size_weight[w] += std::abs(static_cast<double>(x[from]) * grad[at]);
+          }
+          if (residual) sum += residual[at];
+          y.values[at] = std::min<double>(high, std::max<double>(low, sum));
+        }
+  for (const spp::PostOp& op : post) y = apply(op, y);
+  double most = 1;
+  for (const double value : y.values) most = std::max(most, std::abs(value));
+  const std::vector<double> size_y(y.values.size(), 5 * most);  // 1e-5 of the greatest output
+
+  void* plan = spp_plan(&g, columns.data(), count, weight.get(), bias.get(), low, high, post.data(),
+                        static_cast<int32_t>(post.size()));
+  for (int variant = 0; variant < 2; ++variant)
+    for (int threads = 1; threads <= 3; ++threads) {
+      const Floats result = memory(y.values.size());
+      spp_forward(plan, x.get(), residual.get(), result.get(), batch, size[0], size[1], out[0],
+                  out[1], threads, variant);
+      compare(variant ? "in place" : "panel", result, y.values, size_y);
+    }
+  for (int threads = 1; threads <= 2; ++threads) {
+    const Floats of_x = memory(grad_x.size()), of_weight = memory(grad_weight.size());
+    spp_backward(plan, grad.get(), weight.get(), nullptr, of_x.get(), batch, size[0], size[1],
+                 out[0], out[1], threads, 1);
+    compare("gradient of the input", of_x, grad_x, size_x);
+    spp_backward(plan, grad.get(), nullptr, x.get(), of_weight.get(), batch, size[0], size[1],
+                 out[0], out[1], threads, 0);
+    compare("gradient of the weights", of_weight, grad_weight, size_weight);
+  }
+  spp_free(plan);
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  const int cases = argc > 1 ? std::atoi(argv[1]) : 100;
+  for (int i = 2; i < argc; ++i) {
+    if (!spp_set_isa(argv[i])) continue;
+    generator.seed(1);
+    for (int n = 0; n < cases; ++n) run_case();
+    std::printf("%s: %d shapes\n", argv[i], cases);
+  }
+  return failures != 0;
+}
