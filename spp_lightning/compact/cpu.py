@@ -59,6 +59,10 @@ def _library() -> Any:
         library.spp_free.restype = None
         library.spp_forward.argtypes = [pointer] * 4 + [size] + [number] * 6
         library.spp_backward.argtypes = [pointer] * 5 + [size] + [number] * 6
+        library.spp_planes.argtypes = [
+            *(pointer, number, pointer, pointer, pointer, size, number, number),
+            *(ctypes.c_float, ctypes.c_float, number),
+        ]
         library.spp_isa.restype = ctypes.c_char_p
         library.spp_set_isa.argtypes = [ctypes.c_char_p]
         return library
@@ -120,16 +124,7 @@ class Plan:
             g.groups,
             *(pair(*x) for x in (g.kernel_size, g.stride, g.padding, g.dilation)),
         )
-        ops = (_PlaneOp * len(post))(
-            *(
-                _PlaneOp(
-                    _KINDS.index(op.kind),
-                    *(pair(*x) for x in (op.kernel_size, op.stride, op.padding)),
-                    *(op.ceil_mode, op.count_include_pad, op.alpha),
-                )
-                for op in post
-            )
-        )
+        ops = _plane_ops(post)
         weight, columns = weight.detach().float().contiguous(), columns.contiguous()
         bias = None if bias is None else bias.detach().float().contiguous()
         self.geometry = geometry
@@ -257,6 +252,47 @@ class Plan:
                 self._run(x, residual, out, conv_size, choice)
                 seconds[choice] = min(seconds[choice], time.perf_counter() - start)
         return min(choices, key=seconds.__getitem__)
+
+
+def _plane_ops(post: tuple[PlaneOp, ...]) -> Any:
+    pair = ctypes.c_int32 * 2
+    return (_PlaneOp * len(post))(
+        *(
+            _PlaneOp(
+                _KINDS.index(op.kind),
+                *(pair(*x) for x in (op.kernel_size, op.stride, op.padding)),
+                *(op.ceil_mode, op.count_include_pad, op.alpha),
+            )
+            for op in post
+        )
+    )
+
+
+def run_planes(x: Tensor, grad: Tensor | None, clamp: Clamp, post: tuple[PlaneOp, ...]) -> Tensor:
+    """Clamp planes and run operations on them; or, with a gradient of that, compute theirs.
+
+    Args:
+        x: Planes, ``(B, N, H, W)``, float32, contiguous.
+        grad: Gradient of the output, contiguous; or None.
+        clamp: Limits, before the operations.
+        post: The operations.
+
+    Returns:
+        The output ``(B, N, H', W')``, or the gradient ``(B, N, H, W)`` of ``x``.
+    """
+    batch, filters, height, width = x.shape
+    size = (height, width)
+    if grad is None:
+        for op in post:
+            size = op.out_size(*size)
+    out = x.new_empty(batch, filters, *size)
+    if out.numel() and not _library().spp_planes(
+        *(_plane_ops(post), len(post), x.data_ptr()),
+        *(None if grad is None else grad.data_ptr(), out.data_ptr(), batch * filters),
+        *(height, width, *clamp, torch.get_num_threads()),
+    ):
+        raise MemoryError("There is no memory left to compute a pool or a norm.")
+    return out
 
 
 def check_columns(columns: Tensor, geometry: Geometry) -> None:

@@ -21,6 +21,7 @@ from spp_lightning.compact.ops import (
     column_conv2d_fused,
     pack_geometry,
     pack_post,
+    plane_ops,
 )
 
 __all__ = ["ColumnConv2d"]
@@ -125,12 +126,12 @@ class ColumnConv2d(nn.Module):
             y = column_conv2d(x, self.weight, self.columns, self.bias, shape)
             if residual is not None:
                 y = y + residual
+            if self.post:
+                return plane_ops(y, *self.clamp, post, alphas)
             if self.clamp == (0, math.inf):
                 y = F.relu(y)
             elif self.clamp != Clamp():
                 y = y.clamp(*self.clamp)
-            for op in self.post:
-                y = op(y)
             return y
         return column_conv2d_fused(
             x, self.weight, self.columns, self.bias, residual, shape, *self.clamp, post, alphas

@@ -13,7 +13,13 @@ from torch.nn.grad import conv2d_input, conv2d_weight
 from spp_lightning.compact import cpu, triton_kernels
 from spp_lightning.compact.geometry import Clamp, Geometry, PlaneOp, dense_weight
 
-__all__ = ["column_conv2d", "column_conv2d_fused", "pack_geometry", "pack_post"]
+__all__ = [
+    "column_conv2d",
+    "column_conv2d_fused",
+    "pack_geometry",
+    "pack_post",
+    "plane_ops",
+]
 
 
 def pack_geometry(geometry: Geometry) -> list[int]:
@@ -284,3 +290,72 @@ def _differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 
 column_conv2d.register_autograd(_differentiate, setup_context=_remember)
+
+
+@torch.library.custom_op("spp_lightning::plane_ops", mutates_args=())
+def plane_ops(x: Tensor, low: float, high: float, post: list[int], alphas: list[float]) -> Tensor:
+    """A clamp, then operations on each plane, as in :func:`column_conv2d_fused`, with gradients.
+
+    Args:
+        x: Planes, ``(B, N, H, W)``.
+        low: Lower limit of the clamp.
+        high: Upper limit of the clamp.
+        post: What :func:`pack_post` makes of the operations.
+        alphas: Likewise.
+
+    Returns:
+        The output, ``(B, N, H', W')``.
+    """
+    ops = _post(post, alphas)
+    if _on_cpu_kernels(x):
+        return cpu.run_planes(x.float().contiguous(), None, Clamp(low, high), ops).to(x.dtype)
+    return _plane_ops_in_torch(x, low, high, ops)
+
+
+def _plane_ops_in_torch(x: Tensor, low: float, high: float, ops: tuple[PlaneOp, ...]) -> Tensor:
+    y = x.clamp(low, high)
+    for op in ops:
+        y = op(y)
+    return y
+
+
+@plane_ops.register_fake
+def _(x: Tensor, low: float, high: float, post: list[int], alphas: list[float]) -> Tensor:
+    size = (x.shape[2], x.shape[3])
+    for op in _post(post, alphas):
+        size = op.out_size(*size)
+    return x.new_empty(x.shape[0], x.shape[1], *size)
+
+
+@torch.library.custom_op("spp_lightning::plane_ops_backward", mutates_args=())
+def _plane_ops_backward(
+    grad: Tensor, x: Tensor, low: float, high: float, post: list[int], alphas: list[float]
+) -> Tensor:
+    """Gradient of the input of :func:`plane_ops`."""
+    ops = _post(post, alphas)
+    if _on_cpu_kernels(x):
+        planes, dy = x.float().contiguous(), grad.float().contiguous()
+        return cpu.run_planes(planes, dy, Clamp(low, high), ops).to(x.dtype)
+    with torch.enable_grad():
+        leaf = x.detach().requires_grad_()
+        y = _plane_ops_in_torch(leaf, low, high, ops)
+    return torch.autograd.grad(y, leaf, grad)[0].clone(memory_format=torch.contiguous_format)
+
+
+@_plane_ops_backward.register_fake
+def _(
+    grad: Tensor, x: Tensor, low: float, high: float, post: list[int], alphas: list[float]
+) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+def _remember_planes(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, *ctx.arguments = inputs
+    ctx.save_for_backward(x)
+
+
+def _differentiate_planes(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    return _plane_ops_backward(grad, *ctx.saved_tensors, *ctx.arguments), None, None, None, None
+
+
+plane_ops.register_autograd(_differentiate_planes, setup_context=_remember_planes)

@@ -162,3 +162,15 @@ SPP_EXPORT int32_t spp_backward(const void* plan, const float* grad, const float
     return 0;
   }
 }
+
+SPP_EXPORT int32_t spp_planes(const spp::PostOp* post, int32_t num_post, const float* input,
+                              const float* grad, float* output, int64_t count, int32_t height,
+                              int32_t width, float low, float high, int32_t threads) {
+  try {
+    spp::chosen.kernels->planes({{post, post + num_post}, input, grad, output, count, height,
+                                 width, low, high, threads});
+    return 1;
+  } catch (const std::exception&) {
+    return 0;
+  }
+}

@@ -89,6 +89,18 @@ struct Backward {
   int32_t height, width, conv_height, conv_width, threads;
 };
 
+// A clamp and operations on many planes, or, if there is a gradient of their output, theirs.
+struct Planes {
+  std::vector<PostOp> ops;
+  const float* input;
+  const float* grad;  // or null
+  float* output;
+  int64_t count;
+  int32_t height, width;
+  float low, high;
+  int32_t threads;
+};
+
 int32_t pool_size(int32_t size, int32_t kernel, int32_t stride, int32_t padding, bool ceil_mode);
 
 }  // namespace spp

@@ -15,5 +15,6 @@
 #ifdef __clang__
 #pragma clang attribute pop
 #endif
-const spp::Kernels spp::kAvx2Kernels = {avx2::forward, avx2::backward_input, avx2::backward_weight};
+const spp::Kernels spp::kAvx2Kernels = {avx2::forward, avx2::backward_input, avx2::backward_weight,
+                   avx2::planes};
 #endif
