@@ -5,6 +5,7 @@ import errno
 import hashlib
 import io
 import json
+import operator
 import os
 import pickle
 import subprocess
@@ -152,6 +153,27 @@ def test_layers_and_tensors_in_two_places_stay_one(tmp_path):
     assert again.third is again.first and again.second is not again.first
     assert again.second.weight is again.first.weight
     assert torch.equal(again(torch.ones(2, 4)), net(torch.ones(2, 4)))
+
+
+def test_arguments_of_every_kind(tmp_path):
+    graph = fx.Graph()
+    x = graph.placeholder("x", default_value=None)
+    y = graph.call_method("to", (x, torch.device("cpu"), torch.float64))
+    y = graph.call_method("to", (y,), {"memory_format": torch.channels_last})
+    y = graph.call_function(torch.clamp, (y, -float("inf")), {"max": 1e-3})
+    z = graph.call_method("reshape", (y, torch.Size((2, 3, -1))))
+    z = graph.call_function(operator.getitem, (z, (..., slice(None, -1, 2), None)))
+    z = graph.call_function(torch.einsum, ("abcd->ac", z))
+    graph.output({"y": [y, (z, True)], "x": x})
+    net = fx.GraphModule(nn.Module(), graph)
+    save_compact(net, tmp_path / "net.spp")
+    again = load_compact(tmp_path / "net.spp")
+    assert again.code == net.code
+    x = picture((2, 3, 4, 4))
+    found, expected = again(x), net(x)
+    assert found.keys() == expected.keys() and found["y"][1][1] is True
+    for ours, theirs in zip(flat(found)[:2], flat(expected)[:2], strict=True):
+        assert torch.equal(ours, theirs) and ours.stride() == theirs.stride()
 
 
 def test_special_numbers_and_layouts_are_kept(tmp_path):

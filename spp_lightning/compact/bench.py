@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -82,7 +82,7 @@ def measure(model: nn.Module, fast: nn.Module, shape: tuple[int, ...], batch: in
     return Times(batch, min(dense_ms), compact_ms)
 
 
-def interleaved_ms(functions: list[Callable[[], object]]) -> list[float]:
+def interleaved_ms(functions: Sequence[Callable[[], object]]) -> list[float]:
     """Median milliseconds of functions that take turns, so that what slows one slows all.
 
     >>> short, long = interleaved_ms([lambda: None, lambda: time.sleep(0.01)])

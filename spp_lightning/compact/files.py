@@ -11,6 +11,7 @@ import secrets
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import fx, nn
 
@@ -69,8 +70,8 @@ def save_compact(model: nn.Module, path: str | Path) -> None:
         "format": _FORMAT,
         "version": _VERSION,
         "structure": structure,
-        "payload": torch.frombuffer(bytearray(payload or b"\0"), dtype=torch.uint8),
-        "checksum": _checksum(structure, payload or b"\0"),
+        "payload": torch.from_numpy(np.frombuffer(payload, np.uint8).copy()),
+        "checksum": _checksum(structure, payload),
     }
     buffer = io.BytesIO()
     torch.save(content, buffer)
