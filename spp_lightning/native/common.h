@@ -21,7 +21,7 @@ class Buffer {
   T* get(size_t count) {
     const size_t floats = (count * sizeof(T) + sizeof(float) - 1) / sizeof(float);
 #ifdef SPP_EXACT_BUFFERS  // so that a sanitizer sees where a buffer ends
-    if (floats != size_) {
+    if (floats != size_ && floats > 0) {
 #else
     if (floats > size_) {
 #endif
