@@ -24,6 +24,8 @@ int32_t spp_forward(const void*, const float*, const float*, float*, int64_t, in
                     int32_t, int32_t, int32_t, int32_t);
 int32_t spp_backward(const void*, const float*, const float*, const float*, float*, int64_t,
                      int32_t, int32_t, int32_t, int32_t, int32_t, int32_t);
+int32_t spp_planes(const spp::PostOp*, int32_t, const float*, const float*, float*, int64_t, int32_t,
+                   int32_t, float, float, int32_t);
 }
 
 namespace {
@@ -193,7 +195,14 @@ void run_case() {
           if (residual) sum += residual[at];
           y.values[at] = std::min<double>(high, std::max<double>(low, sum));
         }
-  for (const spp::PostOp& op : post) y = apply(op, y);
+  const int64_t count_planes = batch * g.filters;
+  Planes clamped = planes(static_cast<int>(count_planes), out[0], out[1]);
+  for (size_t i = 0; i < outputs; ++i)
+    clamped.values[i] = std::min(high, std::max(low, grad[i]));
+  for (const spp::PostOp& op : post) {
+    y = apply(op, y);
+    clamped = apply(op, clamped);
+  }
   double most = 1;
   for (const double value : y.values) most = std::max(most, std::abs(value));
   const std::vector<double> size_y(y.values.size(), 5 * most);  // 1e-5 of the greatest output
@@ -217,6 +226,22 @@ void run_case() {
     compare("gradient of the weights", of_weight, grad_weight, size_weight);
   }
   spp_free(plan);
+
+  // The same operations alone; of their gradient the memory, and that it is there.
+  const Floats of_planes = normal(clamped.values.size());
+  for (int threads = 1; threads <= 2; ++threads) {
+    const auto run = [&](const float* gradient, const Floats& result) {
+      spp_planes(post.data(), static_cast<int32_t>(post.size()), grad.get(), gradient, result.get(),
+                 count_planes, out[0], out[1], low, high, threads);
+    };
+    const Floats result = memory(clamped.values.size()), back = memory(outputs);
+    run(nullptr, result);
+    compare("planes", result, clamped.values, std::vector<double>(clamped.values.size(), 20.0));
+    run(of_planes.get(), back);
+    double sum = 0;
+    for (size_t i = 0; i < outputs; ++i) sum += back[i];
+    if (!std::isfinite(sum)) std::printf("gradient of planes: %g\n", sum), ++failures;
+  }
 }
 
 }  // namespace

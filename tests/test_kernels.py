@@ -15,7 +15,8 @@ from spp_lightning.compact import cpu
 from spp_lightning.compact.geometry import Clamp, Geometry, PlaneOp, dense_weight
 from spp_lightning.convnet import LRN_ALPHA
 
-pytestmark = pytest.mark.skipif(not cpu.is_available(), reason="built without the kernels")
+BUILT = any(cpu._FOLDER.glob("kernels*.so"))  # asking for the library would warn
+pytestmark = pytest.mark.skipif(not BUILT, reason="built without the kernels")
 
 SENTINEL = 12345.0
 ROOM = 512  # floats of a guard on each side
@@ -246,6 +247,28 @@ def check_backward(case: Case) -> None:
 @given(cases())
 def test_outputs_are_a_dense_convolutions_whatever_the_variant_and_threads(case):
     check_forward(case)
+
+
+@settings(deadline=None, max_examples=120, derandomize=True)
+@given(cases())
+def test_gradients_through_clamps_pools_and_norms_are_torchs(case):
+    t = tensors(case)
+    planes = t.grad  # any would do
+    inside = planes.double().requires_grad_()
+    y = inside.clamp(*case.clamp)
+    for op in case.post:
+        y = op(y)
+    grad = torch.randn(y.shape, generator=torch.Generator().manual_seed(1))
+    (expected,) = torch.autograd.grad(y, inside, grad.double())
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 3):
+            torch.set_num_threads(threads)
+            values = cpu.run_planes(planes, None, case.clamp, case.post)
+            assert error(values, y.detach()) < 1e-5
+            assert error(cpu.run_planes(planes, grad, case.clamp, case.post), expected) < 1e-5
+    finally:
+        torch.set_num_threads(before)
 
 
 @settings(deadline=None, max_examples=120, derandomize=True)
