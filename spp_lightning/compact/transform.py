@@ -7,6 +7,7 @@ import statistics
 import time
 import warnings
 from collections.abc import Callable
+from typing import TypeGuard
 
 import torch
 from torch import Tensor, fx, nn
@@ -19,7 +20,7 @@ from spp_lightning.compact.channels import (
     set_module,
 )
 from spp_lightning.compact.fusing import Chain, chain_after
-from spp_lightning.compact.geometry import Clamp
+from spp_lightning.compact.geometry import Clamp, Geometry
 from spp_lightning.compact.layer import ColumnConv2d
 from spp_lightning.compact.tracing import module_of, shape_of, trace
 from spp_lightning.masking import is_masked
@@ -122,23 +123,25 @@ def _check(model: nn.Module, example_input: Tensor) -> None:
 def _replace_one_by_one(model: nn.Module) -> list[str]:
     names = []
     for name, module in list(model.named_modules()):
-        if _replaceable(module) and name and _is_pruned(module):
+        if name and _replaceable(name, module) and _is_pruned(module):
             parent, _, child = name.rpartition(".")
             setattr(model.get_submodule(parent), child, ColumnConv2d.of(module))
             names.append(name)
     return names
 
 
-def _replaceable(module: nn.Module | None) -> bool:
-    if type(module) is not nn.Conv2d:
+def _replaceable(name: str, module: nn.Module | None) -> TypeGuard[nn.Conv2d]:
+    if type(module) is not nn.Conv2d or module.groups == module.in_channels > 1:
+        return False  # the latter is depthwise
+    try:
+        Geometry.of(module)
+    except ValueError as error:
+        if _is_pruned(module):
+            warnings.warn(
+                f"The layer {name} has pruned columns, but stays dense: {error}", stacklevel=4
+            )
         return False
-    if module.groups > 1 and module.groups == module.in_channels:
-        return False  # depthwise
-    same = module.padding == "same" and any(
-        dilation * (size - 1) % 2
-        for size, dilation in zip(module.kernel_size, module.dilation, strict=True)
-    )
-    return module.padding_mode == "zeros" and not same
+    return True
 
 
 def _is_pruned(conv: nn.Conv2d) -> bool:
@@ -151,7 +154,7 @@ def _drop_layouts(graph: fx.GraphModule) -> None:
         if node.op != "call_method":
             continue
         only_layout = len(node.args) == 1 and set(node.kwargs) == {"memory_format"}
-        if node.target == "contiguous" or (node.target == "to" and only_layout):
+        if node.target in ("contiguous", "to") and only_layout:
             node.replace_all_uses_with(node.args[0])
             graph.graph.erase_node(node)
     graph.recompile()
@@ -161,9 +164,8 @@ def _replace_convolutions(graph: fx.GraphModule, fuse: bool) -> None:
     order = {node: i for i, node in enumerate(graph.graph.nodes)}
     for node in list(graph.graph.nodes):
         conv = module_of(graph, node)
-        if node not in order or not _replaceable(conv):
+        if node not in order or not _replaceable(str(node.target), conv):
             continue
-        assert isinstance(conv, nn.Conv2d)
         chain = chain_after(graph, node) if fuse else Chain(node)
         layer = ColumnConv2d.of(conv, chain.clamp, chain.post).train(conv.training)
         if len(node.args) != 1 or node.kwargs or not _pays(graph, conv, layer, chain):
