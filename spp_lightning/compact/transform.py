@@ -123,14 +123,14 @@ def _check(model: nn.Module, example_input: Tensor) -> None:
 def _replace_one_by_one(model: nn.Module) -> list[str]:
     names = []
     for name, module in list(model.named_modules()):
-        if name and _replaceable(name, module) and _is_pruned(module):
+        if name and _replaceable(module, name) and _is_pruned(module):
             parent, _, child = name.rpartition(".")
             setattr(model.get_submodule(parent), child, ColumnConv2d.of(module))
             names.append(name)
     return names
 
 
-def _replaceable(name: str, module: nn.Module | None) -> TypeGuard[nn.Conv2d]:
+def _replaceable(module: nn.Module | None, name: str) -> TypeGuard[nn.Conv2d]:
     if type(module) is not nn.Conv2d or module.groups == module.in_channels > 1:
         return False  # the latter is depthwise
     try:
@@ -164,7 +164,7 @@ def _replace_convolutions(graph: fx.GraphModule, fuse: bool) -> None:
     order = {node: i for i, node in enumerate(graph.graph.nodes)}
     for node in list(graph.graph.nodes):
         conv = module_of(graph, node)
-        if node not in order or not _replaceable(str(node.target), conv):
+        if node not in order or not _replaceable(conv, str(node.target)):
             continue
         chain = chain_after(graph, node) if fuse else Chain(node)
         layer = ColumnConv2d.of(conv, chain.clamp, chain.post).train(conv.training)
