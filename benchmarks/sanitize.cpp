@@ -144,8 +144,8 @@ void run_case() {
   const Floats bias = between(0, 1) ? normal(g.filters) : nullptr;
   const Floats residual = between(0, 1) ? normal(outputs) : nullptr;
   const float infinity = std::numeric_limits<float>::infinity();
-  const bool clamped = between(0, 1);
-  const float low = clamped ? 0 : -infinity, high = clamped ? 3 : infinity;
+  const bool limited = between(0, 1);
+  const float low = limited ? 0 : -infinity, high = limited ? 3 : infinity;
 
   std::vector<spp::PostOp> post;
   int now[2] = {out[0], out[1]};
