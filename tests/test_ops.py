@@ -23,7 +23,9 @@ from spp_lightning.compact.ops import (
     column_conv2d_fused,
     pack_geometry,
     pack_post,
+    plane_ops,
 )
+from spp_lightning.convnet import LRN_ALPHA
 
 RELU = Clamp(0.0)
 POOL = PlaneOp("max_pool", (2, 2), (2, 2))
@@ -110,6 +112,22 @@ def test_gradients_in_float64(bias):
     assert torch.autograd.gradcheck(
         lambda x, w, b=None: column_conv2d(x, w, columns, b, geometry), inputs
     )
+
+
+def test_gradients_of_clamps_pools_and_norms_in_float64():
+    ops = (
+        PlaneOp("local_response_norm", alpha=LRN_ALPHA),
+        PlaneOp("max_pool", (3, 2), (2, 1), (1, 1), True),
+        PlaneOp("avg_pool", (2, 3), (1, 2), (1, 1), True, False),
+    )
+    x = 100 * torch.randn(2, 3, 7, 6, dtype=torch.float64)  # where the norm matters
+    x.requires_grad_()
+    for post in ((), ops, ops[::-1]):
+        assert torch.autograd.gradcheck(
+            lambda x, post=post: plane_ops(x, -60.0, 150.0, *pack_post(post)), x
+        )
+        inputs = (x.detach().float().requires_grad_(), -60.0, 150.0, *pack_post(post))
+        torch.library.opcheck(plane_ops, inputs, test_utils=CHECKS[:3])
 
 
 @pytest.mark.parametrize("part", ["x", "weight", "bias"])

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from spp_lightning.convnet import local_response_norm
+from spp_lightning.convnet import LRN_ALPHA, LRN_SIZE, local_response_norm
 
 __all__ = ["Clamp", "Geometry", "PlaneOp"]
 
@@ -122,6 +122,26 @@ class PlaneOp(NamedTuple):
                 self.count_include_pad,
             )
         return local_response_norm(x)
+
+    def backward(self, x: Tensor, grad: Tensor) -> Tensor:
+        """Gradient of its input ``x``, ``grad`` being that of its output."""
+        aten = torch.ops.aten
+        sizes = (self.kernel_size, self.stride, self.padding)
+        if self.kind == "max_pool":
+            rest = ((1, 1), self.ceil_mode)
+            _, places = aten.max_pool2d_with_indices(x, *sizes, *rest)
+            pooled: Tensor = aten.max_pool2d_with_indices_backward(grad, x, *sizes, *rest, places)
+            return pooled
+        if self.kind == "avg_pool":
+            flags = (self.ceil_mode, self.count_include_pad, None)
+            spread: Tensor = aten.avg_pool2d_backward(grad, x, *sizes, *flags)
+            return spread
+        # y = x · s^(-3/4), s = 1 + α · mean(x²); the mean is its own transpose.
+        window = (LRN_SIZE, 1, LRN_SIZE // 2)
+        scale = 1 + LRN_ALPHA * F.avg_pool2d(x * x, *window)
+        power = torch.rsqrt(scale * scale.sqrt())
+        inner = F.avg_pool2d(grad * x * power / scale, *window)
+        return grad * power - 1.5 * LRN_ALPHA * x * inner
 
     def out_size(self, height: int, width: int) -> Pair:
         """Size of the output planes."""

@@ -146,8 +146,8 @@ def _compute(
     _check_shape("weight", weight, (g.filters // g.groups, len(columns)))
     if bias is not None:
         _check_shape("bias", bias, (g.filters,))
+    size = g.out_size(x.shape[2], x.shape[3])
     if residual is not None:
-        size = g.out_size(x.shape[2], x.shape[3])
         _check_shape("residual", residual, (x.shape[0], g.filters, *size))
     if _on_cpu_kernels(x):
         dtype = x.dtype
@@ -160,8 +160,12 @@ def _compute(
             x, weight, columns, bias, *geometry[2:], residual=residual, clamp=clamp
         )
     else:
-        full = dense_weight(weight, columns, g)
+        if columns.is_cpu:  # elsewhere it would wait for the device
+            cpu.check_columns(columns, g)
+        full = dense_weight(weight, columns, g).to(x.dtype)
+        bias = None if bias is None else bias.to(x.dtype)
         y = F.conv2d(x, full, bias, g.stride, g.padding, g.dilation, g.groups)
+        y = y.to(x.dtype).contiguous()  # under autocast it may be another type
         if residual is not None:
             y = y + residual
         if clamp != Clamp():
@@ -239,14 +243,15 @@ def _backward_op(
         if for_weight:
             grad_weight = triton_kernels.column_conv2d_backward_weight(grad, x, columns, *g[2:])
         return grad_x, grad_weight
-    dense = dense_weight(weight, columns, g)
+    dense = dense_weight(weight, columns, g).to(x.dtype)
     conv = (g.stride, g.padding, g.dilation, g.groups)
     if for_input:
         grad_x = conv2d_input(list(x.shape), dense, grad, *conv)
     if for_weight:
         by_filter = conv2d_weight(x, list(dense.shape), grad, *conv)
         by_group = by_filter.unflatten(0, (g.groups, -1)).transpose(0, 1)
-        grad_weight = by_group.reshape(len(weight), -1)[:, columns.long()].contiguous()
+        kept = by_group.reshape(len(weight), -1)[:, columns.long()]
+        grad_weight = kept.contiguous().to(weight.dtype)
     return grad_x, grad_weight
 
 
@@ -336,10 +341,13 @@ def _plane_ops_backward(
     if _on_cpu_kernels(x):
         planes, dy = x.float().contiguous(), grad.float().contiguous()
         return cpu.run_planes(planes, dy, Clamp(low, high), ops).to(x.dtype)
-    with torch.enable_grad():
-        leaf = x.detach().requires_grad_()
-        y = _plane_ops_in_torch(leaf, low, high, ops)
-    return torch.autograd.grad(y, leaf, grad)[0].clone(memory_format=torch.contiguous_format)
+    # By formulas, since torch doesn't differentiate what an operator does inside.
+    inputs = [x.clamp(low, high)]
+    for op in ops[:-1]:
+        inputs.append(op(inputs[-1]))
+    for op, planes in zip(reversed(ops), reversed(inputs), strict=False):
+        grad = op.backward(planes, grad)
+    return torch.where((x > low) & (x < high), grad, 0).contiguous()
 
 
 @_plane_ops_backward.register_fake
