@@ -70,6 +70,9 @@ def main() -> None:
         "ASAN_OPTIONS": f"redzone={REDZONE}:detect_stack_use_after_return=1",
         "UBSAN_OPTIONS": "print_stacktrace=1",
     }
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True
+    ).stdout.strip()
     rows, passed = [], True
     for name, flags in CHECKS.items():
         before, tool, shapes = [], version(arguments.compiler), arguments.shapes
@@ -102,9 +105,6 @@ def main() -> None:
             f" | {told} |"
         )
     if arguments.save:
-        commit = subprocess.run(
-            ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True
-        ).stdout.strip()
         lines = [
             "# Sanitizers on the CPU kernels",
             "",
