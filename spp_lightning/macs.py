@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from spp_lightning.compaction.layer import ColumnConv2d
 from spp_lightning.groups import WeightGroups, weight_of
 from spp_lightning.layers import is_convolution
 
@@ -18,8 +19,8 @@ def count_macs(model: nn.Module, example_input: Any) -> dict[str, int]:
     """Multiply-accumulate operations for an input of every convolution and linear layer.
 
     Weights in columns or filters that are 0 throughout don't count: the numbers are those of a
-    network that skips them. One MAC is one multiplication and one addition; biases, norms and
-    pools aren't counted.
+    network that skips them, as a compact one does. One MAC is one multiplication and one addition;
+    biases, norms and pools aren't counted.
 
     Args:
         model: The network. It is run once in evaluation mode, and left as it was.
@@ -42,13 +43,13 @@ def count_macs(model: nn.Module, example_input: Any) -> dict[str, int]:
     layers = {
         name: layer
         for name, layer in model.named_modules()
-        if is_convolution(layer) or isinstance(layer, nn.Linear)
+        if is_convolution(layer) or isinstance(layer, (nn.Linear, ColumnConv2d))
     }
     positions: dict[str, int] = {}
 
     def note(name: str) -> Any:
         def hook(layer: nn.Module, inputs: Any, output: Tensor) -> None:
-            positions[name] = positions.get(name, 0) + _times_applied(layer, output)
+            positions[name] = positions.get(name, 0) + _times_applied(layer, inputs[0], output)
 
         return hook
 
@@ -72,8 +73,11 @@ def count_macs(model: nn.Module, example_input: Any) -> dict[str, int]:
     return {name: count * _kept_weights(layers[name]) for name, count in positions.items()}
 
 
-def _times_applied(layer: nn.Module, output: Tensor) -> int:
-    """How often a convolution or linear layer applies its weight for an output, batch included."""
+def _times_applied(layer: nn.Module, x: Tensor, output: Tensor) -> int:
+    """How often a convolution or linear layer applies its weight, batch included."""
+    if isinstance(layer, ColumnConv2d):  # whose output may be pooled already
+        height, width = x.shape[-2:]
+        return (len(x) if x.dim() == 4 else 1) * math.prod(layer.geometry.out_size(height, width))
     dims = weight_of(layer).dim() - 2  # of the kernel
     if dims:
         batch = output.shape[0] if output.dim() == dims + 2 else 1
@@ -83,6 +87,8 @@ def _times_applied(layer: nn.Module, output: Tensor) -> int:
 
 def _kept_weights(layer: nn.Module) -> int:
     """Weights that are neither in a column of zeros nor in a filter of zeros."""
+    if isinstance(layer, ColumnConv2d):
+        return layer.weight.numel()
     weight = weight_of(layer).detach()
     groups = WeightGroups.of(layer).conv_groups if is_convolution(layer) else 1
     nonzero = weight.unflatten(0, (groups, -1)).flatten(2) != 0

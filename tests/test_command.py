@@ -10,9 +10,9 @@ from test_dense import pruned
 from torch import nn
 
 from spp_lightning import ConvNet
-from spp_lightning.compact import command, cpu
-from spp_lightning.compact.bench import Times
-from spp_lightning.compact.files import load_compact
+from spp_lightning.compaction import command, cpu
+from spp_lightning.compaction.bench import Times
+from spp_lightning.compaction.files import load_compact
 
 
 @pytest.fixture(autouse=True)

@@ -11,10 +11,10 @@ import torchvision
 from torch import fx, nn
 
 from spp_lightning import ConvNet
-from spp_lightning.compact.dense import to_dense
-from spp_lightning.compact.geometry import Clamp, PlaneOp
-from spp_lightning.compact.layer import ColumnConv2d
-from spp_lightning.compact.transform import compact
+from spp_lightning.compaction.dense import to_dense
+from spp_lightning.compaction.geometry import Clamp, PlaneOp
+from spp_lightning.compaction.layer import ColumnConv2d
+from spp_lightning.compaction.transform import compact
 
 
 def pruned(net, ratio=0.75, seed=0):

@@ -19,11 +19,11 @@ from torch import fx, nn
 from torch.nn import functional as F
 
 from spp_lightning import ConvNet
-from spp_lightning.compact.dense import to_dense
-from spp_lightning.compact.files import load_compact, save_compact
-from spp_lightning.compact.geometry import Clamp, PlaneOp
-from spp_lightning.compact.layer import ColumnConv2d
-from spp_lightning.compact.transform import compact
+from spp_lightning.compaction.dense import to_dense
+from spp_lightning.compaction.files import load_compact, save_compact
+from spp_lightning.compaction.geometry import Clamp, PlaneOp
+from spp_lightning.compaction.layer import ColumnConv2d
+from spp_lightning.compaction.transform import compact
 
 
 class Joining(nn.Module):
@@ -194,7 +194,7 @@ def test_a_fresh_process_needs_no_class_of_the_network(tmp_path):
     torch.save({"x": x, "y": net(x).detach()}, tmp_path / "example.pt")
     program = f"""
 import sys, torch
-from spp_lightning.compact.files import load_compact
+from spp_lightning.compaction.files import load_compact
 net = load_compact({str(tmp_path / "net.spp")!r})
 example = torch.load({str(tmp_path / "example.pt")!r})
 assert torch.equal(net(example["x"]), example["y"])

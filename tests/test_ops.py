@@ -15,10 +15,10 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from spp_lightning.compact import cpu
-from spp_lightning.compact.geometry import Clamp, Geometry, PlaneOp
-from spp_lightning.compact.layer import ColumnConv2d
-from spp_lightning.compact.ops import (
+from spp_lightning.compaction import cpu
+from spp_lightning.compaction.geometry import Clamp, Geometry, PlaneOp
+from spp_lightning.compaction.layer import ColumnConv2d
+from spp_lightning.compaction.ops import (
     column_conv2d,
     column_conv2d_fused,
     pack_geometry,

@@ -12,7 +12,7 @@ import math
 import torch
 from torch import Tensor, fx, nn
 
-from spp_lightning.compact.tracing import (
+from spp_lightning.compaction.tracing import (
     Node,
     as_clamp,
     cat_operands,

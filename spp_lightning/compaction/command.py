@@ -15,11 +15,11 @@ import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
-from spp_lightning.compact.bench import difference, measure
-from spp_lightning.compact.dense import to_dense
-from spp_lightning.compact.files import load_compact, save_compact
-from spp_lightning.compact.layer import ColumnConv2d
-from spp_lightning.compact.transform import compact
+from spp_lightning.compaction.bench import difference, measure
+from spp_lightning.compaction.dense import to_dense
+from spp_lightning.compaction.files import load_compact, save_compact
+from spp_lightning.compaction.layer import ColumnConv2d
+from spp_lightning.compaction.transform import compact
 from spp_lightning.layers import is_convolution
 from spp_lightning.macs import count_macs
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from spp_lightning.compact.geometry import Clamp, Geometry, PlaneOp
+from spp_lightning.compaction.geometry import Clamp, Geometry, PlaneOp
 
 __all__ = ["Plan", "is_available", "plan_for"]
 

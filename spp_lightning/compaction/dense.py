@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
-from spp_lightning.compact.geometry import Clamp, PlaneOp
-from spp_lightning.compact.layer import ColumnConv2d
+from spp_lightning.compaction.geometry import Clamp, PlaneOp
+from spp_lightning.compaction.layer import ColumnConv2d
 from spp_lightning.convnet import local_response_norm
 
 __all__ = ["to_dense"]

@@ -15,12 +15,12 @@ import numpy as np
 import torch
 from torch import fx, nn
 
-from spp_lightning.compact.graphs import describe_graph, rebuild_graph
-from spp_lightning.compact.payload import TensorStore, unpack
+from spp_lightning.compaction.graphs import describe_graph, rebuild_graph
+from spp_lightning.compaction.payload import TensorStore, unpack
 
 __all__ = ["load_compact", "save_compact"]
 
-_FORMAT, _VERSION = "spp_lightning.compact", 1
+_FORMAT, _VERSION = "spp_lightning.compaction", 1
 
 
 def save_compact(model: nn.Module, path: str | Path) -> None:
@@ -40,7 +40,7 @@ def save_compact(model: nn.Module, path: str | Path) -> None:
         OSError: If it can't be written.
 
     >>> import tempfile
-    >>> from spp_lightning.compact.layer import ColumnConv2d
+    >>> from spp_lightning.compaction.layer import ColumnConv2d
     >>> net = fx.symbolic_trace(nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU()))
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     save_compact(net, f"{folder}/net.spp")

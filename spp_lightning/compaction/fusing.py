@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 
 from torch import fx
 
-from spp_lightning.compact.geometry import Clamp, PlaneOp
-from spp_lightning.compact.tracing import (
+from spp_lightning.compaction.geometry import Clamp, PlaneOp
+from spp_lightning.compaction.tracing import (
     Node,
     add_operands,
     as_clamp,

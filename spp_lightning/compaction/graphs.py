@@ -9,10 +9,10 @@ from typing import Any
 
 from torch import Tensor, fx, nn
 
-from spp_lightning.compact.leaves import describe, rebuild
-from spp_lightning.compact.payload import TensorStore
-from spp_lightning.compact.plain import decode, encode
-from spp_lightning.compact.vocabulary import (
+from spp_lightning.compaction.leaves import describe, rebuild
+from spp_lightning.compaction.payload import TensorStore
+from spp_lightning.compaction.plain import decode, encode
+from spp_lightning.compaction.vocabulary import (
     ATTRIBUTES,
     GETATTR,
     function_name,

@@ -8,15 +8,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from spp_lightning.compact import cpu
-from spp_lightning.compact.geometry import (
+from spp_lightning.compaction import cpu
+from spp_lightning.compaction.geometry import (
     Clamp,
     Geometry,
     PlaneOp,
     dense_weight,
     kept_columns,
 )
-from spp_lightning.compact.ops import (
+from spp_lightning.compaction.ops import (
     column_conv2d,
     column_conv2d_fused,
     pack_geometry,

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.lazy import LazyModuleMixin
 
-from spp_lightning.compact.geometry import Clamp, Geometry, PlaneOp
-from spp_lightning.compact.layer import ColumnConv2d
-from spp_lightning.compact.payload import TensorStore
-from spp_lightning.compact.plain import decode, encode
+from spp_lightning.compaction.geometry import Clamp, Geometry, PlaneOp
+from spp_lightning.compaction.layer import ColumnConv2d
+from spp_lightning.compaction.payload import TensorStore
+from spp_lightning.compaction.plain import decode, encode
 
 __all__ = ["describe", "rebuild"]
 

@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.grad import conv2d_input, conv2d_weight
 
-from spp_lightning.compact import cpu, triton_kernels
-from spp_lightning.compact.geometry import Clamp, Geometry, PlaneOp, dense_weight
+from spp_lightning.compaction import cpu, triton_kernels
+from spp_lightning.compaction.geometry import Clamp, Geometry, PlaneOp, dense_weight
 
 __all__ = [
     "column_conv2d",
@@ -85,7 +85,7 @@ def column_conv2d(
     Raises:
         ValueError: If ``x`` doesn't have the layer's channels, or ``columns`` aren't ascending.
 
-    >>> from spp_lightning.compact.geometry import Geometry
+    >>> from spp_lightning.compaction.geometry import Geometry
     >>> columns = torch.tensor([0, 2], dtype=torch.int32)
     >>> geometry = pack_geometry(Geometry(channels=3, filters=1, kernel_size=(1, 1)))
     >>> column_conv2d(torch.ones(1, 3, 1, 2), torch.tensor([[2.0, 5.0]]), columns, None, geometry)

@@ -11,8 +11,8 @@ from torch import Tensor, fx, nn
 from torch.fx.passes.shape_prop import ShapeProp
 from torch.nn import functional as F
 
-from spp_lightning.compact.geometry import Clamp, PlaneOp
-from spp_lightning.compact.layer import ColumnConv2d
+from spp_lightning.compaction.geometry import Clamp, PlaneOp
+from spp_lightning.compaction.layer import ColumnConv2d
 from spp_lightning.convnet import LRN_ALPHA, LRN_SIZE, local_response_norm
 
 __all__ = [

@@ -12,17 +12,17 @@ from typing import TypeGuard
 import torch
 from torch import Tensor, fx, nn
 
-from spp_lightning.compact import cpu
-from spp_lightning.compact.channels import (
+from spp_lightning.compaction import cpu
+from spp_lightning.compaction.channels import (
     absorb_constants,
     fold_batch_norms,
     remove_channels,
     set_module,
 )
-from spp_lightning.compact.fusing import Chain, chain_after
-from spp_lightning.compact.geometry import Clamp, Geometry
-from spp_lightning.compact.layer import ColumnConv2d
-from spp_lightning.compact.tracing import module_of, shape_of, trace
+from spp_lightning.compaction.fusing import Chain, chain_after
+from spp_lightning.compaction.geometry import Clamp, Geometry
+from spp_lightning.compaction.layer import ColumnConv2d
+from spp_lightning.compaction.tracing import module_of, shape_of, trace
 from spp_lightning.masking import is_masked
 
 __all__ = ["compact"]
