@@ -29,6 +29,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from datetime import date
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -95,7 +96,7 @@ def measure(
             for batch in batches:
                 for channels, filters, kernel, size in shapes:
                     name = f"{kernel}×{kernel} {channels}→{filters} @{size}, batch {batch}"
-                    net = nn.Conv2d(channels, filters, kernel, padding=kernel // 2)
+                    net: nn.Module = nn.Conv2d(channels, filters, kernel, padding=kernel // 2)
                     x = torch.randn(batch, channels, size, size)
                     yield row_of(name, GOALS[part], net, x, _column_layer, rounds, threads)
     if "networks" in parts:
@@ -132,7 +133,7 @@ def row_of(
         pruned, theory[ratio] = prune_randomly(net, ratio)
         fast = make(pruned, x).requires_grad_(False)
         error = max(error, relative_error(fast, pruned, x))
-        calls[f"compact {ratio}"] = lambda fast=fast: fast(x)
+        calls[f"compact {ratio}"] = partial(fast, x)
     with torch.no_grad():
         times = in_turns(calls, rounds)
     dense = {key: value for key, value in times.items() if not key.startswith("compact")}
@@ -187,7 +188,7 @@ def dense_calls(net: nn.Module, x: Tensor, threads: int) -> Iterator[tuple[str, 
             torch._dynamo.reset()
             compiled = torch.compile(module, options={"freezing": True})
             compiled(batch)
-            yield f"compiled{key}", lambda compiled=compiled, batch=batch: compiled(batch)
+            yield f"compiled{key}", partial(compiled, batch)
     yield "onnxruntime", onnx_call(first, x, threads)
 
 
