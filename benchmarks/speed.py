@@ -59,7 +59,7 @@ LAYERS = (
 )
 POINTWISE = ((256, 64, 1, 56), (64, 256, 1, 56), (512, 128, 1, 28), (1024, 256, 1, 14))
 MIN_SECONDS = 0.004  # of the timed calls of a turn
-PAUSE = 0.002  # seconds before a turn, in which the last contender's threads fall asleep
+PAUSE = 0.01  # seconds before a turn, in which the last contender's threads fall asleep
 
 Call = Callable[[], Any]
 
@@ -183,11 +183,12 @@ def dense_calls(net: nn.Module, x: Tensor, threads: int) -> Iterator[tuple[str, 
     yield "eager, channels-last", lambda: last(x_last)
     if isinstance(net, nn.Conv2d):
         yield "oneDNN, packed", packed_call(net, x)
-    with torch.no_grad():
+    else:  # a compiled convolution is one of oneDNN with packed weights
         for key, module, batch in (("", first, x), (", channels-last", last, x_last)):
             torch._dynamo.reset()
             compiled = torch.compile(module, options={"freezing": True})
-            compiled(batch)
+            with torch.no_grad():
+                compiled(batch)
             yield f"compiled{key}", partial(compiled, batch)
     yield "onnxruntime", onnx_call(first, x, threads)
 
