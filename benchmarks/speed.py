@@ -209,6 +209,8 @@ def onnx_call(net: nn.Module, x: Tensor, threads: int) -> Call:
     torch.onnx.export(net, (x,), file, dynamo=False, input_names=["x"])
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
+    # Its threads would go on spinning on the cores that the next contender needs.
+    options.add_session_config_entry("session.force_spinning_stop", "1")
     session = onnxruntime.InferenceSession(
         file.getvalue(), options, providers=["CPUExecutionProvider"]
     )

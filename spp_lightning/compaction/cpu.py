@@ -7,9 +7,10 @@ import math
 import time
 import warnings
 import weakref
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -86,6 +87,15 @@ def instruction_set() -> str:
     return library.spp_isa().decode() if library else "none"
 
 
+class _Way(NamedTuple):
+    """How a plan computes inputs of one shape, with so many threads."""
+
+    conv_shape: tuple[int, ...]
+    out_shape: tuple[int, ...]
+    variant: int
+    threads: int
+
+
 class Plan:
     """A column-pruned convolution, ready to run on the CPU.
 
@@ -112,6 +122,7 @@ class Plan:
         clamp: Clamp = Clamp(),  # noqa: B008 (immutable)
         post: tuple[PlaneOp, ...] = (),
     ) -> None:
+        geometry.check()
         check_columns(columns, geometry)
         g = geometry
         _check("weight", weight, (g.filters // g.groups, len(columns)))
@@ -144,7 +155,7 @@ class Plan:
             raise MemoryError("There is no memory left for the weights of a convolution.")
         self._free = weakref.finalize(self, self._library.spp_free, self._handle)
         self._num_columns = len(columns)
-        self._choices: dict[tuple[int, int, int, int], tuple[int, int]] = {}
+        self._ways: dict[tuple[int, ...], _Way] = {}  # by input shape and threads
         self._held: tuple[Tensor, ...] = ()
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
@@ -157,23 +168,15 @@ class Plan:
         Returns:
             The output, ``(B, N, H', W')``.
         """
-        batch, _, height, width = x.shape
-        conv_size = self.geometry.out_size(height, width)
-        if residual is not None:
-            _check("residual", residual, (batch, self.geometry.filters, *conv_size))
-        out_size = conv_size
-        for op in self.post:
-            out_size = op.out_size(*out_size)
-        out = x.new_empty(batch, self.geometry.filters, *out_size)
-        if not out.numel():
-            return out
-        threads = torch.get_num_threads()
         # Which variant runs changes the time and nothing else: each adds in the same order.
-        key = (batch, height, width, threads)
-        choice = self._choices.get(key)
-        if choice is None:
-            choice = self._choices[key] = self._fastest(x, residual, out, conv_size, threads)
-        self._run(x, residual, out, conv_size, choice)
+        key = (*x.shape, torch.get_num_threads())
+        way = self._ways.get(key)
+        if way is None:
+            way = self._ways[key] = self._fastest(x, residual)
+        elif residual is not None:
+            _check("residual", residual, way.conv_shape)
+        out = torch.empty(way.out_shape)
+        self._run(x, residual, out, way.conv_shape[2:], (way.variant, way.threads))
         return out
 
     def backward_input(self, grad: Tensor, weight: Tensor, size: tuple[int, int]) -> Tensor:
@@ -201,7 +204,7 @@ class Plan:
         x: Tensor,
         residual: Tensor | None,
         out: Tensor,
-        conv_size: tuple[int, int],
+        conv_size: tuple[int, ...],
         choice: tuple[int, int],
     ) -> None:
         variant, threads = choice
@@ -233,25 +236,26 @@ class Plan:
         ):
             raise MemoryError("There is no memory left for the gradient of a convolution.")
 
-    def _fastest(
-        self,
-        x: Tensor,
-        residual: Tensor | None,
-        out: Tensor,
-        conv_size: tuple[int, int],
-        threads: int,
-    ) -> tuple[int, int]:
-        g = self.geometry
-        macs = len(x) * math.prod(conv_size) * g.filters // g.groups * self._num_columns
+    def _fastest(self, x: Tensor, residual: Tensor | None) -> _Way:
+        g, threads = self.geometry, torch.get_num_threads()
+        size = g.out_size(x.shape[2], x.shape[3])
+        conv_shape = (len(x), g.filters, *size)
+        _check_size(x.shape, conv_shape)
+        for op in self.post:
+            size = op.out_size(*size)
+        out = torch.empty(len(x), g.filters, *size)
+        if residual is not None:
+            _check("residual", residual, conv_shape)
+        macs = math.prod(conv_shape) // g.groups * self._num_columns
         counts = [threads, 1] if threads > 1 and macs < _SMALL else [threads]
         choices = [(variant, count) for count in counts for variant in _VARIANTS]
         seconds = dict.fromkeys(choices, math.inf)
         for _ in range(3):
             for choice in choices:
                 start = time.perf_counter()
-                self._run(x, residual, out, conv_size, choice)
+                self._run(x, residual, out, conv_shape[2:], choice)
                 seconds[choice] = min(seconds[choice], time.perf_counter() - start)
-        return min(choices, key=seconds.__getitem__)
+        return _Way(conv_shape, tuple(out.shape), *min(choices, key=seconds.__getitem__))
 
 
 def _plane_ops(post: tuple[PlaneOp, ...]) -> Any:
@@ -293,6 +297,14 @@ def run_planes(x: Tensor, grad: Tensor | None, clamp: Clamp, post: tuple[PlaneOp
     ):
         raise MemoryError("There is no memory left to compute a pool or a norm.")
     return out
+
+
+def _check_size(*shapes: Sequence[int]) -> None:
+    for shape in shapes:
+        if math.prod(shape[1:]) >= 2**31:
+            raise ValueError(
+                f"A picture must have fewer than 2³¹ numbers, got {tuple(shape)}; split it."
+            )
 
 
 def check_columns(columns: Tensor, geometry: Geometry) -> None:
@@ -363,7 +375,7 @@ def plan_for(
     plan._held = tuple(x.detach() for x in tensors if x is not None)
     if found is not None and alive:
         references = found[0]
-        plan._choices = found[2]._choices  # the weights' values don't change which way is fastest
+        plan._ways = found[2]._ways  # the weights' values don't change which way is fastest
     else:
         references = tuple(
             None if x is None else weakref.ref(x, lambda _: _plans.pop(key, None)) for x in tensors

@@ -53,6 +53,28 @@ class Geometry(NamedTuple):
             conv.groups,
         )
 
+    def check(self) -> None:
+        """Check that there can be such a convolution.
+
+        Raises:
+            ValueError: If a number is out of range.
+        """
+        numbers = (self.channels, self.filters, self.groups)
+        for name, values, least in (
+            *zip(
+                ("channels", "filters", "groups"), ((n,) for n in numbers), (1, 1, 1), strict=True
+            ),
+            *(("kernel_size", self.kernel_size, 1), ("stride", self.stride, 1)),
+            *(("padding", self.padding, 0), ("dilation", self.dilation, 1)),
+        ):
+            if min(values) < least:
+                raise ValueError(f"`{name}` (={values}) must be at least {least}.")
+        if self.channels % self.groups or self.filters % self.groups:
+            raise ValueError(
+                f"`channels` (={self.channels}) and `filters` (={self.filters}) must be divisible"
+                f" by `groups` (={self.groups})."
+            )
+
     @property
     def taps(self) -> int:
         """Kernel positions."""
