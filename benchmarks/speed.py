@@ -58,7 +58,7 @@ LAYERS = (
     *((64, 64, 3, 56), (128, 128, 3, 28), (256, 256, 3, 14)),
 )
 POINTWISE = ((256, 64, 1, 56), (64, 256, 1, 56), (512, 128, 1, 28), (1024, 256, 1, 14))
-MIN_SECONDS = 0.004  # of the timed calls of a turn
+MIN_SECONDS = 0.02  # of the timed calls of a turn
 PAUSE = 0.01  # seconds before a turn, in which the last contender's threads fall asleep
 
 Call = Callable[[], Any]
