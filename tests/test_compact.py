@@ -205,6 +205,31 @@ def test_what_the_callback_prunes() -> None:
         check_same(net, fast, x)
 
 
+def test_what_is_changed_in_place_or_laid_out_anew() -> None:
+    """A residual that an addition overwrites is read later; a layout that a view needs stays."""
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1)
+            self.third = nn.Conv2d(8, 8, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = x.contiguous(memory_format=torch.channels_last)
+            kept = torch.sigmoid(self.first(x))
+            kept += self.second(kept)
+            y = F.relu(self.third(kept), inplace=True) + kept
+            y = y.transpose(1, 2).contiguous(memory_format=torch.contiguous_format)
+            return y.view(len(x), -1)
+
+    torch.manual_seed(0)
+    net, x = prune(Net(), 0.7), torch.randn(2, 3, 10, 10)
+    before = torch.get_rng_state()
+    fast = compact(net, x)
+    assert torch.equal(torch.get_rng_state(), before)  # nobody's random numbers are used up
+    check_same(net, fast, x)
+
+
 def test_macs_of_compact_networks() -> None:
     net, x = prune(ConvNet(), 0.75), torch.randn(1, 3, 32, 32)
     assert count_macs(compact(net, x), x) == count_macs(net, x)

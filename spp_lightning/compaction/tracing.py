@@ -122,12 +122,14 @@ def _calls(node: Node, functions: tuple[Callable[..., Any], ...], methods: tuple
 
 
 def add_operands(node: Node) -> tuple[Node, Node] | None:
-    """The two tensors of one shape that a node adds, if that is what it does."""
+    """The two tensors of one shape that a node adds, if that is all it does."""
     if not _calls(node, _ADD, ("add", "add_")) or len(node.args) != 2 or node.kwargs:
         return None
     first, second = node.args
     if not isinstance(first, Node) or not isinstance(second, Node):
         return None
+    if node.target in (operator.iadd, "add_") and len(first.users) > 1:
+        return None  # others read the sum, too
     shape = shape_of(first)
     return (first, second) if shape is not None and shape == shape_of(second) else None
 

@@ -11,6 +11,7 @@ from typing import TypeGuard
 
 import torch
 from torch import Tensor, fx, nn
+from torch.fx.passes.shape_prop import ShapeProp
 
 from spp_lightning.compaction import cpu
 from spp_lightning.compaction.channels import (
@@ -86,7 +87,7 @@ def compact(model: nn.Module, example_input: Tensor, fuse: bool = True) -> nn.Mo
         absorb_constants(graph)
     remove_channels(graph)
     with torch.no_grad():
-        fx.passes.shape_prop.ShapeProp(graph).propagate(example_input)
+        ShapeProp(graph).propagate(example_input)
     _drop_layouts(graph)
     _replace_convolutions(graph, fuse)
     return graph if _is_surely_faster(graph) else _faster(graph, original, example_input)
@@ -149,12 +150,12 @@ def _is_pruned(conv: nn.Conv2d) -> bool:
 
 
 def _drop_layouts(graph: fx.GraphModule) -> None:
-    """Remove orders to lay out tensors in some way: they don't change what is computed."""
+    """Remove orders to lay out tensors as channels-last: they don't change what is computed."""
     for node in list(graph.graph.nodes):
         if node.op != "call_method":
             continue
-        only_layout = len(node.args) == 1 and set(node.kwargs) == {"memory_format"}
-        if node.target in ("contiguous", "to") and only_layout:
+        channels_last = node.kwargs == {"memory_format": torch.channels_last}
+        if node.target in ("contiguous", "to") and len(node.args) == 1 and channels_last:
             node.replace_all_uses_with(node.args[0])
             graph.graph.erase_node(node)
     graph.recompile()
@@ -168,7 +169,7 @@ def _replace_convolutions(graph: fx.GraphModule, fuse: bool) -> None:
             continue
         chain = chain_after(graph, node) if fuse else Chain(node)
         layer = ColumnConv2d.of(conv, chain.clamp, chain.post).train(conv.training)
-        if len(node.args) != 1 or node.kwargs or not _pays(graph, conv, layer, chain):
+        if len(node.args) != 1 or node.kwargs or not _pays(conv, layer, chain):
             continue
         name = str(node.target)
         calls = [x for x in graph.graph.nodes if x.op == "call_module" and x.target == node.target]
@@ -191,16 +192,16 @@ def _replace_convolutions(graph: fx.GraphModule, fuse: bool) -> None:
     graph.recompile()
 
 
-def _pays(graph: fx.GraphModule, conv: nn.Conv2d, layer: ColumnConv2d, chain: Chain) -> bool:
+def _pays(conv: nn.Conv2d, layer: ColumnConv2d, chain: Chain) -> bool:
     """Whether a layer is faster than the dense one with all that follows, by a short timing."""
     share = len(layer.columns) / layer.geometry.num_columns
     fast = conv.weight.is_cuda or (conv.weight.dtype != torch.float64 and cpu.is_available())
     if not fast or share <= _SURELY_FASTER:
         return share < 1
-    shape, meta = shape_of(chain.conv.args[0]), chain.conv.args[0]
-    assert shape is not None and isinstance(meta, fx.Node)
-    x = torch.randn(shape, dtype=conv.weight.dtype, device=conv.weight.device)
-    residual = torch.randn_like(conv(x)) if chain.residual is not None else None
+    shape = shape_of(chain.conv.args[0])
+    assert shape is not None
+    x = torch.zeros(shape, dtype=conv.weight.dtype, device=conv.weight.device)
+    residual = torch.zeros_like(conv(x)) if chain.residual is not None else None
 
     def dense() -> Tensor:
         y = conv(x)
