@@ -19,6 +19,8 @@ __all__ = ["Criterion", "Granularity", "WeightGroups", "weight_of"]
 Granularity = Literal["column", "channel", "filter"]
 Criterion = Literal["l1", "l2"]
 
+_BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes
+
 
 def weight_of(layer: nn.Module) -> nn.Parameter:
     """The parameter ``weight`` itself; a masked layer's attribute ``weight`` is it times a mask."""
@@ -118,5 +120,7 @@ class WeightGroups:
             tensor: The weight, its gradient, or an optimizer's state of that shape.
             alive: Which groups stay, ``(count,)``, bool.
         """
-        pruned = ~alive.view(self.mask_shape).to(tensor.device)
-        self.split(tensor.detach()).masked_fill_(pruned, 0)
+        # As bits: on CPUs several times faster than masked_fill_ with a mask that is broadcast.
+        bits = _BITS[tensor.element_size()]
+        keep = alive.view(self.mask_shape).to(tensor.device, bits).neg()  # −1 has all bits set
+        self.split(tensor.detach()).view(bits).bitwise_and_(keep)

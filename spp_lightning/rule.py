@@ -109,30 +109,6 @@ def spaced_ranks(importance: Tensor, zero_rank: float) -> Tensor:
     return ranks.masked_fill(distance == 0, 0.0)
 
 
-def ascending(values: Tensor) -> Tensor:
-    """Positions of values in ascending order, equal ones by position.
-
-    Args:
-        values: Numbers, ``(n,)``.
-
-    Returns:
-        The order, ``(n,)``, int64: that of ``values.argsort(stable=True)``.
-
-    >>> ascending(torch.tensor([2.0, -1.0, 0.0, -0.0, -1.0]))
-    tensor([1, 4, 2, 3, 0])
-    """
-    if values.device.type != "cpu" or values.dtype != torch.float32:
-        return values.argsort(stable=True)
-    # NumPy sorts whole numbers with vector instructions, several times faster than torch sorts
-    # positions. The bits of a float, but for the sign, are in the order of the numbers; the
-    # position behind them breaks ties.
-    bits = (values + 0.0).view(torch.int32).to(torch.int64)  # -0 is 0
-    bits ^= (bits >> 63) & 0x7FFFFFFF
-    keys = ((bits << 32) | torch.arange(len(values))).numpy()
-    keys.sort()
-    return torch.from_numpy(keys) & 0xFFFFFFFF
-
-
 def update_probability(
     probability: Tensor,
     importance: Tensor,
@@ -183,7 +159,7 @@ def update_probability(
     zero_rank = zero_crossing(num_groups, prune_ratio, num_pruned)
 
     # Groups alive in ascending order of importance: position is rank. Pruned ones sort last.
-    order = ascending(importance.masked_fill(probability >= 1, math.inf))[:num_alive]
+    order = importance.masked_fill(probability >= 1, math.inf).argsort(stable=True)[:num_alive]
     if use_rank:
         rank = torch.arange(num_alive, dtype=probability.dtype, device=probability.device)
     else:

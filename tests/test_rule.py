@@ -13,7 +13,6 @@ from torch import nn
 from spp_lightning import SPPPruner
 from spp_lightning.groups import WeightGroups
 from spp_lightning.rule import (
-    ascending,
     count_updates,
     delta,
     spaced_ranks,
@@ -298,13 +297,3 @@ def test_training_equals_reference(by):
             finished_at = step
     assert layer.finished and len(layer.pruned) == 8
     assert 9 <= finished_at < 80  # there were masks to sample before, and training after
-
-
-@examples
-@given(
-    st.lists(st.floats(width=32, allow_nan=False), max_size=40),
-    st.lists(st.sampled_from([0.0, -0.0, 1.0, -1.0, math.inf]), max_size=20),
-)
-def test_ascending_is_a_stable_sort(numbers, ties):
-    values = torch.tensor(ties + numbers + ties)
-    assert torch.equal(ascending(values), values.argsort(stable=True))
