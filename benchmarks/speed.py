@@ -73,7 +73,11 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8], help="of the layers")
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--save", action="store_true")
+    parser.add_argument("--report", action="store_true", help="only write speed.md anew")
     options = parser.parse_args(argv)
+    if options.report:
+        write_report(json.loads((RESULTS / "speed.json").read_text()))
+        return 0
     warnings.filterwarnings("ignore")  # of the exporters and of torch.compile
     rows = []
     for threads in options.threads:
@@ -352,13 +356,39 @@ def save(row: dict[str, Any]) -> None:
     rows = [old for old in rows if (old["name"], old["threads"]) != same] + [row]
     rows.sort(key=lambda x: (x["threads"], x["name"]))
     file.write_text(json.dumps(rows, indent=1, ensure_ascii=False) + "\n")
+    write_report(rows)
+
+
+def summary(rows: list[dict[str, Any]]) -> Iterator[str]:
+    """Medians and ranges of the layers' speedups, by kernel and number of threads."""
+    yield "| layers | threads | 0.5 | 0.75 | 0.9 |"
+    yield "| --- | --- | --- | --- | --- |"
+    for kernel in ("3×3", "1×1"):
+        for threads in sorted({row["threads"] for row in rows}):
+            chosen = [x for x in rows if x["name"].startswith(kernel) and x["threads"] == threads]
+            cells = []
+            for ratio in RATIOS[1:]:
+                values = [row["speedup"][str(ratio)] for row in chosen]
+                if values:
+                    low, high = min(values), max(values)
+                    cells.append(f"{statistics.median(values):.2f}× ({low:.2f} … {high:.2f})")
+            if cells:
+                yield f"| {kernel}, {len(chosen)} shapes | {threads} | {' | '.join(cells)} |"
+
+
+def write_report(rows: list[dict[str, Any]]) -> None:
+    """Write ``speed.md`` from the rows."""
     head = "| layer or network | threads | dense | R = 0 | 0.5 | 0.75 | 0.9 | error |"
     contexts = sorted({json.dumps(x["context"], ensure_ascii=False) for x in rows})
     text = [
         "# Speed of column-pruned convolutions on a CPU",
         "",
         "Measured speedup against the fastest dense way, and its share of the theoretical one (2×,",
-        "4×, 10×); a goal is named where it was missed. The error is relative to float64.",
+        "4×, 10×); a goal is named where it was missed. The error is relative to float64. At R = 0",
+        "layers are computed as all columns kept; `compact` would leave them dense where that is",
+        "faster. Layers first, as medians and ranges:",
+        "",
+        *summary(rows),
         "",
         head,
         "| --- | --- | --- | --- | --- | --- | --- | --- |",
