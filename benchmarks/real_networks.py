@@ -151,7 +151,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     checkpoint = ROOT / "runs" / "short_spp_4x" / "checkpoints" / "last.ckpt"
     parser.add_argument("--checkpoint", type=Path, default=checkpoint, help="a pruned ConvNet's")
-    parser.add_argument("--steps", type=int, default=240, help="of training the ResNet-18")
+    parser.add_argument("--steps", type=int, default=120, help="of training the ResNet-18")
     parser.add_argument("--save", action="store_true")
     parser.add_argument("--predict", nargs=3, metavar=("FILE", "OUT", "NORMALIZE"))
     options = parser.parse_args()
