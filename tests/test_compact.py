@@ -220,7 +220,7 @@ def test_what_is_changed_in_place_or_laid_out_anew() -> None:
             kept += self.second(kept)
             y = F.relu(self.third(kept), inplace=True) + kept
             y = y.transpose(1, 2).contiguous(memory_format=torch.contiguous_format)
-            return y.view(len(x), -1)
+            return y.view(x.shape[0], -1)
 
     torch.manual_seed(0)
     net, x = prune(Net(), 0.7), torch.randn(2, 3, 10, 10)

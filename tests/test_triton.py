@@ -20,7 +20,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-KERNELS = Path(__file__).parents[1] / "spp_lightning" / "compact" / "triton_kernels.py"
+KERNELS = Path(__file__).parents[1] / "spp_lightning" / "compaction" / "triton_kernels.py"
 TOLERANCE = {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}  # of ‖out‖
 
 
