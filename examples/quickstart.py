@@ -2,7 +2,7 @@
 
     python examples/quickstart.py
 
-Needs no data and no network, and takes about a minute on two CPU cores. ``lightning
+Needs no data and no network, and takes one to three minutes on two CPU cores. ``lightning
 run`` and ``fabric run`` start it on the devices they are given.
 """
 
@@ -77,8 +77,8 @@ def print_table(
     total, left = sum(dense.values()), sum(pruned.values())
     print(f"{'all MACs':12}{total:>12,}{left:>12,}   {total / left:.2f}x fewer")
     print(f"{'accuracy':12}{accuracy['dense']:>12.2%}{accuracy['pruned']:>12.2%}")
-    speedup = f"{times[0] / times[1]:.2f}x faster, on the CPU, batch of 64"
-    print(f"{'ms, compact':12}{times[0]:>12.2f}{times[1]:>12.2f}   {speedup}")
+    speedup = f"{times[0] / times[1]:.2f}x faster: compact, on the CPU, batches of 64"
+    print(f"{'ms a batch':12}{times[0]:>12.2f}{times[1]:>12.2f}   {speedup}")
 
 
 def main() -> None:

@@ -230,6 +230,111 @@ def test_what_is_changed_in_place_or_laid_out_anew() -> None:
     check_same(net, fast, x)
 
 
+class InPlace(nn.Module):
+    """Layers that read a tensor which is overwritten after that, or before."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind = kind
+        self.a, self.b = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1)
+        self.d, self.relu = nn.Conv2d(8, 8, 1), nn.ReLU(inplace=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.a(x)
+        if self.kind == "shortcut read before":
+            shortcut = self.d(y)
+            return self.b(F.relu(y, inplace=True)) + shortcut
+        if self.kind == "sum":
+            z = self.b(y)
+            kept = y
+            y += z
+            return self.d(y) + self.b(kept)
+        if self.kind == "after it was read":
+            z = self.b(y)
+            y.relu_()
+            return z + y
+        if self.kind == "module as a statement":
+            self.relu(y)
+            return self.b(y)
+        if self.kind == "methods as statements":
+            y.mul_(2)
+            y.add_(1)
+            return self.b(y)
+        y.view(len(y.shape), -1)  # a view of what is written to
+        y[:, 0] = 1
+        return self.b(y)
+
+
+KINDS = ("shortcut read before", "sum", "after it was read", "module as a statement")
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "methods as statements", "a part"])
+@pytest.mark.filterwarnings("ignore:The network")
+def test_writing_in_place(kind: str) -> None:
+    torch.manual_seed(0)
+    net, x = prune(InPlace(kind), 0.7), torch.randn(2, 3, 10, 10)
+    fast = compact(net, x)
+    assert columns(fast)
+    check_same(net, fast, x)
+    assert net.relu.inplace
+
+
+def test_hooks_are_kept() -> None:
+    net, x = prune(ConvNet(), 0.75), torch.randn(2, 3, 32, 32)
+    net.conv1.register_forward_hook(lambda module, inputs, output: 2 * output)
+    with pytest.warns(UserWarning, match="forward hooks, at conv1.*one by one: conv2, conv3"):
+        fast = compact(net, x)
+    check_same(net, fast, x)
+
+
+def test_what_tracing_loses_is_noticed() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(3, 8, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.conv(x) * (1 + torch.rand(()))  # one number for ever, in a trace
+
+    net, x = prune(Net(), 0.7), torch.randn(2, 3, 9, 9)
+    with pytest.warns(UserWarning, match="computes something else when it is traced"):
+        compact(net, x)
+
+
+@pytest.mark.parametrize("ratio", [0.0, 0.75])
+@pytest.mark.filterwarnings("ignore:The network has too few")
+def test_outputs_of_any_kind_and_tensors_without_a_batch(ratio: float) -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 3)
+            self.place = nn.Parameter(torch.randn(1, 8, 12, 12))
+
+        def forward(self, x: Tensor) -> dict[str, Tensor]:
+            y = self.a(x) + self.place
+            return {"first": y, "second": self.b(F.relu(y))}
+
+    torch.manual_seed(0)
+    net = prune(Net(), ratio).requires_grad_(False)
+    fast = compact(net, torch.randn(1, 3, 12, 12))
+    x = torch.randn(4, 3, 12, 12)
+    for name, value in net(x).items():
+        torch.testing.assert_close(fast(x)[name], value, rtol=1e-4, atol=1e-5)
+    assert not any(parameter.requires_grad for parameter in fast.parameters())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_another_default_dtype(dtype: torch.dtype) -> None:
+    net, x = prune(ConvNet(), 0.75), torch.randn(8, 3, 32, 32)
+    fast = compact(net, x)
+    torch.set_default_dtype(dtype)
+    try:
+        check_same(net, fast, torch.randn(9, 3, 32, 32, dtype=torch.float32))
+        fast(x).sum().backward()
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
 def test_macs_of_compact_networks() -> None:
     net, x = prune(ConvNet(), 0.75), torch.randn(1, 3, 32, 32)
     assert count_macs(compact(net, x), x) == count_macs(net, x)
@@ -246,7 +351,7 @@ def test_what_cannot_be_traced_is_replaced_layer_by_layer() -> None:
             return self.second(y) if y.sum() > -1e9 else y
 
     net, x = prune(Net(), 0.5), torch.randn(2, 3, 9, 9)
-    with pytest.warns(UserWarning, match="can't be traced.*first, second are made compact"):
+    with pytest.warns(UserWarning, match="can't be traced.*one by one: first, second"):
         fast = compact(net, x)
     assert set(columns(fast)) == {"first", "second"}
     check_same(net, fast, x)

@@ -21,7 +21,7 @@ from spp_lightning.compaction.tracing import (
     shape_of,
 )
 
-__all__ = ["absorb_constants", "fold_batch_norms", "remove_channels"]
+__all__ = ["absorb_constants", "fold_batch_norms", "remove_channels", "set_module", "times_called"]
 
 
 def fold_batch_norms(graph: fx.GraphModule) -> None:
@@ -39,7 +39,7 @@ def fold_batch_norms(graph: fx.GraphModule) -> None:
         conv = module_of(graph, conv_node)
         if type(conv) is not nn.Conv2d or len(conv_node.users) != 1:
             continue
-        if _times_called(graph, conv_node.target) > 1 or _times_called(graph, node.target) > 1:
+        if times_called(graph, conv_node.target) > 1 or times_called(graph, node.target) > 1:
             continue
         folded = nn.utils.fuse_conv_bn_eval(conv, norm)  # a copy
         set_module(graph, str(conv_node.target), folded)
@@ -68,7 +68,7 @@ def absorb_constants(graph: fx.GraphModule) -> None:
             conv = module_of(graph, node)
             if type(conv) is nn.Conv2d:
                 known = values.get(node.args[0])
-                if known is not None and _times_called(graph, node.target) == 1:
+                if known is not None and times_called(graph, node.target) == 1:
                     conv = _without_constants(graph, node, conv, known)
                 empty = ~conv.weight.flatten(1).any(1)
                 bias = conv.weight.new_zeros(len(empty)) if conv.bias is None else conv.bias
@@ -160,7 +160,7 @@ def _kept_channels(graph: fx.GraphModule) -> dict[Node, Tensor]:
     free: set[Node] = set()  # nodes that can do with fewer output channels
     for node in nodes:
         module = module_of(graph, node)
-        once = module is None or _times_called(graph, node.target) == 1
+        once = module is None or times_called(graph, node.target) == 1
         parts = cat_operands(node)
         if parts is not None:
             cats.append((node, parts))
@@ -220,14 +220,19 @@ def _is_depthwise(conv: nn.Conv2d) -> bool:
     return conv.groups > 1 and conv.groups == conv.in_channels == conv.out_channels
 
 
-def _times_called(graph: fx.GraphModule, target: object) -> int:
-    return sum(node.op == "call_module" and node.target == target for node in graph.graph.nodes)
+def times_called(graph: fx.GraphModule, target: object) -> int:
+    """How often a layer is called, or one of its tensors is read by itself."""
+    return sum(
+        (node.op == "call_module" and node.target == target)
+        or (node.op == "get_attr" and str(node.target).startswith(f"{target}."))
+        for node in graph.graph.nodes
+    )
 
 
-def set_module(graph: fx.GraphModule, name: str, module: nn.Module) -> None:
+def set_module(network: nn.Module, name: str, module: nn.Module) -> None:
     """Put a module in the place of another one of a network."""
     parent, _, child = name.rpartition(".")
-    setattr(graph.get_submodule(parent), child, module)
+    setattr(network.get_submodule(parent), child, module)
 
 
 def _like(conv: nn.Conv2d, channels: int, filters: int, groups: int, bias: bool) -> nn.Conv2d:

@@ -175,7 +175,7 @@ class Plan:
             way = self._ways[key] = self._fastest(x, residual)
         elif residual is not None:
             _check("residual", residual, way.conv_shape)
-        out = torch.empty(way.out_shape)
+        out = torch.empty(way.out_shape, dtype=torch.float32)
         self._run(x, residual, out, way.conv_shape[2:], (way.variant, way.threads))
         return out
 
@@ -243,7 +243,7 @@ class Plan:
         _check_size(x.shape, conv_shape)
         for op in self.post:
             size = op.out_size(*size)
-        out = torch.empty(len(x), g.filters, *size)
+        out = torch.empty(len(x), g.filters, *size, dtype=torch.float32)
         if residual is not None:
             _check("residual", residual, conv_shape)
         macs = math.prod(conv_shape) // g.groups * self._num_columns

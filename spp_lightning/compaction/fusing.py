@@ -43,7 +43,7 @@ def chain_after(graph: fx.GraphModule, conv: Node) -> Chain:
         fresh = chain.clamp == Clamp()
         if operands is not None and chain.residual is None and fresh and not chain.post:
             first, second = operands
-            if first is second:
+            if first is second or "get_attr" in (first.op, second.op):  # the latter has no batch
                 break
             chain.residual = second if first is chain.end else first
         # A clamp behind a max pool does the same in front of it.

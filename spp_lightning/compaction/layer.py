@@ -104,7 +104,46 @@ class ColumnConv2d(nn.Module):
         """
         geometry = Geometry.of(conv)
         weight, columns = kept_columns(conv.weight.detach(), geometry)
-        return cls(geometry, weight, columns, conv.bias, clamp, post)
+        layer = cls(geometry, weight, columns, conv.bias, clamp, post)
+        layer.weight.requires_grad_(conv.weight.requires_grad)
+        if layer.bias is not None and conv.bias is not None:
+            layer.bias.requires_grad_(conv.bias.requires_grad)
+        return layer
+
+    @property
+    def in_channels(self) -> int:
+        """Input channels, as of an ``nn.Conv2d``, like those below."""
+        return self.geometry.channels
+
+    @property
+    def out_channels(self) -> int:
+        """Output channels."""
+        return self.geometry.filters
+
+    @property
+    def kernel_size(self) -> tuple[int, int]:
+        """Rows and columns of the kernel."""
+        return self.geometry.kernel_size
+
+    @property
+    def stride(self) -> tuple[int, int]:
+        """Pixels between two outputs."""
+        return self.geometry.stride
+
+    @property
+    def padding(self) -> tuple[int, int]:
+        """Zeros on each side."""
+        return self.geometry.padding
+
+    @property
+    def dilation(self) -> tuple[int, int]:
+        """Distance of the kernel's elements."""
+        return self.geometry.dilation
+
+    @property
+    def groups(self) -> int:
+        """Convolution groups."""
+        return self.geometry.groups
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """The convolution and what follows it.

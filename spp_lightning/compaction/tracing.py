@@ -84,12 +84,77 @@ def trace(model: nn.Module, example_input: Tensor) -> fx.GraphModule:
     tracer = _Tracer(autowrap_functions=(local_response_norm,))
     graph = tracer.trace(model)
     traced = fx.GraphModule(model, graph, type(model).__name__)
+    _write_nothing_in_place(traced)
     traced.graph.eliminate_dead_code()
     traced.recompile()
     traced.eval()
     with torch.no_grad():
         ShapeProp(traced).propagate(example_input)
     return traced
+
+
+_IN_PLACE = {
+    getattr(operator, f"i{name}"): getattr(operator, name)
+    for name in ("add", "sub", "mul", "truediv", "pow", "floordiv", "mod")
+} | {torch.relu_: torch.relu, F.relu_: torch.relu, F.elu_: F.elu, F.leaky_relu_: F.leaky_relu}
+_ALIASES = (
+    *("view", "reshape", "flatten", "transpose", "permute", "squeeze", "unsqueeze", "chunk"),
+    *("split", "contiguous", "detach", "expand", "narrow", "getitem", "t", "to"),
+)
+
+
+def _write_nothing_in_place(graph: fx.GraphModule) -> None:
+    """Let every node make a new tensor, and later nodes read that one.
+
+    Raises:
+        ValueError: If a node writes to a tensor that others may see by another name.
+    """
+    place = {node: i for i, node in enumerate(graph.graph.nodes)}
+    modules = {id(m) for m in graph.modules() if getattr(m, "inplace", False) is True}
+    for node in list(graph.graph.nodes):
+        if id(module_of(graph, node)) not in modules and not _made_out_of_place(graph, node):
+            continue
+        written = node.args[0] if node.args else node.kwargs.get("input")
+        if not isinstance(written, Node):
+            raise ValueError(f"{node.name} writes in place to something that isn't a tensor")
+        if written.op == "placeholder":
+            raise ValueError(f"{node.name} writes in place to the network's input")
+        if _is_alias(graph, written) or any(
+            _is_alias(graph, user) and place[user] < place[node] for user in written.users
+        ):
+            raise ValueError(f"{node.name} writes in place to a part or a view of a tensor")
+        for user in list(written.users):
+            if place[user] > place[node]:
+                user.replace_input_with(written, node)
+    for module in graph.modules():
+        if id(module) in modules:
+            vars(module)["inplace"] = False  # the network is a copy
+
+
+def _made_out_of_place(graph: fx.GraphModule, node: Node) -> bool:
+    """Whether a node wrote in place; it doesn't any more."""
+    if node.op == "call_function" and node.target in _IN_PLACE:
+        node.target = _IN_PLACE[node.target]  # type: ignore[index]
+        return True
+    if node.op == "call_function" and node.kwargs.get("inplace"):
+        node.kwargs = {**node.kwargs, "inplace": False}
+        return True
+    name = str(node.target)
+    if node.op == "call_method" and name.endswith("_") and not name.endswith("__"):
+        if not hasattr(Tensor, name[:-1]):
+            raise ValueError(f"{node.name} writes in place, and can't do so anywhere else")
+        node.target = name[:-1]
+        return True
+    if node.op == "call_function" and node.target is operator.setitem:
+        raise ValueError(f"{node.name} writes to a part of a tensor")
+    return False
+
+
+def _is_alias(graph: fx.GraphModule, node: Node) -> bool:
+    module = module_of(graph, node)
+    if module is not None:
+        return isinstance(module, (nn.Identity, nn.Flatten, nn.Dropout, nn.Dropout2d))
+    return getattr(node.target, "__name__", str(node.target)) in _ALIASES
 
 
 def module_of(graph: fx.GraphModule, node: Any) -> nn.Module | None:
@@ -128,8 +193,6 @@ def add_operands(node: Node) -> tuple[Node, Node] | None:
     first, second = node.args
     if not isinstance(first, Node) or not isinstance(second, Node):
         return None
-    if node.target in (operator.iadd, "add_") and len(first.users) > 1:
-        return None  # others read the sum, too
     shape = shape_of(first)
     return (first, second) if shape is not None and shape == shape_of(second) else None
 

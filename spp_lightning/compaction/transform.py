@@ -12,6 +12,7 @@ from typing import TypeGuard
 import torch
 from torch import Tensor, fx, nn
 from torch.fx.passes.shape_prop import ShapeProp
+from torch.utils._pytree import tree_leaves
 
 from spp_lightning.compaction import cpu
 from spp_lightning.compaction.channels import (
@@ -19,6 +20,7 @@ from spp_lightning.compaction.channels import (
     fold_batch_norms,
     remove_channels,
     set_module,
+    times_called,
 )
 from spp_lightning.compaction.fusing import Chain, chain_after
 from spp_lightning.compaction.geometry import Clamp, Geometry
@@ -72,16 +74,12 @@ def compact(model: nn.Module, example_input: Tensor, fuse: bool = True) -> nn.Mo
         model.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
         example_input = example_input.contiguous()
     try:
+        hooked = [name or "the network" for name, module in model.named_modules() if _hooks(module)]
+        if hooked:
+            raise ValueError(f"it has forward hooks, at {', '.join(hooked)}")
         graph = trace(model, example_input)
     except Exception as error:  # whatever a network may raise that can't be traced
-        names = _replace_one_by_one(model)
-        warnings.warn(
-            f"The network can't be traced ({type(error).__name__}: {error}), so nothing in it is"
-            f" fused and no channels are removed; the layers {', '.join(names)} are made compact"
-            " one by one.",
-            stacklevel=2,
-        )
-        return model
+        return _one_by_one(original, f"can't be traced ({type(error).__name__}: {error})")
     if fuse:
         fold_batch_norms(graph)
         absorb_constants(graph)
@@ -90,6 +88,10 @@ def compact(model: nn.Module, example_input: Tensor, fuse: bool = True) -> nn.Mo
         ShapeProp(graph).propagate(example_input)
     _drop_layouts(graph)
     _replace_convolutions(graph, fuse)
+    if not any(parameter.requires_grad for parameter in original.parameters()):
+        graph.requires_grad_(False)
+    if not _same(graph, original, example_input):
+        return _one_by_one(original, "computes something else when it is traced")
     return graph if _is_surely_faster(graph) else _faster(graph, original, example_input)
 
 
@@ -121,12 +123,49 @@ def _check(model: nn.Module, example_input: Tensor) -> None:
             module.training = mode
 
 
+def _hooks(module: nn.Module) -> bool:
+    return bool(module._forward_hooks or module._forward_pre_hooks)
+
+
+def _one_by_one(original: nn.Module, reason: str) -> nn.Module:
+    model = copy.deepcopy(original).eval()
+    names = ", ".join(_replace_one_by_one(model)) or "none"
+    warnings.warn(
+        f"The network {reason.splitlines()[0]}, so nothing in it is fused and no channels are"
+        f" removed; these layers are made compact one by one: {names}.",
+        stacklevel=3,
+    )
+    return model
+
+
+def _same(compacted: nn.Module, original: nn.Module, example_input: Tensor) -> bool:
+    """Whether two networks agree on a random input; they do unless tracing lost something."""
+    generator = torch.Generator(example_input.device).manual_seed(0)
+    x = example_input
+    if x.is_floating_point():
+        x = torch.randn(x.shape, generator=generator, device=x.device).to(x.dtype)
+    with torch.no_grad():
+        expected = tree_leaves(copy.deepcopy(original).eval()(x))
+        found = tree_leaves(compacted(x))
+    tolerance = 1e-3 if x.dtype in (torch.float32, torch.float64) else 0.1
+    return len(expected) == len(found) and all(
+        not isinstance(a, Tensor)
+        or (a.shape == b.shape and bool((a - b).norm() <= tolerance * a.norm() + 1e-30))
+        or not bool(a.isfinite().all())
+        for a, b in zip(expected, found, strict=True)
+    )
+
+
 def _replace_one_by_one(model: nn.Module) -> list[str]:
+    made: dict[nn.Module, ColumnConv2d] = {}  # a layer of two names stays one layer
     names = []
-    for name, module in list(model.named_modules()):
-        if name and _replaceable(module, name) and _is_pruned(module):
-            parent, _, child = name.rpartition(".")
-            setattr(model.get_submodule(parent), child, ColumnConv2d.of(module))
+    for name, module in list(model.named_modules(remove_duplicate=False)):
+        if not name or _hooks(module):
+            continue
+        if _replaceable(module, name) and _is_pruned(module):
+            if module not in made:
+                made[module] = ColumnConv2d.of(module)
+            set_module(model, name, made[module])
             names.append(name)
     return names
 
@@ -173,8 +212,8 @@ def _replace_convolutions(graph: fx.GraphModule, fuse: bool) -> None:
             continue
         name = str(node.target)
         calls = [x for x in graph.graph.nodes if x.op == "call_module" and x.target == node.target]
-        if len(calls) > 1:  # another call has another chain
-            if _is_pruned(conv):
+        if times_called(graph, name) > 1:  # another call has another chain
+            if _is_pruned(conv) and len(calls) == times_called(graph, name):
                 set_module(graph, name, ColumnConv2d.of(conv).train(conv.training))
             continue
         end = chain.end
@@ -246,15 +285,17 @@ def _faster(compacted: nn.Module, original: nn.Module, example_input: Tensor) ->
 def _interleaved_seconds(functions: list[Callable[[], Tensor]], rounds: int = 5) -> list[float]:
     times: list[list[float]] = [[] for _ in functions]
     for function in functions:
-        _wait(function())
+        function()
+        _wait()
     for _ in range(rounds):
         for function, seconds in zip(functions, times, strict=True):
             start = time.perf_counter()
-            _wait(function())
+            function()
+            _wait()
             seconds.append(time.perf_counter() - start)
     return [statistics.median(seconds) for seconds in times]
 
 
-def _wait(output: Tensor) -> None:
-    if output.is_cuda:
-        torch.cuda.synchronize(output.device)
+def _wait() -> None:
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
