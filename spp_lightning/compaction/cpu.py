@@ -15,12 +15,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from spp_lightning.compaction.geometry import Clamp, Geometry, PlaneOp
+from spp_lightning.compaction.geometry import KINDS, Clamp, Geometry, PlaneOp
 
 __all__ = ["Plan", "is_available", "plan_for"]
 
 _FOLDER = Path(__file__).resolve().parents[1] / "native"
-_KINDS = ("max_pool", "avg_pool", "local_response_norm")
 _VARIANTS = (0, 1)  # pack the pixels of a tile first, or read them where they are
 _SMALL = 20_000_000  # MACs below which one thread may be faster than several
 
@@ -263,7 +262,7 @@ def _plane_ops(post: tuple[PlaneOp, ...]) -> Any:
     return (_PlaneOp * len(post))(
         *(
             _PlaneOp(
-                _KINDS.index(op.kind),
+                KINDS.index(op.kind),
                 *(pair(*x) for x in (op.kernel_size, op.stride, op.padding)),
                 *(op.ceil_mode, op.count_include_pad, op.alpha),
             )

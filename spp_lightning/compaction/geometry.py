@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Literal, NamedTuple, cast
+from typing import Literal, NamedTuple, cast, get_args
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,8 @@ from spp_lightning.convnet import LRN_ALPHA, LRN_SIZE, local_response_norm
 __all__ = ["Clamp", "Geometry", "PlaneOp"]
 
 Pair = tuple[int, int]
+Kind = Literal["max_pool", "avg_pool", "local_response_norm"]
+KINDS: tuple[Kind, ...] = get_args(Kind)  # by number, as the C++ kernels and the operators have it
 
 
 class Geometry(NamedTuple):
@@ -119,7 +121,7 @@ class PlaneOp(NamedTuple):
         alpha: Of the local response norm.
     """
 
-    kind: Literal["max_pool", "avg_pool", "local_response_norm"]
+    kind: Kind
     kernel_size: Pair = (3, 3)
     stride: Pair = (1, 1)
     padding: Pair = (0, 0)

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from torch.nn.grad import conv2d_input, conv2d_weight
 
 from spp_lightning.compaction import cpu, triton_kernels
-from spp_lightning.compaction.geometry import Clamp, Geometry, PlaneOp, dense_weight
+from spp_lightning.compaction.geometry import KINDS, Clamp, Geometry, PlaneOp, dense_weight
 
 __all__ = [
     "column_conv2d",
@@ -36,16 +36,13 @@ def _geometry(numbers: Sequence[int]) -> Geometry:
     return Geometry(channels, filters, (kh, kw), (sh, sw), (ph, pw), (dh, dw), groups)
 
 
-_KINDS = ("max_pool", "avg_pool", "local_response_norm")
-
-
 def pack_post(post: Sequence[PlaneOp]) -> tuple[list[int], list[float]]:
     """Plane operations as the lists of numbers that the operators take."""
     numbers = [
         number
         for op in post
         for number in (
-            _KINDS.index(op.kind),
+            KINDS.index(op.kind),
             *(*op.kernel_size, *op.stride, *op.padding),
             *(int(op.ceil_mode), int(op.count_include_pad)),
         )
@@ -58,7 +55,7 @@ def _post(numbers: Sequence[int], alphas: Sequence[float]) -> tuple[PlaneOp, ...
     for i, alpha in enumerate(alphas):
         kind, kh, kw, sh, sw, ph, pw, ceil_mode, include = numbers[9 * i : 9 * i + 9]
         sizes = (kh, kw), (sh, sw), (ph, pw)
-        ops.append(PlaneOp(_KINDS[kind], *sizes, bool(ceil_mode), bool(include), alpha))  # type: ignore[arg-type]
+        ops.append(PlaneOp(KINDS[kind], *sizes, bool(ceil_mode), bool(include), alpha))
     return tuple(ops)
 
 
