@@ -387,8 +387,9 @@ def rewritten(content, path, change=None, **parts):
 
 
 def test_rewriting_alone_is_fine(content, tmp_path):
+    (tmp_path / "as it was.spp").write_bytes(content)
     rewritten(content, tmp_path / "net.spp")
-    load_compact(tmp_path / "net.spp")
+    assert_same(load_compact(tmp_path / "net.spp"), load_compact(tmp_path / "as it was.spp"))
 
 
 @pytest.mark.parametrize(
