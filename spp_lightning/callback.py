@@ -14,6 +14,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from spp_lightning.charts import log_layout, log_update
 from spp_lightning.groups import Criterion, Granularity
+from spp_lightning.masking import Masking
 from spp_lightning.pruner import SPPPruner
 from spp_lightning.settings import SPPSettings
 
@@ -50,6 +51,11 @@ class SPPCallback(Callback):
         interval: Optimizer steps between two updates of p, at least 1.
         A: Change of p at rank 0 in one update, in (0, 1].
         u: Flatness of an update, in (0, 1).
+        crossing: Rank at which p doesn't change, from the target (0) to the last group (1), in
+            (0, 1]. The method's own is 0.5.
+        recovery: Whether p may fall again; the method's own rule lets it.
+        masking: ``"sample"`` draws masks from p at every step, the method's own way; ``"scale"``
+            multiplies every group by 1 − p instead.
         layers: Patterns (``fnmatch``) of the names of the layers to prune; default every
             convolution but depthwise ones.
         start_step: Optimizer step at which pruning starts.
@@ -80,6 +86,9 @@ class SPPCallback(Callback):
         interval: int = 180,
         A: float = 0.05,
         u: float = 0.25,
+        crossing: float = 0.5,
+        recovery: bool = True,
+        masking: Masking = "sample",
         layers: Sequence[str] | None = None,
         start_step: int = 0,
         seed: int = 0,
@@ -93,6 +102,9 @@ class SPPCallback(Callback):
             "interval": interval,
             "A": A,
             "u": u,
+            "crossing": crossing,
+            "recovery": recovery,
+            "masking": masking,
             "layers": layers,
             "start_step": start_step,
             "seed": seed,

@@ -14,14 +14,16 @@ import copy
 import copyreg
 import math
 from functools import cache
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
 
 from spp_lightning.groups import WeightGroups, weight_of
 
-__all__ = ["is_masked", "mask_layer", "output_positions", "unmask_layer"]
+__all__ = ["Masking", "is_masked", "mask_layer", "output_positions", "unmask_layer"]
+
+Masking = Literal["sample", "scale"]
 
 _NEW: Any = vars(copyreg)["__newobj__"]
 _RECONSTRUCT: Any = vars(copyreg)["_reconstructor"]
@@ -34,7 +36,8 @@ def mask_layer(layer: nn.Module, groups: WeightGroups, sampled: Tensor, alive: T
     Args:
         layer: A layer with a parameter ``weight``; its class changes to a subclass of its class.
         groups: The layer's weight groups.
-        sampled: Mask in training mode, ``(groups,)``, bool, True = kept. Changes in place act.
+        sampled: Mask in training mode, ``(groups,)``, bool, True = kept, or a factor per group.
+            Changes in place act.
         alive: Mask in evaluation mode, likewise.
 
     Raises:
@@ -77,6 +80,8 @@ def _masked_weight(layer: Any) -> Tensor:
     mask: Tensor = layer._spp_sampled if layer.training else layer._spp_alive
     if mask.device != weight.device:  # the network was moved; the pruner follows at its next step
         mask = mask.to(weight.device)
+    if mask.dtype != torch.bool:
+        mask = mask.to(weight.dtype)
     if mask.dim() == weight.dim():
         if mask.shape[1:] == weight.shape[1:] and not weight.is_contiguous():
             # Channels-last, say. A mask in another order than the weight makes the product, forward

@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 
 from spp_lightning.groups import Criterion, Granularity, WeightGroups, weight_of
 from spp_lightning.layers import select_layers
-from spp_lightning.masking import is_masked, mask_layer, output_positions, unmask_layer
+from spp_lightning.masking import Masking, is_masked, mask_layer, output_positions, unmask_layer
 from spp_lightning.rule import count_updates, target_count, update_probability
 from spp_lightning.sampling import sample_masks
 from spp_lightning.settings import SPPSettings
@@ -77,6 +77,11 @@ class SPPPruner:
         interval: Optimizer steps between two updates of p, at least 1.
         A: Change of p at rank 0 in one update, in (0, 1].
         u: Flatness of an update, in (0, 1).
+        crossing: Rank at which p doesn't change, from the target (0) to the last group (1), in
+            (0, 1]. The method's own is 0.5.
+        recovery: Whether p may fall again; the method's own rule lets it.
+        masking: ``"sample"`` draws masks from p at every step, the method's own way; ``"scale"``
+            multiplies every group by 1 − p instead.
         layers: Patterns (``fnmatch``) of the names of the layers to prune; default every
             convolution but depthwise ones.
         start_step: Optimizer step at which pruning starts.
@@ -124,6 +129,9 @@ class SPPPruner:
         interval: int = 180,
         A: float = 0.05,
         u: float = 0.25,
+        crossing: float = 0.5,
+        recovery: bool = True,
+        masking: Masking = "sample",
         layers: Sequence[str] | None = None,
         start_step: int = 0,
         seed: int = 0,
@@ -139,6 +147,9 @@ class SPPPruner:
             interval=interval,
             A=A,
             u=u,
+            crossing=crossing,
+            recovery=recovery,
+            masking=masking,
             layers=layers,
             start_step=start_step,
             seed=seed,
@@ -164,7 +175,8 @@ class SPPPruner:
         # float64 keeps sums of Δ exact enough to be the same on every machine; MPS has none.
         dtype = torch.float32 if device.type == "mps" else torch.float64
         self._probability = torch.zeros(start, dtype=dtype, device=device)
-        self._sampled = torch.ones(start, dtype=torch.bool, device=device)
+        acting = torch.bool if masking == "sample" else torch.float32
+        self._sampled = torch.ones(start, dtype=acting, device=device)
         self._alive = torch.ones(start, dtype=torch.bool, device=device)
         self._generator = torch.Generator(device)
         self._attached = False
@@ -226,6 +238,8 @@ class SPPPruner:
                     self.settings.A,
                     self.settings.u,
                     self.settings.use_rank,
+                    self.settings.crossing,
+                    self.settings.recovery,
                 )
                 moved[layer.span] = new
                 finite = importance.isfinite().all()
@@ -265,8 +279,11 @@ class SPPPruner:
         self._check_attached()
         self._step = step
         if not (self._finished and self._settled):
-            seed = self.settings.seed
-            sample_masks(self._probability, seed, step, self._generator, self._sampled)
+            if self.settings.masking == "scale":
+                torch.sub(1, self._probability, out=self._sampled)
+            else:
+                seed = self.settings.seed
+                sample_masks(self._probability, seed, step, self._generator, self._sampled)
             self._settled = self._finished  # every p is 0 or 1 now: the masks are the same for ever
 
     def fold(self, *optimizers: Optimizer) -> None:
@@ -337,7 +354,10 @@ class SPPPruner:
 
     @property
     def mask(self) -> dict[str, Tensor]:
-        """The masks drawn last by layer, ``(groups,)`` each, bool, True = kept; views."""
+        """The masks drawn last by layer, ``(groups,)`` each, bool, True = kept; views.
+
+        With ``masking="scale"`` the factors that act instead, float32.
+        """
         return {layer.name: self._sampled[layer.span] for layer in self._layers}
 
     @property
@@ -393,7 +413,9 @@ class SPPPruner:
     def expected_updates(self) -> int:
         """Updates until every layer is finished, from the start, if ranks never changed."""
         s = self.settings
-        return max(count_updates(x.groups.count, x.ratio, s.A, s.u) for x in self._layers)
+        return max(
+            count_updates(x.groups.count, x.ratio, s.A, s.u, s.crossing) for x in self._layers
+        )
 
     @property
     def expected_steps(self) -> int:

@@ -51,13 +51,18 @@ def target_count(num_groups: int, prune_ratio: float) -> int:
     return min(math.ceil(product - 1e-9 * max(product, 1.0)), num_groups - 1)
 
 
-def zero_crossing(num_groups: int, prune_ratio: float, num_pruned: int) -> float:
+def zero_crossing(
+    num_groups: int, prune_ratio: float, num_pruned: int, crossing: float = 0.5
+) -> float:
     """The rank K at which an update changes nothing, counted from the groups still alive.
+
+    It lies between the layer's target, at ``crossing`` 0, and its last group, at 1; the method's
+    own is in the middle.
 
     >>> zero_crossing(800, 0.75, 0), zero_crossing(800, 0.75, 500)
     (700.0, 200.0)
     """
-    return (1 + prune_ratio) / 2 * num_groups - num_pruned
+    return (prune_ratio * (1 - crossing) + crossing) * num_groups - num_pruned
 
 
 def delta(rank: Tensor, zero_rank: float, A: float = 0.05, u: float = 0.25) -> Tensor:
@@ -117,6 +122,8 @@ def update_probability(
     A: float = 0.05,
     u: float = 0.25,
     use_rank: bool = True,
+    crossing: float = 0.5,
+    recovery: bool = True,
 ) -> Tensor:
     """One update of a layer's pruning probabilities.
 
@@ -135,6 +142,8 @@ def update_probability(
         u: Flatness of an update, in (0, 1).
         use_rank: Use the rank of the importance (the default) or, spaced like ranks, the
             importance itself.
+        crossing: Where the change crosses zero, in (0, 1]: see :func:`zero_crossing`.
+        recovery: Whether p may fall; if False, negative changes count as none.
 
     Returns:
         The new probabilities, ``(groups,)``; ``probability`` is left as it was.
@@ -156,7 +165,7 @@ def update_probability(
     num_groups = len(probability)
     num_alive = num_groups - num_pruned
     target = target_count(num_groups, prune_ratio)
-    zero_rank = zero_crossing(num_groups, prune_ratio, num_pruned)
+    zero_rank = zero_crossing(num_groups, prune_ratio, num_pruned, crossing)
 
     # Groups alive in ascending order of importance: position is rank. Pruned ones sort last.
     order = importance.masked_fill(probability >= 1, math.inf).argsort(stable=True)[:num_alive]
@@ -164,7 +173,10 @@ def update_probability(
         rank = torch.arange(num_alive, dtype=probability.dtype, device=probability.device)
     else:
         rank = spaced_ranks(importance[order].to(probability.dtype), zero_rank)
-    moved = (probability[order] + delta(rank, zero_rank, A, u)).clamp(0, 1)
+    change = delta(rank, zero_rank, A, u)
+    if not recovery:
+        change = change.clamp(min=0)
+    moved = (probability[order] + change).clamp(0, 1)
 
     reached = moved >= 1
     too_many = reached & (reached.cumsum(0) > target - num_pruned)
@@ -175,7 +187,9 @@ def update_probability(
 
 
 @lru_cache(maxsize=1024)
-def count_updates(num_groups: int, prune_ratio: float, A: float = 0.05, u: float = 0.25) -> int:
+def count_updates(
+    num_groups: int, prune_ratio: float, A: float = 0.05, u: float = 0.25, crossing: float = 0.5
+) -> int:
     """Updates that a layer takes to its target if the ranks of its groups never change.
 
     On a network in training the ranks do move, and it takes a little longer.
@@ -185,6 +199,7 @@ def count_updates(num_groups: int, prune_ratio: float, A: float = 0.05, u: float
         prune_ratio: Share of groups to prune, in [0, 1).
         A: Change at rank 0, above 0.
         u: Flatness of an update, in (0, 1).
+        crossing: Where an update changes nothing, in (0, 1]: see :func:`zero_crossing`.
 
     Returns:
         The number of updates; 0 where there is nothing to prune.
@@ -199,7 +214,9 @@ def count_updates(num_groups: int, prune_ratio: float, A: float = 0.05, u: float
     while num_pruned < target:
         # A group of rank 0 gains A in an update, so one is pruned every 1/A updates at the latest.
         assert num_updates <= (num_groups + 1) * (1 / A + 1), "the rule must come to an end"
-        probability = update_probability(probability, importance, prune_ratio, num_pruned, A, u)
+        probability = update_probability(
+            probability, importance, prune_ratio, num_pruned, A, u, crossing=crossing
+        )
         num_pruned = int((probability >= 1).sum())
         num_updates += 1
     return num_updates

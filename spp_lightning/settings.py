@@ -9,6 +9,7 @@ from numbers import Integral, Real
 from typing import Any, get_args
 
 from spp_lightning.groups import Criterion, Granularity
+from spp_lightning.masking import Masking
 
 __all__ = ["SPPSettings"]
 
@@ -35,6 +36,9 @@ class SPPSettings:
     interval: int = 180
     A: float = 0.05
     u: float = 0.25
+    crossing: float = 0.5
+    recovery: bool = True
+    masking: Masking = "sample"
     layers: Sequence[str] | None = None
     start_step: int = 0
     seed: int = 0
@@ -64,6 +68,9 @@ class SPPSettings:
         _check("interval", self.interval, "a whole number of at least 1", _whole(self.interval, 1))
         _check("A", self.A, "in (0, 1]", 0 < _number(self.A) <= 1)
         _check("u", self.u, "in (0, 1)", 0 < _number(self.u) < 1)
+        _check("crossing", self.crossing, "in (0, 1]", 0 < _number(self.crossing) <= 1)
+        _check("recovery", self.recovery, "True or False", isinstance(self.recovery, bool))
+        _check_choice("masking", self.masking, Masking)
         if self.layers is not None:
             is_list = isinstance(self.layers, Sequence) and not isinstance(self.layers, str)
             rule = "a list of at least one layer pattern"
@@ -90,7 +97,7 @@ class SPPSettings:
                 else float(ratio)
             ),
             **{name: int(getattr(self, name)) for name in ("interval", "start_step", "seed")},
-            **{name: float(getattr(self, name)) for name in ("A", "u")},
+            **{name: float(getattr(self, name)) for name in ("A", "u", "crossing")},
             "layers": None if self.layers is None else list(self.layers),
         }
         del plain["speedup"]
