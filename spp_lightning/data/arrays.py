@@ -75,6 +75,14 @@ class ArrayDataset(Dataset[Batch]):
         self.images = torch.from_numpy(records["image"])
         self.labels = torch.from_numpy(records["label"].astype(np.int64))
         self.indices = torch.arange(len(records)) if indices is None else indices
+        self.resident = False
+
+    def reside(self, device: torch.device) -> None:
+        """Keep the pictures on a device, the one that trains, from now on."""
+        self.images = self.images.to(device)
+        self.labels = self.labels.to(device)
+        self.indices = self.indices.to(device)
+        self.resident = True
 
     def __len__(self) -> int:
         """Return the number of pictures, m."""
@@ -87,5 +95,9 @@ class ArrayDataset(Dataset[Batch]):
 
     def __getitems__(self, batch: list[int]) -> Batch:
         """Return the pictures ``(b, 3, 32, 32)`` and labels ``(b,)`` of a batch of positions."""
-        i = self.indices[torch.as_tensor(batch)]
+        return self.take(torch.as_tensor(batch))
+
+    def take(self, positions: Tensor) -> Batch:
+        """Return the pictures ``(b, 3, 32, 32)`` and labels ``(b,)`` at positions ``(b,)``."""
+        i = self.indices[positions]
         return self.images[i], self.labels[i]

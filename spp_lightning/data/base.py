@@ -42,6 +42,7 @@ class PictureDataModule(LightningDataModule):
         val_size: int | float,
         seed: int,
         num_workers: int,
+        resident: bool,
     ) -> None:
         super().__init__()
         self.batch_size = check_int("batch_size", batch_size, lowest=1)
@@ -51,6 +52,12 @@ class PictureDataModule(LightningDataModule):
         self.val_size = check_val_size(val_size)
         self.seed = check_int("seed", seed, lowest=0)
         self.num_workers = check_int("num_workers", num_workers, lowest=0)
+        self.resident = check_bool("resident", resident)
+        if self.resident and self.num_workers:
+            raise ValueError(
+                "`num_workers` must be 0 if `resident` is True, as processes have nothing to load"
+                f" then, got {num_workers}."
+            )
         self._train: ArrayDataset | None = None
         self._batches_seen = 0  # training batches; decides, with the seed, flips and crops
 
@@ -154,7 +161,15 @@ class PictureDataModule(LightningDataModule):
     def _loader(
         self, dataset: ArrayDataset, sampler: EpochSampler | None = None
     ) -> DataLoader[Batch]:
-        on_gpu = self.trainer is not None and self.trainer.strategy.root_device.type == "cuda"
+        device = torch.device("cpu")
+        if self.trainer is not None:
+            device = self.trainer.strategy.root_device
+        if self.resident:
+            dataset.reside(device)
         return make_loader(
-            dataset, self.batch_size, sampler, num_workers=self.num_workers, pin_memory=on_gpu
+            dataset,
+            self.batch_size,
+            sampler,
+            num_workers=self.num_workers,
+            pin_memory=device.type == "cuda" and not self.resident,
         )

@@ -54,6 +54,7 @@ class DigitsDataModule(PictureDataModule):
             val_size=val_size,
             seed=seed,
             num_workers=0,
+            resident=False,
         )
         if not isinstance(test_size, float) or not 0.001 <= test_size < 1:
             raise ValueError(f"`test_size` must be in [0.001, 1), got {test_size!r}.")

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from itertools import islice
 from typing import Any
 
+import torch
 from torch.utils.data import DataLoader, DistributedSampler
 
 from spp_lightning.data.arrays import ArrayDataset, Batch
@@ -59,10 +60,25 @@ class TrainLoader(DataLoader[Batch]):
             sampler.shift = self._epoch + (self._batches > 0) - sampler.epoch
         self._epoch, self._batches = sampler.epoch + sampler.shift, seen
         self._restored = False
-        batches = super().__iter__()
-        for batch in islice(batches, seen, None):
+        if self._pictures.resident:
+            batches = self._resident_batches(seen)
+        else:
+            batches = islice(super().__iter__(), seen, None)
+        for batch in batches:
             self._batches += 1
             yield batch
+
+    @property
+    def _pictures(self) -> ArrayDataset:
+        assert isinstance(self.dataset, ArrayDataset), "made by make_loader"
+        return self.dataset
+
+    def _resident_batches(self, first: int) -> Iterator[Batch]:
+        # The epoch's order goes to the device in one copy; a step only launches the indexing.
+        size, pictures = self.batch_size or 1, self._pictures
+        order = torch.tensor(list(self.sampler)).to(pictures.indices.device)
+        for batch in range(first, len(self)):
+            yield pictures.take(order[batch * size : (batch + 1) * size])
 
     def state_dict(self) -> dict[str, int]:
         """Return the position.

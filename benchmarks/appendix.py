@@ -1,0 +1,83 @@
+"""Reproduce the paper's appendix on CIFAR-10, and compare SPP with simpler ways to prune.
+
+    python benchmarks/appendix.py                      # everything, on a GPU
+    python benchmarks/appendix.py --schedule short     # the same, shorter: two CPU cores
+    python benchmarks/appendix.py --only table2 --seeds 3
+
+Trains the baselines first, then one run for every row and seed that has no line yet in
+``benchmarks/results/appendix_SCHEDULE.jsonl``. A run that was stopped goes on from its checkpoint
+(in ``runs/appendix/``); finished ones are kept. Then ``report.py`` makes tables and pictures from
+the lines.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+import report
+import torch
+from reproduction import lines
+from reproduction.jobs import finish
+from reproduction.rows import ALL_TABLES, BASELINE, CONTROL, Configuration
+from reproduction.schedules import SCHEDULES
+from reproduction.training import Run
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def wanted(tables: list[str]) -> list[Configuration]:
+    """The configurations of some tables, each once, with what all are compared to."""
+    rows = [BASELINE, CONTROL, *(row for table in tables for row in ALL_TABLES[table])]
+    return list(dict.fromkeys(rows))
+
+
+def main() -> None:
+    """Run what has no line yet and write the report."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--only", choices=ALL_TABLES, nargs="+", default=list(ALL_TABLES))
+    parser.add_argument("--schedule", choices=SCHEDULES, default="full")
+    parser.add_argument("--seeds", type=int, default=3, help="how many, from 0 (default 3)")
+    parser.add_argument("--jobs", type=int, help="runs side by side (default 4 on a GPU, else 1)")
+    parser.add_argument("--data", type=Path, default=ROOT / "data" / "cifar10")
+    arguments = parser.parse_args()
+    if arguments.seeds < 1:
+        parser.error(f"`--seeds` must be at least 1, got {arguments.seeds}.")
+    jobs = arguments.jobs or (4 if torch.cuda.is_available() else 1)
+    if jobs < 1:
+        parser.error(f"`--jobs` must be at least 1, got {jobs}.")
+
+    path = report.lines_path(arguments.schedule)
+    finished = {
+        (Configuration.from_dict(line["configuration"]), line["seed"]) for line in lines.read(path)
+    }
+    schedule = SCHEDULES[arguments.schedule]
+    runs = [
+        Run(ROOT / "runs" / "appendix", arguments.data, schedule, row, seed)
+        for seed in range(arguments.seeds)  # so that a whole seed is there before the next begins
+        for row in wanted(arguments.only)
+        if (row, seed) not in finished
+    ]
+    # A line can outlive its checkpoint; the runs that start from a baseline need it.
+    bases = {run.seed: run.baseline for run in runs}
+    baselines = [base for base in bases.values() if not base.final.is_file()]
+    others = [run for run in runs if run.configuration != BASELINE]
+    steps = sum(run.steps for run in [*baselines, *others])
+    print(f"{len(runs)} runs to do, {steps:,} steps; {len(finished)} are done.", flush=True)
+
+    def keep(line: dict[str, object]) -> None:
+        key = (Configuration.from_dict(line["configuration"]), line["seed"])  # type: ignore[arg-type]
+        if key not in finished:
+            lines.append(path, line)
+
+    errors = finish(iter([baselines, others]), steps, jobs, keep)
+    report.write(arguments.schedule)
+    if errors:
+        sys.exit(f"{len(errors)} runs failed; the others are kept.")
+
+
+if __name__ == "__main__":
+    os.chdir(ROOT)
+    main()

@@ -1,0 +1,109 @@
+"""Runs in processes of their own, several at a time, with progress and the time left."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from reproduction.training import Run
+
+__all__ = ["JobError", "finish"]
+
+
+class JobError(RuntimeError):
+    """A run ended without a result."""
+
+
+def finish(
+    stages: Iterator[list[Run]], total_steps: int, jobs: int, keep: Callable[[dict[str, Any]], None]
+) -> list[JobError]:
+    """Train runs to their ends; those of a stage begin when the stage before it is over.
+
+    A run that fails doesn't keep the others from going on. Ctrl-C stops all; each goes on from its
+    last checkpoint another time.
+
+    Args:
+        stages: The runs of each stage.
+        total_steps: Optimizer steps of all runs, for the bar. The time left is what these take at
+            the rate of this call so far.
+        jobs: How many runs train side by side.
+        keep: Called with each finished line, one at a time.
+
+    Returns:
+        The errors of the runs that failed.
+    """
+    lock = threading.Lock()
+    failed: list[JobError] = []
+    started: set[subprocess.Popen[str]] = set()
+    bar = tqdm(total=total_steps, unit="step", smoothing=0, dynamic_ncols=True)
+
+    def one(run: Run) -> None:
+        done = 0
+        run.folder.mkdir(parents=True, exist_ok=True)
+        with (run.folder / "log.txt").open("a") as log:
+            process = _start(run, log, threads=max(1, (os.cpu_count() or 1) // jobs))
+            started.add(process)
+            line = None
+            for text in process.stdout or ():
+                message = json.loads(text) if text.startswith("{") else {}
+                line = message.get("line", line)
+                if "step" in message:
+                    with lock:
+                        if not done:  # of a run that goes on, the steps before don't count
+                            bar.total -= message["step"] // 20 * 20 - 20
+                            done = message["step"] - 20
+                        bar.update(message["step"] - done)
+                    done = message["step"]
+            code = process.wait()
+            started.discard(process)
+        if line is None:
+            raise JobError(
+                f"{run.folder.name} ended with code {code}; see {run.folder / 'log.txt'}"
+            )
+        with lock:
+            keep(line)
+            bar.write(f"{run.folder.name}: {line['accuracy']:.2f} %")
+
+    with bar, ThreadPoolExecutor(jobs) as pool:
+        try:
+            for stage in stages:
+                for future in as_completed([pool.submit(one, run) for run in stage]):
+                    error = future.exception()
+                    if isinstance(error, JobError):
+                        failed.append(error)
+                        bar.write(str(error))
+                    elif error is not None:
+                        raise error
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+            for process in list(started):
+                process.terminate()
+    return failed
+
+
+def _start(run: Run, log: Any, threads: int) -> subprocess.Popen[str]:
+    folder = Path(__file__).resolve().parents[1]
+    process = subprocess.Popen(
+        [
+            *(sys.executable, "-m", "reproduction.training"),
+            *(str(run.runs), str(run.data), run.schedule.name, str(run.seed)),
+        ],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=log,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONPATH": str(folder)},
+    )
+    assert process.stdin is not None
+    with process.stdin:
+        json.dump(run.configuration.as_dict(), process.stdin)
+    return process
