@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -72,6 +73,8 @@ def main() -> None:
         if key not in finished:
             lines.append(path, line)
 
+    # Ended by a signal, the processes of the runs end, too.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     errors = finish(iter([baselines, others]), steps, jobs, keep)
     report.write(arguments.schedule)
     if errors:

@@ -14,7 +14,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from reproduction.training import Run
+from reproduction.training import SAY_EVERY, Run
 
 __all__ = ["JobError", "finish"]
 
@@ -46,11 +46,11 @@ def finish(
     started: set[subprocess.Popen[str]] = set()
     bar = tqdm(total=total_steps, unit="step", smoothing=0, dynamic_ncols=True)
 
-    def one(run: Run) -> None:
+    def one(run: Run, threads: int) -> None:
         done = 0
         run.folder.mkdir(parents=True, exist_ok=True)
         with (run.folder / "log.txt").open("a") as log:
-            process = _start(run, log, threads=max(1, (os.cpu_count() or 1) // jobs))
+            process = _start(run, log, threads)
             started.add(process)
             line = None
             for text in process.stdout or ():
@@ -59,8 +59,8 @@ def finish(
                 if "step" in message:
                     with lock:
                         if not done:  # of a run that goes on, the steps before don't count
-                            bar.total -= message["step"] // 20 * 20 - 20
-                            done = message["step"] - 20
+                            done = message["step"] - SAY_EVERY
+                            bar.total -= done
                         bar.update(message["step"] - done)
                     done = message["step"]
             code = process.wait()
@@ -76,7 +76,8 @@ def finish(
     with bar, ThreadPoolExecutor(jobs) as pool:
         try:
             for stage in stages:
-                for future in as_completed([pool.submit(one, run) for run in stage]):
+                threads = max(1, (os.cpu_count() or 1) // max(1, min(jobs, len(stage))))
+                for future in as_completed([pool.submit(one, run, threads) for run in stage]):
                     error = future.exception()
                     if isinstance(error, JobError):
                         failed.append(error)

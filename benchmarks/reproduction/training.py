@@ -32,7 +32,7 @@ from reproduction.schedules import SCHEDULES, Schedule
 from reproduction.simpler import ColumnMasks, FilterMasks, MagnitudeMasks, convolutions
 from spp_lightning import CIFAR10DataModule, ConvNet, SPPCallback, SPPPruner, count_macs
 
-__all__ = ["Run", "is_jpeg"]
+__all__ = ["SAY_EVERY", "Run", "is_jpeg"]
 
 SAVE_EVERY = 500  # steps
 SAY_EVERY = 20  # steps
