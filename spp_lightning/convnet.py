@@ -28,6 +28,10 @@ def local_response_norm(x: Tensor) -> Tensor:
 
     Source: Caffe's LRN layer with ``norm_region: WITHIN_CHANNEL``.
     """
+    if torch.is_autocast_enabled(x.device.type):
+        # 1 + α·mean needs more digits than 16 bits have, and products of mixed types are slow.
+        with torch.autocast(x.device.type, enabled=False):
+            return local_response_norm(x.float()).to(x.dtype)
     mean = F.avg_pool2d(x * x, LRN_SIZE, stride=1, padding=LRN_SIZE // 2)
     scale = 1 + LRN_ALPHA * mean
     # scale^(-3/4) through two square roots: several times faster than pow, forward and backward.

@@ -46,11 +46,11 @@ def finish(
     started: set[subprocess.Popen[str]] = set()
     bar = tqdm(total=total_steps, unit="step", smoothing=0, dynamic_ncols=True)
 
-    def one(run: Run, threads: int) -> None:
+    def one(run: Run) -> None:
         done = 0
         run.folder.mkdir(parents=True, exist_ok=True)
         with (run.folder / "log.txt").open("a") as log:
-            process = _start(run, log, threads)
+            process = _start(run, log, threads=max(1, (os.cpu_count() or 1) // jobs))
             started.add(process)
             line = None
             for text in process.stdout or ():
@@ -76,8 +76,7 @@ def finish(
     with bar, ThreadPoolExecutor(jobs) as pool:
         try:
             for stage in stages:
-                threads = max(1, (os.cpu_count() or 1) // max(1, min(jobs, len(stage))))
-                for future in as_completed([pool.submit(one, run, threads) for run in stage]):
+                for future in as_completed([pool.submit(one, run) for run in stage]):
                     error = future.exception()
                     if isinstance(error, JobError):
                         failed.append(error)

@@ -1,0 +1,230 @@
+"""The report in Markdown: our numbers beside the paper's."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+
+from reproduction import paper
+from reproduction.results import Results, Sample, layer_spread
+from reproduction.rows import (
+    ALL_TABLES,
+    BASELINE,
+    BEYOND,
+    COMPARED,
+    CONTROL,
+    DEFAULT,
+    METHODS,
+    PLAIN_L1,
+    SPEEDUPS,
+    Configuration,
+)
+from reproduction.schedules import Schedule
+
+__all__ = ["report"]
+
+MISSING = "not measured"
+
+
+def report(schedule: Schedule, results: Results, pictures: list[str]) -> str:
+    """The whole report of a schedule."""
+    parts = [
+        f"# The appendix on the {schedule.name} schedule",
+        _context(schedule, results),
+        "## Baseline",
+        _baselines(results),
+        "## Table 1: criterion and speedup",
+        _table1(results),
+        "## Table 2: pruning interval, 4×",
+        _iterations(results, {replace(DEFAULT, interval=t): (f"t = {t}", p) for t, p in TABLE2}),
+        "## Table 3: A and u, 4×",
+        _iterations(
+            results,
+            {replace(DEFAULT, A=A): (f"A = {A:g}", p) for A, p in paper.TABLE3_A.items()}
+            | {replace(DEFAULT, u=u): (f"u = {u:g}", p) for u, p in paper.TABLE3_U.items()},
+            # The default's row is in both halves of the paper's table, with the same numbers.
+        ),
+        "## Figure 1: ranks against plain L1, R = 0.75",
+        _figure1(results),
+        "## Is SPP better than what is simpler?",
+        _comparison(results),
+        "## Beyond the paper: 10×",
+        _beyond(results),
+    ]
+    parts += [f"![{name.removesuffix('.png')}]({name})" for name in pictures]
+    return "\n\n".join(parts) + "\n"
+
+
+TABLE2 = list(paper.TABLE2.items())
+
+
+def _context(schedule: Schedule, results: Results) -> str:
+    lines = results.every_line
+    rows = {row for table in ALL_TABLES.values() for row in table} | {BASELINE, CONTROL}
+    missing = [row for row in rows if row not in results.lines]
+    command = f"python benchmarks/appendix.py --schedule {schedule.name}"
+    if not lines:
+        return f"Nothing measured yet; `{command}` does it."
+    seeds = sorted({line["seed"] for line in lines})
+    seconds = sum(line["seconds"] for line in lines)
+    versions = {f"{name} {v}" for line in lines for name, v in line["versions"].items()}
+    fewer = (
+        ""
+        if schedule.divisor == 1
+        else f" Pruning intervals are a {schedule.divisor}th of the paper's t, which the rows name."
+        f" This isn't the paper's schedule, and its accuracies aren't the paper's to compare with."
+    )
+    left = f" {len(missing)} of {len(rows)} configurations: {MISSING}." if missing else ""
+    return (
+        f"ConvNet, {_all(line['data'] for line in lines)}; baseline {schedule.baseline_steps:,}"
+        f" steps, every other run {schedule.steps:,} more from its weights, precision"
+        f" {schedule.precision}.{fewer} {len(lines)} runs, seeds {_all(seeds)}, {seconds / 3600:.1f}"
+        f" hours of training in all; {_all(line['device'] for line in lines)}; {_all(versions)};"
+        f" {_all(line['date'] for line in lines)}; commits"
+        f" {_all(line['commit'] for line in lines)}; `{command}`.{left}"
+    )
+
+
+def _baselines(results: Results) -> str:
+    base, control = results.accuracy(BASELINE), results.accuracy(CONTROL)
+    return _table(
+        ("network", "accuracy, %", "paper"),
+        [
+            ("baseline", _show(base), f"{paper.BASELINE}"),
+            ("control: baseline trained on, not pruned", _show(control), ""),
+        ],
+    )
+
+
+def _table1(results: Results) -> str:
+    rows = []
+    for criterion in ("l1", "l2"):
+        for speedup in SPEEDUPS:
+            row = replace(DEFAULT, criterion=criterion, speedup=speedup)
+            theirs = paper.TABLE1[criterion][speedup]
+            rows.append(
+                (
+                    f"{criterion.upper()}, {speedup}×",
+                    _show(results.accuracy(row)),
+                    f"{theirs}",
+                    _show(results.drop(row)),
+                    f"{paper.BASELINE - theirs:.1f}",
+                    _show(results.drop(row, CONTROL)),
+                )
+            )
+    head = ("row", "accuracy, %", "paper", "drop to baseline", "paper's drop", "drop to control")
+    return _table(head, rows)
+
+
+def _iterations(
+    results: Results, rows: Mapping[Configuration, tuple[str, tuple[int, float]]]
+) -> str:
+    table = []
+    for row, (name, (iterations, accuracy)) in rows.items():
+        ours = results.pruning_iterations(row)
+        off = "" if ours is None else f"{100 * (ours.mean / iterations - 1):+.1f} %"
+        updates = "" if ours is None else f"{ours.mean / row.interval:.0f}"
+        table.append(
+            (
+                name,
+                updates,
+                "" if ours is None else f"{ours.mean:,.0f}",
+                f"{iterations:,}",
+                off,
+                _show(results.accuracy(row)),
+                f"{accuracy}",
+            )
+        )
+    head = ("row", "updates", "updates × t", "paper", "off by", "accuracy, %", "paper")
+    text = _table(head, table)
+    found = [(row, results.pruning_iterations(row)) for row in rows]
+    known = [(row, sample) for row, sample in found if sample is not None]
+    if known:
+        within = sum(
+            abs(sample.mean / rows[row][1][0] - 1) <= paper.TOLERANCE for row, sample in known
+        )
+        text += f"\n\n{within} of {len(known)} cells within {100 * paper.TOLERANCE:.0f} %."
+        means = [sample.mean for row in rows if (sample := results.accuracy(row))]
+        text += f" Accuracies from {min(means):.2f} to {max(means):.2f} %."
+    return text
+
+
+def _figure1(results: Results) -> str:
+    rows = []
+    for name, row in (("ranks", DEFAULT), ("plain L1", PLAIN_L1)):
+        spreads = [layer_spread(line["curve"]) for line in results.of(row)]
+        mean = Sample(tuple(100 * spread for spread, _ in spreads)) if spreads else None
+        most = Sample(tuple(100 * distance for _, distance in spreads)) if spreads else None
+        rows.append(
+            (
+                name,
+                _show(mean),
+                _show(most),
+                _show(results.accuracy(row)),
+                f"{paper.FIGURE1[name]}",
+            )
+        )
+    head = (
+        "criterion",
+        "standard deviation over layers, mean over iterations, points",
+        "largest distance of two layers, points",
+        "accuracy, %",
+        "paper",
+    )
+    return _table(head, rows)
+
+
+def _comparison(results: Results) -> str:
+    rows = []
+    for name, method in METHODS.items():
+        for speedup in COMPARED:
+            row = replace(method, speedup=speedup)
+            lines = results.of(row)
+            macs = f"{lines[0]['conv_macs_dense'] / lines[0]['conv_macs']:.2f}×" if lines else ""
+            latency = results.latencies.get(row)
+            rows.append(
+                (
+                    f"{name}, {speedup}×",
+                    macs,
+                    _show(results.accuracy(row)),
+                    _show(results.drop(row, CONTROL)),
+                    f"{latency['speedup_64']:.2f}×" if latency else "",
+                    f"{latency['speedup_1']:.2f}×" if latency else "",
+                )
+            )
+    head = (
+        "method",
+        "fewer MACs",
+        "accuracy, %",
+        "drop to control",
+        "faster, batch 64",
+        "faster, batch 1",
+    )
+    return _table(head, rows)
+
+
+def _beyond(results: Results) -> str:
+    rows = [
+        (name, _show(results.accuracy(row)), _show(results.drop(row)), _gain(results, row))
+        for name, row in BEYOND.items()
+    ]
+    head = ("what", "accuracy, %", "drop to baseline", "against the method's own")
+    return _table(head, rows)
+
+
+def _gain(results: Results, row: Configuration) -> str:
+    gain = results.drop(next(iter(BEYOND.values())), row)
+    return "" if gain is None else f"{-gain.mean:+.1f}"
+
+
+def _show(sample: Sample | None) -> str:
+    return MISSING if sample is None else sample.show()
+
+
+def _all(values: Iterable[object]) -> str:
+    return ", ".join(str(value) for value in sorted(set(values), key=str))
+
+
+def _table(head: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:
+    cells = [head, tuple("---" for _ in head), *rows]
+    return "\n".join(f"| {' | '.join(row)} |" for row in cells)
