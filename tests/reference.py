@@ -20,9 +20,12 @@ def target(ratio: float, groups: int) -> int:
     return min(count, groups - 1)
 
 
-def crossing(ratio: float, groups: int, pruned: int) -> float:
-    """K: the rank, among the groups alive, at which the change of p is zero."""
-    return (1 + ratio) / 2 * groups - pruned
+def crossing(ratio: float, groups: int, pruned: int, at: float = 0.5) -> float:
+    """K: the rank, among the groups alive, at which the change of p is zero.
+
+    It lies a share ``at`` of the way from the target to the last group.
+    """
+    return ratio * groups + at * (groups - ratio * groups) - pruned
 
 
 def delta(r: float, k: float, a: float, u: float) -> float:
@@ -53,6 +56,7 @@ class Layer:
     a: float = 0.05
     u: float = 0.25
     by: str = "rank"
+    at: float = 0.5
     p: list[float] = field(default_factory=list)
     updates: int = 0
 
@@ -73,7 +77,7 @@ class Layer:
         self.updates += 1
         alive = [g for g in range(self.groups) if self.p[g] < 1]
         needed = target(self.ratio, self.groups) - len(self.pruned)
-        k = crossing(self.ratio, self.groups, len(self.pruned))
+        k = crossing(self.ratio, self.groups, len(self.pruned), self.at)
         r = positions(importance, alive, k, self.by)
         reached = 0
         for g in sorted(alive, key=lambda g: (importance[g], g)):

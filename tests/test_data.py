@@ -11,6 +11,7 @@ import pytest
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
+from pictures import CLASSES, make_tree, random_pixels
 from PIL import Image
 from torch import nn
 from torchvision.datasets import CIFAR10
@@ -18,25 +19,6 @@ from torchvision.datasets import CIFAR10
 from spp_lightning.data import CIFAR10DataModule, DigitsDataModule, cache, reading
 from spp_lightning.data.arrays import stratified_split, to_records
 from spp_lightning.data.pixels import augment, crop_and_flip
-
-CLASSES = reading.CLASS_NAMES
-PER_CLASS = {"train": 6, "test": 2}
-
-
-def random_pixels(n, seed=0):
-    return np.random.default_rng(seed).integers(0, 256, (n, 3, 32, 32), dtype=np.uint8)
-
-
-def make_tree(root, seed=0):
-    """Write 60 training and 20 test pictures; return their pixels, in file order."""
-    pixels = {}
-    for part, count in PER_CLASS.items():
-        pixels[part] = random_pixels(10 * count, seed)
-        for i, picture in enumerate(pixels[part]):
-            folder = root / part / CLASSES[i // count]
-            folder.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(picture.transpose(1, 2, 0)).save(folder / f"{i % count:04d}.png")
-    return pixels
 
 
 @pytest.fixture
@@ -267,6 +249,19 @@ def test_loader_goes_on_from_its_state(tree, num_workers):
         assert len(resumed) == 6
 
 
+def test_resident_pictures_come_in_the_same_batches(tree):
+    loaders = [
+        ready(tree, val_size=12, resident=resident).train_dataloader() for resident in (False, True)
+    ]
+    for _ in range(2):
+        epochs = [all_of(loader) for loader in loaders]
+        assert torch.equal(epochs[0][0], epochs[1][0]) and torch.equal(epochs[0][1], epochs[1][1])
+    resumed = ready(tree, val_size=12, resident=True).train_dataloader()
+    resumed.load_state_dict({"epoch": 1, "batches": 3, "shift": 0})
+    assert torch.equal(all_of(resumed)[0], epochs[0][0][30:])
+    assert resumed.state_dict() == {"epoch": 2, "batches": 0, "shift": 0}
+
+
 def test_every_rank_goes_on_from_the_state_of_one(tree):
     for rank in range(2):
         loader = on_rank(tree, 0)
@@ -377,7 +372,7 @@ class Recorder(LightningModule):
         return torch.optim.SGD(self.parameters(), 0.0)
 
 
-def fit(folder, epochs, ckpt_path=None, batch_size=30, num_workers=0, **arguments):
+def fit(folder, epochs, ckpt_path=None, batch_size=30, num_workers=0, resident=False, **arguments):
     model = Recorder()
     data = CIFAR10DataModule(
         folder,
@@ -386,6 +381,7 @@ def fit(folder, epochs, ckpt_path=None, batch_size=30, num_workers=0, **argument
         flip=True,
         crop_padding=4,
         num_workers=num_workers,
+        resident=resident,
     )
     defaults = {
         "max_epochs": epochs,
@@ -427,8 +423,9 @@ def test_trainer_augments_in_training_only_and_resumes_where_it_was(tree, tmp_pa
         {"epochs": 2, "limit_train_batches": 3},
         {"epochs": 2, "limit_val_batches": 0},
         {"epochs": 2, "limit_val_batches": 0, "num_workers": 1},
+        {"epochs": 2, "resident": True},
     ],
-    ids=["epochs", "steps", "limited", "no validation", "worker"],
+    ids=["epochs", "steps", "limited", "no validation", "worker", "resident"],
 )
 def test_trainer_resumes_from_every_step_of_an_epoch(tree, tmp_path, arguments, accumulate):
     """A resumed run gets the batches, crops and flips that were left, from any checkpoint."""
@@ -519,6 +516,12 @@ def test_digits_without_scikit_learn(monkeypatch):
         ({"val_size": 1.0}, "`val_size` must be in [0, 1) as a share (float), got 1.0."),
         ({"seed": -1}, "`seed` must be an integer of at least 0, got -1."),
         ({"num_workers": -1}, "`num_workers` must be an integer of at least 0, got -1."),
+        ({"resident": 1}, "`resident` must be True or False, got 1."),
+        (
+            {"resident": True, "num_workers": 2},
+            "`num_workers` must be 0 if `resident` is True, as processes have nothing to load"
+            " then, got 2.",
+        ),
     ],
     ids=lambda value: str(value) if isinstance(value, dict) else "",
 )

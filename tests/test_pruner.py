@@ -453,6 +453,32 @@ def test_masks_are_out_with_probability_p():
     assert within((masked[:, 1:] * masked[:, :-1]).mean(0), p[1:] * p[:-1], steps)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+def test_scaling_acts_with_one_minus_p_in_training_alone(dtype):
+    layer = nn.Conv2d(3, 4, 2, dtype=dtype)
+    value = layer.weight.detach().clone()
+    pruner = SPPPruner(nn.Sequential(layer), masking="scale")
+    p = torch.linspace(0, 1, 12, dtype=torch.float64)
+    set_probability(pruner, _0=p)
+    pruner.step(1)
+    factors = (1 - p).to(torch.float32).to(dtype).view(1, 3, 2, 2)
+    assert torch.equal(layer.weight, value * factors)
+    layer.weight.sum().backward()
+    assert torch.equal(layer._parameters["weight"].grad, factors.expand(4, 3, 2, 2))
+    layer.eval()
+    assert torch.equal(layer.weight, value * (p < 1).view(1, 3, 2, 2))
+
+
+def test_scaling_ends_on_the_exact_count():
+    net = small_net()
+    pruner = SPPPruner(net, prune_ratio=0.7, A=0.4, interval=2, masking="scale")
+    optimizer = torch.optim.SGD(net.parameters(), 0.01, momentum=0.9)
+    train(net, pruner, optimizer, range(60), torch.randn(4, net[0].in_channels, 7, 7))
+    assert pruner.finished and pruner.num_pruned == pruner.num_target
+    for name, mask in pruner.mask.items():
+        assert torch.equal(mask, (pruner.probability[name] < 1).float())
+
+
 def test_layers_hold_views_of_one_buffer():
     pruner = SPPPruner(small_net(), interval=1)
     pruner.step(0)
@@ -607,6 +633,9 @@ WRONG_ARGUMENTS = [
     ({"A": -0.05}, r"`A` must be in \(0, 1\], got -0\.05"),
     ({"u": 0.0}, r"`u` must be in \(0, 1\), got 0\.0"),
     ({"u": 1.0}, r"`u` must be in \(0, 1\), got 1\.0"),
+    ({"crossing": 0}, r"`crossing` must be in \(0, 1\], got 0"),
+    ({"recovery": 1}, r"`recovery` must be True or False, got 1"),
+    ({"masking": "soft"}, r"`masking` must be one of \"sample\", \"scale\", got 'soft'"),
     ({"interval": 0}, r"`interval` must be a whole number of at least 1, got 0"),
     ({"interval": 1.5}, r"`interval` must be a whole number of at least 1, got 1\.5"),
     ({"start_step": -1}, r"`start_step` must be .* at least 0, got -1"),

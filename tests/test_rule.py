@@ -116,6 +116,28 @@ def test_count_updates(A, u, by_rule, in_paper):
     assert abs(by_rule - in_paper) <= max(0.06 * in_paper, 1)
 
 
+@pytest.mark.parametrize(("crossing", "K"), [(0.25, 650), (0.5, 700), (1.0, 800)], ids=str)
+def test_crossing(crossing, K):
+    assert zero_crossing(800, 0.75, 0, crossing) == K
+    assert zero_crossing(800, 0.75, 300, crossing) == K - 300
+    p = torch.full((800,), 0.5, dtype=torch.float64)
+    new = update_probability(p, torch.arange(800.0), 0.75, 0, crossing=crossing)
+    expected = [0.5 + reference.delta(r, K, 0.05, 0.25) for r in range(800)]
+    assert new.tolist() == pytest.approx(expected, abs=1e-14)
+    layer = reference.Layer(800, 0.75, at=crossing)
+    while not layer.finished:
+        layer.update(list(range(800)))
+    assert count_updates(800, 0.75, crossing=crossing) == layer.updates
+
+
+def test_without_recovery_p_never_falls():
+    p = torch.full((800,), 0.5, dtype=torch.float64)
+    free = update_probability(p, torch.arange(800.0), 0.75, 0)
+    kept = update_probability(p, torch.arange(800.0), 0.75, 0, recovery=False)
+    assert torch.equal(kept[:700], free[:700]) and (free[701:] < 0.5).all()
+    assert (kept[701:] == 0.5).all()
+
+
 # --- one update ---
 
 

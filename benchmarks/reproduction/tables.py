@@ -66,7 +66,7 @@ def _context(schedule: Schedule, results: Results) -> str:
     if not lines:
         return f"Nothing measured yet; `{command}` does it."
     seeds = sorted({line["seed"] for line in lines})
-    seconds = sum(line["seconds"] for line in lines)
+    hours = sum(line["seconds"] for line in lines) / 3600
     versions = {f"{name} {v}" for line in lines for name, v in line["versions"].items()}
     fewer = (
         ""
@@ -78,7 +78,7 @@ def _context(schedule: Schedule, results: Results) -> str:
     return (
         f"ConvNet, {_all(line['data'] for line in lines)}; baseline {schedule.baseline_steps:,}"
         f" steps, every other run {schedule.steps:,} more from its weights, precision"
-        f" {schedule.precision}.{fewer} {len(lines)} runs, seeds {_all(seeds)}, {seconds / 3600:.1f}"
+        f" {schedule.precision}.{fewer} {len(lines)} runs, seeds {_all(seeds)}, {hours:.1f}"
         f" hours of training in all; {_all(line['device'] for line in lines)}; {_all(versions)};"
         f" {_all(line['date'] for line in lines)}; commits"
         f" {_all(line['commit'] for line in lines)}; `{command}`.{left}"

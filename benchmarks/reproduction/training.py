@@ -157,7 +157,9 @@ class Run:
             return ConvNet(milestones=milestones)
         weights = self.baseline.final
         if share := self.configuration.distillation:
-            return Student(share, ConvNet(weights=weights), milestones=milestones, weights=weights)
+            student = Student(milestones=milestones, weights=weights)
+            student.learn_from(ConvNet(weights=weights), share)
+            return student
         return ConvNet(milestones=milestones, weights=weights)
 
     def _pruning(self, net: ConvNet) -> list[Callback]:
@@ -268,19 +270,14 @@ class PruningRate(Callback):
 class Student(ConvNet):
     """A ConvNet that also learns a teacher's answers.
 
-    Args:
-        share: Share of the teacher in the loss, in [0, 1).
-        teacher: The trained network.
-        options: What :class:`ConvNet` takes.
-
     Source: Hinton, Vinyals, Dean: Distilling the knowledge in a neural network, 2015.
     """
 
-    def __init__(self, share: float, teacher: ConvNet, **options: Any) -> None:
-        super().__init__(**options)
-        self.share = share
+    def learn_from(self, teacher: ConvNet, share: float) -> None:
+        """Give a trained network a share of the loss, in [0, 1). To be called before a fit."""
         # In a list, so that it isn't part of this network: not trained, not saved, not pruned.
         self._teacher = [teacher.eval().requires_grad_(False)]
+        self.share = share
 
     def on_fit_start(self) -> None:
         self._teacher[0].to(self.device)
