@@ -42,6 +42,7 @@ def main() -> None:
     parser.add_argument("--schedule", choices=SCHEDULES, default="full")
     parser.add_argument("--seeds", type=int, default=3, help="how many, from 0 (default 3)")
     parser.add_argument("--jobs", type=int, help="runs side by side (default 4 on a GPU, else 1)")
+    parser.add_argument("--compile", action="store_true", help="train with torch.compile")
     parser.add_argument("--data", type=Path, default=ROOT / "data" / "cifar10")
     arguments = parser.parse_args()
     if arguments.seeds < 1:
@@ -75,7 +76,8 @@ def main() -> None:
 
     # Ended by a signal, the processes of the runs end, too.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    errors = finish(iter([baselines, others]), steps, jobs, keep)
+    stages = iter([baselines, others])
+    errors = finish(stages, steps, jobs, arguments.compile, keep)
     report.write(arguments.schedule)
     if errors:
         sys.exit(f"{len(errors)} runs failed; the others are kept.")

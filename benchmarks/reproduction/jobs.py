@@ -24,7 +24,11 @@ class JobError(RuntimeError):
 
 
 def finish(
-    stages: Iterator[list[Run]], total_steps: int, jobs: int, keep: Callable[[dict[str, Any]], None]
+    stages: Iterator[list[Run]],
+    total_steps: int,
+    jobs: int,
+    compiled: bool,
+    keep: Callable[[dict[str, Any]], None],
 ) -> list[JobError]:
     """Train runs to their ends; those of a stage begin when the stage before it is over.
 
@@ -36,6 +40,7 @@ def finish(
         total_steps: Optimizer steps of all runs, for the bar. The time left is what these take at
             the rate of this call so far.
         jobs: How many runs train side by side.
+        compiled: Whether they train with ``torch.compile``.
         keep: Called with each finished line, one at a time.
 
     Returns:
@@ -50,7 +55,7 @@ def finish(
         done = 0
         run.folder.mkdir(parents=True, exist_ok=True)
         with (run.folder / "log.txt").open("a") as log:
-            process = _start(run, log, threads=max(1, (os.cpu_count() or 1) // jobs))
+            process = _start(run, log, max(1, (os.cpu_count() or 1) // jobs), compiled)
             started.add(process)
             line = None
             for text in process.stdout or ():
@@ -90,18 +95,20 @@ def finish(
     return failed
 
 
-def _start(run: Run, log: Any, threads: int) -> subprocess.Popen[str]:
+def _start(run: Run, log: Any, threads: int, compiled: bool) -> subprocess.Popen[str]:
     folder = Path(__file__).resolve().parents[1]
+    path = [str(folder), *filter(None, [os.environ.get("PYTHONPATH")])]
     process = subprocess.Popen(
         [
             *(sys.executable, "-m", "reproduction.training"),
             *(str(run.runs), str(run.data), run.schedule.name, str(run.seed)),
+            "compiled" if compiled else "eager",
         ],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=log,
         text=True,
-        env={**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONPATH": str(folder)},
+        env={**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONPATH": os.pathsep.join(path)},
     )
     assert process.stdin is not None
     with process.stdin:

@@ -8,10 +8,21 @@ from pathlib import Path
 import matplotlib
 
 from reproduction.results import Results, on_grid
-from reproduction.rows import BASELINE, BEYOND, COMPARED, CONTROL, DEFAULT, METHODS, PLAIN_L1
+from reproduction.rows import (
+    BASELINE,
+    BEYOND,
+    COMPARED,
+    CONTROL,
+    DEFAULT,
+    METHODS,
+    PLAIN_L1,
+    Configuration,
+)
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
 __all__ = ["draw_beyond", "draw_comparison", "draw_figure1"]
 
@@ -115,12 +126,12 @@ def draw_beyond(results: Results, path: Path) -> bool:
     return True
 
 
-def _macs(results: Results, row: object) -> float:
-    lines = results.of(row)  # type: ignore[arg-type]
+def _macs(results: Results, row: Configuration) -> float:
+    lines = results.of(row)
     return float(lines[0]["conv_macs"])
 
 
-def _save(figure: plt.Figure, axes: plt.Axes, path: Path) -> None:
+def _save(figure: Figure, axes: Axes, path: Path) -> None:
     axes.legend(fontsize="small")
     axes.grid(alpha=0.3)
     figure.savefig(path, dpi=110)

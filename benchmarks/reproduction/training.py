@@ -1,6 +1,6 @@
 """One run: a configuration, a seed and a schedule, trained to the end and measured.
 
-    python -m reproduction.training FOLDER DATA SCHEDULE SEED < configuration.json
+    python -m reproduction.training FOLDER DATA SCHEDULE SEED eager|compiled < configuration.json
 
 Trains in ``FOLDER``, going on from its last checkpoint, prints ``{"step": …}`` as it goes, and in
 the end the finished line. ``appendix.py`` runs it, one process per run.
@@ -32,7 +32,7 @@ from reproduction.schedules import SCHEDULES, Schedule
 from reproduction.simpler import ColumnMasks, FilterMasks, MagnitudeMasks, convolutions
 from spp_lightning import CIFAR10DataModule, ConvNet, SPPCallback, SPPPruner, count_macs
 
-__all__ = ["SAY_EVERY", "Run", "is_jpeg"]
+__all__ = ["SAY_EVERY", "Run", "context"]
 
 SAVE_EVERY = 500  # steps
 SAY_EVERY = 20  # steps
@@ -85,10 +85,16 @@ class Run:
         """The trained network of a finished run."""
         return ConvNet(weights=self.final).eval()
 
-    def train(self) -> None:
-        """Train to the end, from the last checkpoint if there is one."""
+    def train(self, compiled: bool = False) -> None:
+        """Train to the end, from the last checkpoint if there is one.
+
+        Args:
+            compiled: Train with ``torch.compile``, on a GPU in CUDA graphs.
+        """
         seed_everything(self.seed, verbose=False)
         net = self._module()
+        if compiled:
+            net.compile(mode="reduce-overhead")
         last = self.folder / "last.ckpt"
         saving = ModelCheckpoint(
             self.folder,
@@ -325,11 +331,11 @@ def context(data: Path) -> dict[str, Any]:
 
 def main() -> None:
     """Train what the arguments and the standard input say, and print the line."""
-    runs, data, schedule, seed = sys.argv[1:]
+    runs, data, schedule, seed, mode = sys.argv[1:]
     configuration = Configuration.from_dict(json.load(sys.stdin))
     run = Run(Path(runs), Path(data), SCHEDULES[schedule], configuration, int(seed))
     if not run.final.is_file():
-        run.train()
+        run.train(mode == "compiled")
     print(json.dumps({"line": run.line()}), flush=True)
 
 

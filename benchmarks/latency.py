@@ -1,0 +1,71 @@
+"""Time the compact networks of the appendix's comparison on this machine's CPU.
+
+    python benchmarks/latency.py --schedule short --threads 2
+
+Takes the networks that ``appendix.py --only comparison`` has trained (from ``runs/appendix/``),
+compacts them, and times all of them and the dense network in turns, at batch 64 and 1. Appends a
+line for each to ``benchmarks/results/appendix_SCHEDULE_latency.jsonl`` and writes the report anew.
+"""
+
+from __future__ import annotations
+
+import argparse
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import report
+import torch
+from reproduction import lines
+from reproduction.rows import ALL_TABLES, BASELINE, Configuration
+from reproduction.schedules import SCHEDULES
+from reproduction.training import Run, context
+
+from spp_lightning import compact
+from spp_lightning.compaction.bench import interleaved_ms
+
+ROOT = Path(__file__).resolve().parents[1]
+BATCHES = (64, 1)
+
+
+def main() -> None:
+    """Measure, append and report."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--schedule", choices=SCHEDULES, default="full")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    data = ROOT / "data" / "cifar10"
+    runs = [
+        Run(ROOT / "runs" / "appendix", data, SCHEDULES[arguments.schedule], row, seed=0)
+        for row in (BASELINE, *ALL_TABLES["comparison"])
+    ]
+    missing = [run.configuration.name for run in runs if not run.final.is_file()]
+    if missing:
+        parser.error(
+            "the networks must have been trained by appendix.py on this machine, but these"
+            f" haven't: {', '.join(missing)}"
+        )
+    measured: dict[Configuration, dict[str, Any]] = {run.configuration: {} for run in runs}
+    for batch in BATCHES:
+        x = 60 * torch.randn(batch, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+        dense, *pruned = (run.network().requires_grad_(False) for run in runs)
+        # The dense one in the layout that is faster here, as `compact` times it, too.
+        other = runs[0].network().requires_grad_(False).to(memory_format=torch.contiguous_format)
+        other.channels_last = False
+        nets = [dense, *(compact(net, x) for net in pruned), other]
+        with torch.no_grad():
+            first, *rest, last = interleaved_ms([partial(net, x) for net in nets])
+        times = [min(first, last), *rest]
+        for run, milliseconds in zip(runs, times, strict=True):
+            measured[run.configuration][f"compact_ms_{batch}"] = round(milliseconds, 4)
+            measured[run.configuration][f"speedup_{batch}"] = round(times[0] / milliseconds, 3)
+    for row, numbers in measured.items():
+        line = {"configuration": row.as_dict(), **numbers, **context(data)}
+        lines.append(report.latency_path(arguments.schedule), line)
+        print(f"{row.name}: {numbers}")
+    report.write(arguments.schedule)
+
+
+if __name__ == "__main__":
+    main()
