@@ -62,9 +62,13 @@ def main() -> None:
         for row in wanted(arguments.only)
         if (row, seed) not in finished
     ]
-    # A line can outlive its checkpoint; the runs that start from a baseline need it.
+    # A line can outlive its checkpoint, from which the others start, and the other way round.
     bases = {run.seed: run.baseline for run in runs}
-    baselines = [base for base in bases.values() if not base.final.is_file()]
+    baselines = [
+        base
+        for seed, base in bases.items()
+        if (BASELINE, seed) not in finished or not base.final.is_file()
+    ]
     others = [run for run in runs if run.configuration != BASELINE]
     steps = sum(run.steps for run in [*baselines, *others])
     print(f"{len(runs)} runs to do, {steps:,} steps; {len(finished)} are done.", flush=True)
