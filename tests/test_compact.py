@@ -7,6 +7,7 @@ import operator
 import re
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ import torchvision
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from spp_lightning import ConvNet, SPPPruner, compact, count_macs
+from spp_lightning import ConvNet, SPPPruner, compact, count_macs, load_compact, save_compact
 from spp_lightning.compaction import ColumnConv2d
 
 
@@ -277,6 +278,33 @@ def test_writing_in_place(kind: str) -> None:
     assert columns(fast)
     check_same(net, fast, x)
     assert net.relu.inplace
+
+
+class Siamese(nn.Module):
+    """Two pictures of different sizes, through shared and separate layers, joined."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Sequential(nn.Conv2d(3, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU())
+        self.second = nn.Sequential(nn.Conv2d(1, 16, 3, stride=2, padding=1), nn.ReLU())
+        self.joined = nn.Conv2d(32, 8, 3)
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        return self.joined(torch.cat([self.first(x), self.second(y)], 1)).flatten(1)
+
+
+def test_a_network_of_two_inputs(tmp_path: Path) -> None:
+    net = prune(Siamese(), 0.75)
+    x, y = torch.randn(2, 3, 16, 16), torch.randn(2, 1, 32, 32)
+    fast = compact(net, (x, y))
+    assert all(isinstance(fast.get_submodule(name), ColumnConv2d) for name in ("first.0", "joined"))
+    save_compact(fast, tmp_path / "net.spp")
+    with torch.no_grad():
+        expected = copy.deepcopy(net).double()(x.double(), y.double())
+        for made in (fast, load_compact(tmp_path / "net.spp")):
+            assert float((made(x, y) - expected).abs().max() / expected.abs().max()) < 1e-5
+    with pytest.raises(ValueError, match=r"`example_input` .* tuple of tensors, got int\."):
+        compact(net, (x, 3))
 
 
 def test_hooks_are_kept() -> None:

@@ -71,12 +71,12 @@ class _Tracer(fx.Tracer):
         return isinstance(module, _LEAVES) or super().is_leaf_module(module, name)
 
 
-def trace(model: nn.Module, example_input: Tensor) -> fx.GraphModule:
+def trace(model: nn.Module, inputs: tuple[Tensor, ...]) -> fx.GraphModule:
     """The graph of a network, with the shapes of its tensors.
 
     Args:
         model: The network, in evaluation mode. The graph shares its modules.
-        example_input: What it is run with, once.
+        inputs: The positional arguments that it is run with, once.
 
     Raises:
         Exception: Whatever the network raises that can't be traced.
@@ -89,7 +89,7 @@ def trace(model: nn.Module, example_input: Tensor) -> fx.GraphModule:
     traced.recompile()
     traced.eval()
     with torch.no_grad():
-        ShapeProp(traced).propagate(example_input)
+        ShapeProp(traced).propagate(*inputs)
     return traced
 
 

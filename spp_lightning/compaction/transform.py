@@ -33,7 +33,9 @@ __all__ = ["compact"]
 _SURELY_FASTER = 0.5  # share of kept weights up to which the dense layer needn't be timed
 
 
-def compact(model: nn.Module, example_input: Tensor, fuse: bool = True) -> nn.Module:
+def compact(
+    model: nn.Module, example_input: Tensor | tuple[Tensor, ...], fuse: bool = True
+) -> nn.Module:
     """Make a pruned network fast: store and compute only the columns that pruning kept.
 
     Every convolution with pruned columns becomes a :class:`ColumnConv2d`; channels that no layer
@@ -47,7 +49,8 @@ def compact(model: nn.Module, example_input: Tensor, fuse: bool = True) -> nn.Mo
 
     Args:
         model: The pruned network; it is left as it was.
-        example_input: A batch of the size that is to be fast, on the network's device.
+        example_input: A batch of the size that is to be fast, on the network's device; or a tuple
+            of the positional arguments, if the network takes several.
         fuse: Whether batch norms are folded and what follows a convolution is fused. Without, the
             network keeps its batch norms, as it should for training it further.
 
@@ -56,7 +59,7 @@ def compact(model: nn.Module, example_input: Tensor, fuse: bool = True) -> nn.Mo
 
     Raises:
         ValueError: If ``model`` isn't a network or is still being pruned, ``example_input`` isn't
-            a tensor, or the network fails for it.
+            a tensor or a tuple of tensors, or the network fails for it.
 
     >>> net = nn.Sequential(nn.Conv2d(3, 16, 3, padding=1), nn.ReLU(), nn.Conv2d(16, 8, 3))
     >>> with torch.no_grad():
@@ -68,16 +71,17 @@ def compact(model: nn.Module, example_input: Tensor, fuse: bool = True) -> nn.Mo
     >>> torch.allclose(fast(x), net(x), atol=1e-5)
     True
     """
-    _check(model, example_input)
+    inputs = example_input if isinstance(example_input, tuple) else (example_input,)
+    _check(model, inputs)
     original, model = model, copy.deepcopy(model).eval()
-    if example_input.is_cpu:
+    if inputs[0].is_cpu:
         model.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
-        example_input = example_input.contiguous()
+        inputs = tuple(x.contiguous() for x in inputs)
     try:
         hooked = [name or "the network" for name, module in model.named_modules() if _hooks(module)]
         if hooked:
             raise ValueError(f"it has forward hooks, at {', '.join(hooked)}")
-        graph = trace(model, example_input)
+        graph = trace(model, inputs)
     except Exception as error:  # whatever a network may raise that can't be traced
         return _one_by_one(original, f"can't be traced ({type(error).__name__}: {error})")
     if fuse:
@@ -85,22 +89,24 @@ def compact(model: nn.Module, example_input: Tensor, fuse: bool = True) -> nn.Mo
         absorb_constants(graph)
     remove_channels(graph)
     with torch.no_grad():
-        ShapeProp(graph).propagate(example_input)
+        ShapeProp(graph).propagate(*inputs)
     _drop_layouts(graph)
     _replace_convolutions(graph, fuse)
     if not any(parameter.requires_grad for parameter in original.parameters()):
         graph.requires_grad_(False)
-    if not _same(graph, original, example_input):
+    if not _same(graph, original, inputs):
         return _one_by_one(original, "computes something else when it is traced")
-    return graph if _is_surely_faster(graph) else _faster(graph, original, example_input)
+    return graph if _is_surely_faster(graph) else _faster(graph, original, inputs)
 
 
-def _check(model: nn.Module, example_input: Tensor) -> None:
+def _check(model: nn.Module, inputs: tuple[Tensor, ...]) -> None:
     if not isinstance(model, nn.Module):
         raise ValueError(f"`model` must be a network, an instance of nn.Module, got {model!r}.")
-    if not isinstance(example_input, Tensor):
+    wrong = [type(x).__name__ for x in inputs if not isinstance(x, Tensor)]
+    if wrong or not inputs:
         raise ValueError(
-            f"`example_input` must be a tensor, a batch of inputs, got {type(example_input)}."
+            "`example_input` must be a tensor, a batch of inputs, or a tuple of tensors, got"
+            f" {', '.join(wrong) or 'an empty tuple'}."
         )
     masked = [name for name, layer in model.named_modules() if is_masked(layer)]
     if masked:
@@ -111,11 +117,11 @@ def _check(model: nn.Module, example_input: Tensor) -> None:
     training = {module: module.training for module in model.modules()}
     try:
         with torch.no_grad():
-            model.eval()(example_input)
+            model.eval()(*inputs)
     except Exception as error:
+        given = "; ".join(f"{tuple(x.shape)}, {x.dtype}, on {x.device}" for x in inputs)
         raise ValueError(
-            f"`example_input` (={tuple(example_input.shape)}, {example_input.dtype}, on"
-            f" {example_input.device}) must be an input of `model`, but the network fails for it:"
+            f"`example_input` (={given}) must be an input of `model`, but the network fails for it:"
             f" {error}"
         ) from error
     finally:
@@ -138,16 +144,20 @@ def _one_by_one(original: nn.Module, reason: str) -> nn.Module:
     return model
 
 
-def _same(compacted: nn.Module, original: nn.Module, example_input: Tensor) -> bool:
+def _same(compacted: nn.Module, original: nn.Module, inputs: tuple[Tensor, ...]) -> bool:
     """Whether two networks agree on a random input; they do unless tracing lost something."""
-    generator = torch.Generator(example_input.device).manual_seed(0)
-    x = example_input
-    if x.is_floating_point():
-        x = torch.randn(x.shape, generator=generator, device=x.device).to(x.dtype)
+    generator = torch.Generator(inputs[0].device).manual_seed(0)
+    random = [
+        torch.randn(x.shape, generator=generator, device=x.device).to(x.dtype)
+        if x.is_floating_point()
+        else x
+        for x in inputs
+    ]
     with torch.no_grad():
-        expected = tree_leaves(copy.deepcopy(original).eval()(x))
-        found = tree_leaves(compacted(x))
-    tolerance = 1e-3 if x.dtype in (torch.float32, torch.float64) else 0.1
+        expected = tree_leaves(copy.deepcopy(original).eval()(*random))
+        found = tree_leaves(compacted(*random))
+    exact = all(x.dtype in (torch.float32, torch.float64) for x in random)
+    tolerance = 1e-3 if exact else 0.1
     return len(expected) == len(found) and all(
         not isinstance(a, Tensor)
         or (a.shape == b.shape and bool((a - b).norm() <= tolerance * a.norm() + 1e-30))
@@ -264,13 +274,11 @@ def _is_surely_faster(graph: fx.GraphModule) -> bool:
     return bool(layers) and kept <= _SURELY_FASTER * dense
 
 
-def _faster(compacted: nn.Module, original: nn.Module, example_input: Tensor) -> nn.Module:
+def _faster(compacted: nn.Module, original: nn.Module, inputs: tuple[Tensor, ...]) -> nn.Module:
     """The compact network, or a copy of the original one where that is faster."""
     dense = copy.deepcopy(original).eval()
     with torch.no_grad():
-        seconds = _interleaved_seconds(
-            [lambda: dense(example_input), lambda: compacted(example_input)]
-        )
+        seconds = _interleaved_seconds([lambda: dense(*inputs), lambda: compacted(*inputs)])
     if seconds[1] <= seconds[0]:
         return compacted
     warnings.warn(
