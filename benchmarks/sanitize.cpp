@@ -26,6 +26,8 @@ int32_t spp_backward(const void*, const float*, const float*, const float*, floa
                      int32_t, int32_t, int32_t, int32_t, int32_t, int32_t);
 int32_t spp_planes(const spp::PostOp*, int32_t, const float*, const float*, float*, int64_t, int32_t,
                    int32_t, float, float, int32_t);
+int32_t spp_ascending_order(const void*, int32_t, const double*, int64_t, int64_t*);
+void spp_move(const int64_t*, const double*, int64_t, int64_t, double*);
 }
 
 namespace {
@@ -244,6 +246,36 @@ void run_case() {
   }
 }
 
+// An update of pruning probabilities: the order of the groups, and how many are chosen.
+template <typename Float>
+void run_update() {
+  const size_t count = between(0, 3000), needed = between(0, 3000);
+  const std::unique_ptr<Float[]> importance(new Float[count]);
+  const std::unique_ptr<double[]> probability(new double[count]), change(new double[count]);
+  const std::unique_ptr<int64_t[]> order(new int64_t[count]);
+  std::vector<int64_t> expected(count);
+  size_t alive = 0;
+  for (size_t i = 0; i < count; ++i) {
+    importance[i] = static_cast<Float>(between(0, 500)) / 7;
+    probability[i] = between(0, 4) / 4.0;
+    change[i] = between(-2, 4) / 4.0;
+    alive += probability[i] < 1;
+    expected[i] = static_cast<int64_t>(i);
+  }
+  std::stable_sort(expected.begin(), expected.end(), [&](int64_t i, int64_t j) {
+    const bool i_out = probability[i] >= 1, j_out = probability[j] >= 1;
+    return i_out != j_out ? j_out : !i_out && importance[i] < importance[j];
+  });
+  spp_ascending_order(importance.get(), sizeof(Float) == 8, probability.get(), count, order.get());
+  if (!std::equal(expected.begin(), expected.end(), order.get()))
+    std::printf("order of %zu groups\n", count), ++failures;
+  size_t reach = 0, reached = 0;
+  for (size_t r = 0; r < alive; ++r) reach += probability[order[r]] + change[r] >= 1;
+  spp_move(order.get(), change.get(), alive, needed, probability.get());
+  for (size_t r = 0; r < alive; ++r) reached += probability[order[r]] == 1;
+  if (reached != std::min(reach, needed)) std::printf("%zu reached 1\n", reached), ++failures;
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
@@ -251,7 +283,7 @@ int main(int argc, char** argv) {
   for (int i = 2; i < argc; ++i) {
     if (!spp_set_isa(argv[i])) continue;
     generator.seed(1);
-    for (int n = 0; n < cases; ++n) run_case();
+    for (int n = 0; n < cases; ++n) run_case(), run_update<float>(), run_update<double>();
     std::printf("%s: %d shapes\n", argv[i], cases);
   }
   return failures != 0;

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -223,9 +224,8 @@ class SPPPruner:
         if self._finished:
             return
         self._device()  # The layers must still be on one device.
-        moved = self._probability.clone()
         unfinished = [layer for layer in self._layers if not layer.finished]
-        counts = []
+        moved, counts = [], []
         with torch.no_grad():
             for layer in unfinished:
                 old = self._probability[layer.span]
@@ -241,8 +241,8 @@ class SPPPruner:
                     self.settings.crossing,
                     self.settings.recovery,
                 )
-                moved[layer.span] = new
-                finite = importance.isfinite().all()
+                moved.append(new)
+                finite = importance.amax() < math.inf  # the greatest of any and NaN is NaN
                 fell = new < old - _ROUNDING
                 counts.append(torch.stack([finite, (new >= 1).sum(), fell.sum()]))
         # The only time the host waits for the device.
@@ -260,8 +260,9 @@ class SPPPruner:
             # The groups that a finished layer lets go of don't count as recovered.
             layer.num_pruned = num_pruned
             layer.num_recovered = 0 if layer.finished else num_recovered
-        self._probability.copy_(moved)
-        torch.lt(moved, 1, out=self._alive)
+        for layer, new in zip(unfinished, moved, strict=True):
+            self._probability[layer.span] = new
+        torch.lt(self._probability, 1, out=self._alive)
         self._finished = all(layer.finished for layer in self._layers)
         self.num_updates += 1
         self._last_update = self._step

@@ -27,6 +27,8 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from spp_lightning.moves import ascending_order, move
+
 __all__ = ["count_updates", "delta", "spaced_ranks", "target_count", "update_probability"]
 
 
@@ -168,7 +170,7 @@ def update_probability(
     zero_rank = zero_crossing(num_groups, prune_ratio, num_pruned, crossing)
 
     # Groups alive in ascending order of importance: position is rank. Pruned ones sort last.
-    order = importance.masked_fill(probability >= 1, math.inf).argsort(stable=True)[:num_alive]
+    order = ascending_order(importance, probability)[:num_alive]
     if use_rank:
         rank = torch.arange(num_alive, dtype=probability.dtype, device=probability.device)
     else:
@@ -176,14 +178,7 @@ def update_probability(
     change = delta(rank, zero_rank, A, u)
     if not recovery:
         change = change.clamp(min=0)
-    moved = (probability[order] + change).clamp(0, 1)
-
-    reached = moved >= 1
-    too_many = reached & (reached.cumsum(0) > target - num_pruned)
-    moved = moved.masked_fill(too_many, 1 - torch.finfo(moved.dtype).eps)
-    finished = (reached & ~too_many).sum() >= target - num_pruned
-    moved = torch.where(finished & (moved < 1), 0.0, moved)
-    return probability.scatter(0, order, moved)
+    return move(probability, order, change, target - num_pruned)
 
 
 @lru_cache(maxsize=1024)

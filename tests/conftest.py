@@ -9,6 +9,9 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
+from spp_lightning import moves, native
+from spp_lightning.compaction import cpu
+
 TARGETS = [21, 54]  # to prune of TinyModule's 27 and 72 columns at 4x
 
 
@@ -90,3 +93,19 @@ def tiny() -> TinyModule:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         return TinyModule()
+
+
+def look_for_library():
+    """Look anew for the C++ library, where a test has hidden or shown it."""
+    for cached in (native.library, moves._library, cpu._library):
+        cached.cache_clear()
+
+
+@pytest.fixture
+def without_library(monkeypatch, tmp_path):
+    """As if no compiler had been found when the package was installed."""
+    monkeypatch.setattr(native, "_FOLDER", tmp_path)
+    look_for_library()
+    yield
+    monkeypatch.undo()
+    look_for_library()

@@ -10,11 +10,13 @@ import weakref
 
 import pytest
 import torch
+from conftest import look_for_library
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
+from spp_lightning import native
 from spp_lightning.compaction import cpu
 from spp_lightning.compaction.geometry import Clamp, Geometry, PlaneOp
 from spp_lightning.compaction.layer import ColumnConv2d
@@ -30,7 +32,7 @@ from spp_lightning.convnet import LRN_ALPHA
 RELU = Clamp(0.0)
 POOL = PlaneOp("max_pool", (2, 2), (2, 2))
 INT = torch.int32
-BUILT = any(cpu._FOLDER.glob("kernels*.so"))  # asking for the library would warn
+BUILT = native.library() is not None
 needs_kernels = pytest.mark.skipif(not BUILT, reason="built without the kernels")
 pytestmark = pytest.mark.filterwarnings("ignore:The CPU kernels")
 
@@ -535,15 +537,6 @@ def test_the_direct_way_is_left_when_gradients_are_wanted(layer):
     assert not layer._runs_at_once(x, None)
 
 
-@pytest.fixture
-def without_library(monkeypatch, tmp_path):
-    """As if no compiler had been found when the package was installed."""
-    monkeypatch.setattr(cpu, "_FOLDER", tmp_path)
-    cpu._library.cache_clear()
-    yield
-    cpu._library.cache_clear()
-
-
 @needs_kernels
 def test_without_the_kernels_all_is_the_same_but_for_a_warning(without_library, monkeypatch):
     x = torch.randn(2, 3, 8, 8)
@@ -561,7 +554,7 @@ def test_without_the_kernels_all_is_the_same_but_for_a_warning(without_library, 
     slow = [p.grad.clone() for p in net.parameters()]
 
     monkeypatch.undo()
-    cpu._library.cache_clear()
+    look_for_library()
     assert cpu.is_available()
     net.zero_grad()
     fast = net(x)

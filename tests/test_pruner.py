@@ -514,7 +514,10 @@ class Reads(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def test_a_step_reads_nothing_and_an_update_once():
+@pytest.mark.parametrize("in_torch", [False, True], ids=["as_built", "in_torch"])
+def test_a_step_reads_nothing_and_an_update_once(in_torch, request):
+    if in_torch:  # as on a GPU
+        request.getfixturevalue("without_library")
     net = nn.Sequential(*(nn.Conv2d(4, 4, 3) for _ in range(5)))
     optimizer = sgd(net)
     pruner = SPPPruner(net, A=0.5, interval=4)

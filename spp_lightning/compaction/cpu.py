@@ -9,17 +9,16 @@ import warnings
 import weakref
 from collections.abc import Sequence
 from functools import cache
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from spp_lightning import native
 from spp_lightning.compaction.geometry import KINDS, Clamp, Geometry, PlaneOp
 
 __all__ = ["Plan", "is_available", "plan_for"]
 
-_FOLDER = Path(__file__).resolve().parents[1] / "native"
 _VARIANTS = (0, 1)  # pack the pixels of a tile first, or read them where they are
 _SMALL = 20_000_000  # MACs below which one thread may be faster than several
 
@@ -44,11 +43,8 @@ class _PlaneOp(ctypes.Structure):
 
 @cache
 def _library() -> Any:
-    for path in sorted(_FOLDER.glob("kernels*.so")):
-        try:
-            library = ctypes.CDLL(str(path))
-        except OSError:  # built for another machine
-            continue
+    library = native.library()
+    if library is not None:
         pointer, number, size = ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64
         library.spp_plan.restype = pointer
         library.spp_plan.argtypes = [

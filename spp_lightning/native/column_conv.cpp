@@ -6,6 +6,7 @@
 #include <new>
 
 #include "common.h"
+#include "export.h"
 
 namespace spp {
 
@@ -102,12 +103,6 @@ std::unique_ptr<Plan> make_plan(const Geometry& g, const int32_t* columns, int32
 
 }  // namespace
 }  // namespace spp
-
-#if defined(_WIN32)
-#define SPP_EXPORT extern "C" __declspec(dllexport)
-#else
-#define SPP_EXPORT extern "C" __attribute__((visibility("default")))
-#endif
 
 // All return 0 or null where memory runs out; the arguments are checked in Python.
 

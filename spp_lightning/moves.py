@@ -1,0 +1,102 @@
+"""The two steps of an update that are not maths on each group alone: ordering and choosing.
+
+Both in torch, and on CPUs in C++ where the package's library was built: the same bit for bit, but
+several times faster, since torch's stable sort is slow and each of its many small operations costs
+more than the work it does on a layer.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import math
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from spp_lightning import native
+
+__all__ = ["ascending_order", "move"]
+
+
+def ascending_order(importance: Tensor, probability: Tensor) -> Tensor:
+    """The groups from least to most important, equal ones by position, pruned ones at the end.
+
+    Args:
+        importance: Importance of the groups, ``(groups,)``, finite.
+        probability: Pruning probabilities, ``(groups,)``; 1 means pruned.
+
+    Returns:
+        The groups' positions, ``(groups,)``, int64.
+
+    >>> p = torch.tensor([0.0, 1.0, 0.0, 0.5], dtype=torch.float64)
+    >>> ascending_order(torch.tensor([5.0, 0.0, 2.0, 2.0]), p)
+    tensor([2, 3, 0, 1])
+    """
+    library = _library_for(probability, importance)
+    if library is None or importance.dtype not in (torch.float32, torch.float64):
+        return importance.masked_fill(probability >= 1, math.inf).argsort(stable=True)
+    importance, probability = importance.contiguous(), probability.contiguous()
+    order = torch.empty(len(importance), dtype=torch.int64)
+    if not library.spp_ascending_order(
+        importance.data_ptr(),
+        importance.dtype == torch.float64,
+        probability.data_ptr(),
+        len(importance),
+        order.data_ptr(),
+    ):
+        raise MemoryError("There is no memory left to sort the weight groups of a layer.")
+    return order
+
+
+def move(probability: Tensor, order: Tensor, change: Tensor, needed: int) -> Tensor:
+    """Change the probabilities of some groups, within [0, 1], and choose those that are pruned.
+
+    Args:
+        probability: Pruning probabilities, ``(groups,)``.
+        order: Positions of the groups that change, from least to most important, ``(alive,)``.
+        change: What is added to the probability of each, ``(alive,)``.
+        needed: How many of them may reach 1. If so many do, all others go to 0.
+
+    Returns:
+        The new probabilities, ``(groups,)``; ``probability`` is left as it was.
+
+    >>> p = torch.tensor([0.9, 0.5, 0.9], dtype=torch.float64)
+    >>> move(p, torch.tensor([1, 2, 0]), torch.full_like(p, 0.2), needed=1)
+    tensor([0., 0., 1.], dtype=torch.float64)
+    >>> move(p, torch.tensor([1, 2, 0]), torch.full_like(p, 0.2), needed=3)
+    tensor([1.0000, 0.7000, 1.0000], dtype=torch.float64)
+    """
+    library = _library_for(probability, order, change)
+    if library is not None and change.dtype == torch.float64:
+        new = probability.clone(memory_format=torch.contiguous_format)
+        order, change = order.contiguous(), change.contiguous()
+        library.spp_move(order.data_ptr(), change.data_ptr(), len(order), needed, new.data_ptr())
+        return new
+    moved = (probability[order] + change).clamp(0, 1)
+    reached = moved >= 1
+    too_many = reached & (reached.cumsum(0) > needed)
+    moved = moved.masked_fill(too_many, 1 - torch.finfo(moved.dtype).eps)
+    finished = (reached & ~too_many).sum() >= needed
+    moved = torch.where(finished & (moved < 1), 0.0, moved)
+    return probability.scatter(0, order, moved)
+
+
+def _library_for(probability: Tensor, *others: Tensor) -> Any:
+    # Not for whatever isn't values in this machine's memory, or has more to tell than its values.
+    tensors = (probability, *others)
+    plain = all(type(x) is Tensor and x.is_cpu and not x.requires_grad for x in tensors)
+    plain = plain and probability.dtype == torch.float64 and not torch.compiler.is_compiling()
+    return _library() if plain else None
+
+
+@cache
+def _library() -> Any:
+    library = native.library()
+    if library is not None:
+        pointer, number, size = ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64
+        library.spp_ascending_order.argtypes = [pointer, number, pointer, size, pointer]
+        library.spp_move.argtypes = [pointer, pointer, size, size, pointer]
+        library.spp_move.restype = None
+    return library
