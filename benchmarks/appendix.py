@@ -25,6 +25,7 @@ from reproduction.jobs import finish
 from reproduction.rows import ALL_TABLES, BASELINE, CONTROL, Configuration
 from reproduction.schedules import SCHEDULES
 from reproduction.training import Run
+from spp_lightning import CIFAR10DataModule
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -78,10 +79,15 @@ def main() -> None:
         if key not in finished:
             lines.append(path, line)
 
+    if runs:
+        CIFAR10DataModule(arguments.data).prepare_data()  # downloaded and decoded here, once
     # Ended by a signal, the processes of the runs end, too.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     stages = iter([baselines, others])
-    errors = finish(stages, steps, jobs, arguments.compile, keep)
+    try:
+        errors = finish(stages, steps, jobs, arguments.compile, keep)
+    except KeyboardInterrupt:
+        sys.exit("Stopped. The same command goes on where it was.")
     report.write(arguments.schedule)
     if errors:
         sys.exit(f"{len(errors)} runs failed; the others are kept.")
