@@ -25,6 +25,7 @@ from reproduction.jobs import finish
 from reproduction.rows import ALL_TABLES, BASELINE, CONTROL, Configuration
 from reproduction.schedules import SCHEDULES
 from reproduction.training import Run
+
 from spp_lightning import CIFAR10DataModule
 
 ROOT = Path(__file__).resolve().parents[1]
