@@ -180,15 +180,21 @@ def plan(case: Case, t: Tensors) -> cpu.Plan:
     return cpu.Plan(t.weight, t.columns, t.bias, case.geometry, case.clamp, case.post)
 
 
+def way(case: Case, x: Tensor, out: Tensor, variant: int, threads: int) -> cpu._Way:
+    g = case.geometry
+    conv_shape = (len(x), g.filters, *g.out_size(x.shape[2], x.shape[3]))
+    return cpu._Way.of(x.shape, conv_shape, tuple(out.shape), variant, threads)
+
+
 def outputs(case: Case, t: Tensors):
     """What each variant and number of threads gives, from memory full of NaN."""
-    made, conv_size = plan(case, t), case.geometry.out_size(*case.size)
+    made = plan(case, t)
     shape = made.forward(t.x, t.residual).shape
     for variant in cpu._VARIANTS:
         for threads in THREADS:
             out = guarded(torch.full(shape, math.nan), SENTINEL)
             if out.numel():
-                made._run(t.x, t.residual, out, conv_size, (variant, threads))
+                made._run(t.x, t.residual, out, way(case, t.x, out, variant, threads))
             assert intact(out), f"variant {variant}, {threads} threads"
             yield out
 
@@ -357,7 +363,7 @@ def test_what_is_no_number_goes_where_torch_takes_it(post, value, variant, isa):
             expected = op(expected)
         assert value == -math.inf or not expected.isfinite().all()
         out = torch.zeros(expected.shape)
-        plan(case, t)._run(t.x, None, out, (10, 19), (variant, 1))
+        plan(case, t)._run(t.x, None, out, way(case, t.x, out, variant, 1))
         assert torch.equal(out.isnan(), expected.isnan())
         assert torch.equal(out.isinf(), expected.isinf())
         finite = expected.isfinite()
@@ -389,7 +395,7 @@ def test_several_python_threads_run_one_plan():
         for n in range(30):
             choice = (n % 2, 1 + n % 3)
             out = torch.full_like(expected[i], math.nan)
-            made._run(inputs[i], None, out, (20, 21), choice)
+            made._run(inputs[i], None, out, way(case, inputs[i], out, *choice))
             if not torch.equal(out, expected[i]):
                 wrong.append(choice)
 
@@ -406,7 +412,7 @@ def test_torch_says_how_many_threads(monkeypatch):
     t = tensors(case)
     made, seen, run = plan(case, t), set(), cpu.Plan._run
     monkeypatch.setattr(
-        cpu.Plan, "_run", lambda self, *args: (seen.add(args[-1][1]), run(self, *args))
+        cpu.Plan, "_run", lambda self, *args: (seen.add(args[-1].native.threads), run(self, *args))
     )
     before = torch.get_num_threads()
     try:
