@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from spp_lightning.compaction.geometry import KINDS, Clamp, Geometry, PlaneOp
+from spp_lightning.compaction.geometry import KINDS, Clamp, Geometry, PlaneOp, size_after
 
 __all__ = ["Plan", "is_available", "plan_for"]
 
@@ -248,8 +248,7 @@ class Plan:
         size = g.out_size(x.shape[2], x.shape[3])
         conv_shape = (len(x), g.filters, *size)
         _check_size(x.shape, conv_shape)
-        for op in self.post:
-            size = op.out_size(*size)
+        size = size_after(self.post, size)
         out = torch.empty(len(x), g.filters, *size, dtype=torch.float32)
         if residual is not None:
             _check("residual", residual, conv_shape)
@@ -296,10 +295,7 @@ def run_planes(x: Tensor, grad: Tensor | None, clamp: Clamp, post: tuple[PlaneOp
         The output ``(B, N, H', W')``, or the gradient ``(B, N, H, W)`` of ``x``.
     """
     batch, filters, height, width = x.shape
-    size = (height, width)
-    if grad is None:
-        for op in post:
-            size = op.out_size(*size)
+    size = (height, width) if grad is not None else size_after(post, (height, width))
     out = x.new_empty(batch, filters, *size)
     if out.numel() and not _library().spp_planes(
         *(_plane_ops(post), len(post), x.data_ptr()),
