@@ -17,11 +17,13 @@ __all__ = ["ConvNet"]
 LRN_SIZE, LRN_ALPHA = 3, 5e-5
 
 
-def local_response_norm(x: Tensor) -> Tensor:
-    """Normalise ``x`` within each channel: ``x · (1 + α·mean₃ₓ₃(x²))^(−0.75)``, α = 5e-5.
+def local_response_norm(x: Tensor, size: int = LRN_SIZE, alpha: float = LRN_ALPHA) -> Tensor:
+    """Normalise ``x`` within each channel: ``x · (1 + α·mean(x²))^(−0.75)``, over 3 × 3 pixels.
 
     Args:
         x: Feature maps, ``(B, C, H, W)``. Outside the picture they count as 0.
+        size: Rows and columns of the window around each pixel, odd.
+        alpha: α, the weight of the mean.
 
     Returns:
         The normalised maps, of the shape of ``x``.
@@ -31,9 +33,9 @@ def local_response_norm(x: Tensor) -> Tensor:
     if torch.is_autocast_enabled(x.device.type):
         # 1 + α·mean needs more digits than 16 bits have, and products of mixed types are slow.
         with torch.autocast(x.device.type, enabled=False):
-            return local_response_norm(x.float()).to(x.dtype)
-    mean = F.avg_pool2d(x * x, LRN_SIZE, stride=1, padding=LRN_SIZE // 2)
-    scale = 1 + LRN_ALPHA * mean
+            return local_response_norm(x.float(), size, alpha).to(x.dtype)
+    mean = F.avg_pool2d(x * x, size, stride=1, padding=size // 2)
+    scale = 1 + alpha * mean
     # scale^(-3/4) through two square roots: several times faster than pow, forward and backward.
     return x * torch.rsqrt(scale * scale.sqrt())
 

@@ -90,6 +90,7 @@ POSTS = {
             PlaneOp("local_response_norm", alpha=5e-5),
         ),
     ),
+    "norm of another size": (Clamp(0.0), (PlaneOp("local_response_norm", (5, 5), alpha=0.1),)),
 }
 
 

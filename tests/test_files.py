@@ -528,6 +528,22 @@ def test_structures_that_are_wrong_or_mean_harm(change, content, tmp_path, capfd
     assert "evil" not in capfd.readouterr().out
 
 
+@pytest.mark.parametrize("text", [b"", b"hello", b"GIF89a"], ids=["nothing", "text", "picture"])
+def test_a_file_that_is_none_of_torch(text, tmp_path):
+    (tmp_path / "net.spp").write_bytes(text)
+    refused(tmp_path / "net.spp", "`path` .* must be a file that `save_compact` wrote; it is none")
+
+
+@pytest.mark.parametrize("kernel", [(2, 2), (3, 5)])
+def test_a_norm_is_square_and_odd(kernel, tmp_path):
+    op = PlaneOp("local_response_norm", kernel, alpha=0.1)
+    graph = fx.Graph()
+    graph.output(graph.call_module("layer", (graph.placeholder("x"),)))
+    net = fx.GraphModule({"layer": ColumnConv2d.of(nn.Conv2d(3, 4, 3), Clamp(), (op,))}, graph)
+    with pytest.raises(ValueError, match="isn't an operation on planes"):
+        save_compact(net, tmp_path / "net.spp")
+
+
 def test_columns_must_ascend_and_exist(tmp_path):
     net, _ = make("ConvNet")
     for columns in ([5, 4], [0, 75], [-1, 2]):

@@ -1,6 +1,8 @@
 """The CPU kernels against float64 convolutions: values, gradients, and memory that isn't theirs."""
 
 import math
+import subprocess
+import sys
 import threading
 import typing
 
@@ -181,15 +183,21 @@ def plan(case: Case, t: Tensors) -> cpu.Plan:
     return cpu.Plan(t.weight, t.columns, t.bias, case.geometry, case.clamp, case.post)
 
 
+def way(case: Case, x: Tensor, out: Tensor, variant: int, threads: int) -> cpu._Way:
+    g = case.geometry
+    conv_shape = (len(x), g.filters, *g.out_size(x.shape[2], x.shape[3]))
+    return cpu._Way.of(x.shape, conv_shape, tuple(out.shape), variant, threads)
+
+
 def outputs(case: Case, t: Tensors):
     """What each variant and number of threads gives, from memory full of NaN."""
-    made, conv_size = plan(case, t), case.geometry.out_size(*case.size)
+    made = plan(case, t)
     shape = made.forward(t.x, t.residual).shape
     for variant in cpu._VARIANTS:
         for threads in THREADS:
             out = guarded(torch.full(shape, math.nan), SENTINEL)
             if out.numel():
-                made._run(t.x, t.residual, out, conv_size, (variant, threads))
+                made._run(t.x, t.residual, out, way(case, t.x, out, variant, threads))
             assert intact(out), f"variant {variant}, {threads} threads"
             yield out
 
@@ -358,7 +366,7 @@ def test_what_is_no_number_goes_where_torch_takes_it(post, value, variant, isa):
             expected = op(expected)
         assert value == -math.inf or not expected.isfinite().all()
         out = torch.zeros(expected.shape)
-        plan(case, t)._run(t.x, None, out, (10, 19), (variant, 1))
+        plan(case, t)._run(t.x, None, out, way(case, t.x, out, variant, 1))
         assert torch.equal(out.isnan(), expected.isnan())
         assert torch.equal(out.isinf(), expected.isinf())
         finite = expected.isfinite()
@@ -390,7 +398,7 @@ def test_several_python_threads_run_one_plan():
         for n in range(30):
             choice = (n % 2, 1 + n % 3)
             out = torch.full_like(expected[i], math.nan)
-            made._run(inputs[i], None, out, (20, 21), choice)
+            made._run(inputs[i], None, out, way(case, inputs[i], out, *choice))
             if not torch.equal(out, expected[i]):
                 wrong.append(choice)
 
@@ -407,7 +415,7 @@ def test_torch_says_how_many_threads(monkeypatch):
     t = tensors(case)
     made, seen, run = plan(case, t), set(), cpu.Plan._run
     monkeypatch.setattr(
-        cpu.Plan, "_run", lambda self, *args: (seen.add(args[-1][1]), run(self, *args))
+        cpu.Plan, "_run", lambda self, *args: (seen.add(args[-1].native.threads), run(self, *args))
     )
     before = torch.get_num_threads()
     try:
@@ -433,3 +441,46 @@ def test_the_way_is_chosen_once_per_size(monkeypatch):
     for x in (t.x, t.x, t.x[:1], t.x):
         made.forward(x)
     assert sizes == [(2, 4, 8, 8), (1, 4, 8, 8)]
+
+
+# Takes most of what it may allocate beforehand; then nothing is left for the kernels' own memory.
+_WITHOUT_MEMORY = """
+import itertools, resource
+import torch
+from spp_lightning.compaction import cpu
+from spp_lightning.compaction.geometry import Geometry, PlaneOp
+
+n, pool = 512, PlaneOp("max_pool", (2, 2), (2, 2))
+weight, columns = torch.zeros(4, 144), torch.arange(144, dtype=torch.int32)
+plan = cpu.Plan(weight, columns, None, Geometry(16, 4, (3, 3), padding=(1, 1)), post=(pool,))
+torch.set_num_threads(2)
+plan.forward(torch.zeros(2, 16, 8, 8))  # starts the threads
+pictures, grad_x = torch.zeros(2, 16, n, n), torch.zeros(2, 16, n, n)
+grads, out = torch.zeros(2, 4, n, n), torch.zeros(2, 4, n // 2, n // 2)
+with open("/proc/self/statm") as file:
+    used = int(file.read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (used + 2**20, used + 2**20))
+for variant, threads, batch in itertools.product((0, 1), (1, 2), (1, 2)):
+    torch.set_num_threads(threads)
+    x, grad = pictures[:batch], grads[:batch]
+    way = cpu._Way.of(x.shape, (batch, 4, n, n), (), variant, threads)
+    for run in (
+        lambda: plan._run(x, None, out, way),
+        lambda: plan._backward(grad, weight.data_ptr(), None, grad_x, (n, n)),
+        lambda: plan._backward(grad, None, x.data_ptr(), weight, (n, n)),
+    ):
+        try:
+            run()
+        except MemoryError as error:
+            print(error)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="limits a process's memory as Linux does")
+def test_running_out_of_memory_is_an_error():
+    command = [sys.executable, "-c", _WITHOUT_MEMORY]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    gradient = "There is no memory left for the gradient of a convolution.\n"
+    expected = "There is no memory left to compute a convolution.\n" + 2 * gradient
+    assert done.stdout == 8 * expected, done.stderr

@@ -132,6 +132,25 @@ def test_gradients_of_clamps_pools_and_norms_in_float64():
         torch.library.opcheck(plane_ops, inputs, test_utils=CHECKS[:3])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_a_norm_has_the_size_and_the_alpha_that_it_says(dtype):
+    op = PlaneOp("local_response_norm", (5, 5), alpha=0.3)
+    x = torch.randn(2, 3, 7, 9, dtype=dtype)
+    sums = F.unfold(x.double().square(), 5, padding=2).unflatten(1, (3, 25)).sum(2)
+    expected = x * (1 + 0.3 / 25 * sums.view(x.shape)) ** -0.75
+    for y in (op(x), plane_ops(x, -math.inf, math.inf, *pack_post([op]))):
+        torch.testing.assert_close(y.double(), expected, rtol=1e-6, atol=1e-6)
+    # Its gradient in torch's forms, and in the kernels.
+    double = x.double().requires_grad_()
+    assert torch.autograd.gradcheck(
+        lambda x: plane_ops(x, -math.inf, math.inf, *pack_post([op])), double
+    )
+    x.requires_grad_()
+    for y in (x, double):
+        plane_ops(y, -math.inf, math.inf, *pack_post([op])).square().sum().backward()
+    torch.testing.assert_close(x.grad.double(), double.grad, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("part", ["x", "weight", "bias"])
 def test_a_gradient_of_one_argument_only(part):
     place = ("x", "weight", "bias").index(part)
@@ -609,6 +628,12 @@ def test_wrong_shapes(name, value, dtype):
 
 def test_wrong_arguments_of_a_layer():
     geometry = Geometry(3, 8, (3, 3))
+    with pytest.raises(ValueError, match=r"`geometry` must be a Geometry, got 3; .*of\(conv\)"):
+        ColumnConv2d(3, 8, 3)
+    with pytest.raises(ValueError, match=r"`weight` must be a tensor, got \[1\]"):
+        ColumnConv2d(geometry, [1], columns(1))
+    with pytest.raises(ValueError, match="`columns` must be a tensor, got 3"):
+        ColumnConv2d(geometry, torch.zeros(8, 1), 3)
     with pytest.raises(ValueError, match="`weight` must be"):
         ColumnConv2d(geometry, torch.zeros(8, 2), columns(1, 2, 3))
     with pytest.raises(ValueError, match="`bias` must be"):

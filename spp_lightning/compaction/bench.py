@@ -82,8 +82,15 @@ def measure(model: nn.Module, fast: nn.Module, shape: tuple[int, ...], batch: in
     return Times(batch, min(dense_ms), compact_ms)
 
 
-def interleaved_ms(functions: Sequence[Callable[[], object]]) -> list[float]:
+def interleaved_ms(
+    functions: Sequence[Callable[[], object]], rounds: int = _ROUNDS, turn: float = _TURN
+) -> list[float]:
     """Median milliseconds of functions that take turns, so that what slows one slows all.
+
+    Args:
+        functions: What to time; each is called twice before.
+        rounds: Turns of each, at most.
+        turn: Seconds of a turn, at least; 0 for a single call.
 
     >>> short, long = interleaved_ms([lambda: None, lambda: time.sleep(0.01)])
     >>> short < 1 and 10 < long
@@ -92,17 +99,25 @@ def interleaved_ms(functions: Sequence[Callable[[], object]]) -> list[float]:
     repeats = []
     for function in functions:
         function()
+        _wait()
         start = time.perf_counter()
         function()
-        repeats.append(1 + int(_TURN / (time.perf_counter() - start + 1e-9)))
+        _wait()
+        repeats.append(1 + int(turn / (time.perf_counter() - start + 1e-9)))
     turns: list[list[float]] = [[] for _ in functions]
     start = time.perf_counter()
-    for i in range(_ROUNDS):
+    for i in range(rounds):
         if i >= _LEAST and time.perf_counter() - start > _BUDGET:
             break
         for function, count, milliseconds in zip(functions, repeats, turns, strict=True):
             begin = time.perf_counter()
             for _ in range(count):
                 function()
+            _wait()
             milliseconds.append(1000 * (time.perf_counter() - begin) / count)
     return [statistics.median(milliseconds) for milliseconds in turns]
+
+
+def _wait() -> None:
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()

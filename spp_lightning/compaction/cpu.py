@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from spp_lightning import native
-from spp_lightning.compaction.geometry import KINDS, Clamp, Geometry, PlaneOp
+from spp_lightning.compaction.geometry import KINDS, Clamp, Geometry, PlaneOp, size_after
 
 __all__ = ["Plan", "is_available", "plan_for"]
 
@@ -53,7 +53,7 @@ def _library() -> Any:
         ]
         library.spp_free.argtypes = [pointer]
         library.spp_free.restype = None
-        library.spp_forward.argtypes = [pointer] * 4 + [size] + [number] * 6
+        library.spp_forward.argtypes = [pointer] * 5
         library.spp_backward.argtypes = [pointer] * 5 + [size] + [number] * 6
         library.spp_planes.argtypes = [
             *(pointer, number, pointer, pointer, pointer, size, number, number),
@@ -82,13 +82,33 @@ def instruction_set() -> str:
     return library.spp_isa().decode() if library else "none"
 
 
+class _NativeWay(ctypes.Structure):
+    _fields_ = [("batch", ctypes.c_int64)] + [
+        (name, ctypes.c_int32)
+        for name in ("height", "width", "conv_height", "conv_width", "threads", "variant")
+    ]
+
+
 class _Way(NamedTuple):
     """How a plan computes inputs of one shape, with so many threads."""
 
     conv_shape: tuple[int, ...]
     out_shape: tuple[int, ...]
-    variant: int
-    threads: int
+    native: _NativeWay  # filled once: numbers one by one take the call three times as long
+    address: int  # of `native`
+
+    @classmethod
+    def of(
+        cls,
+        shape: Sequence[int],
+        conv_shape: tuple[int, ...],
+        out_shape: tuple[int, ...],
+        variant: int,
+        threads: int,
+    ) -> _Way:
+        batch, _, height, width = shape
+        native = _NativeWay(batch, height, width, *conv_shape[2:], threads, variant)
+        return cls(conv_shape, out_shape, native, ctypes.addressof(native))
 
 
 class Plan:
@@ -148,6 +168,7 @@ class Plan:
         )
         if not self._handle:
             raise MemoryError("There is no memory left for the weights of a convolution.")
+        self._forward = self._library.spp_forward
         self._free = weakref.finalize(self, self._library.spp_free, self._handle)
         self._num_columns = len(columns)
         self._ways: dict[tuple[int, ...], _Way] = {}  # by input shape and threads
@@ -171,7 +192,7 @@ class Plan:
         elif residual is not None:
             _check("residual", residual, way.conv_shape)
         out = torch.empty(way.out_shape, dtype=torch.float32)
-        self._run(x, residual, out, way.conv_shape[2:], (way.variant, way.threads))
+        self._run(x, residual, out, way)
         return out
 
     def backward_input(self, grad: Tensor, weight: Tensor, size: tuple[int, int]) -> Tensor:
@@ -194,26 +215,13 @@ class Plan:
         self._backward(grad, None, x.data_ptr(), out, (x.shape[2], x.shape[3]))
         return out
 
-    def _run(
-        self,
-        x: Tensor,
-        residual: Tensor | None,
-        out: Tensor,
-        conv_size: tuple[int, ...],
-        choice: tuple[int, int],
-    ) -> None:
-        variant, threads = choice
-        if not self._library.spp_forward(
+    def _run(self, x: Tensor, residual: Tensor | None, out: Tensor, way: _Way) -> None:
+        if not self._forward(
             self._handle,
+            way.address,
             x.data_ptr(),
             None if residual is None else residual.data_ptr(),
             out.data_ptr(),
-            x.shape[0],
-            x.shape[2],
-            x.shape[3],
-            *conv_size,
-            threads,
-            variant,
         ):
             raise MemoryError("There is no memory left to compute a convolution.")
 
@@ -236,21 +244,24 @@ class Plan:
         size = g.out_size(x.shape[2], x.shape[3])
         conv_shape = (len(x), g.filters, *size)
         _check_size(x.shape, conv_shape)
-        for op in self.post:
-            size = op.out_size(*size)
+        size = size_after(self.post, size)
         out = torch.empty(len(x), g.filters, *size, dtype=torch.float32)
         if residual is not None:
             _check("residual", residual, conv_shape)
         macs = math.prod(conv_shape) // g.groups * self._num_columns
         counts = [threads, 1] if threads > 1 and macs < _SMALL else [threads]
-        choices = [(variant, count) for count in counts for variant in _VARIANTS]
-        seconds = dict.fromkeys(choices, math.inf)
+        ways = [
+            _Way.of(x.shape, conv_shape, tuple(out.shape), variant, count)
+            for count in counts
+            for variant in _VARIANTS
+        ]
+        seconds = [math.inf] * len(ways)
         for _ in range(3):
-            for choice in choices:
+            for i, way in enumerate(ways):
                 start = time.perf_counter()
-                self._run(x, residual, out, conv_shape[2:], choice)
-                seconds[choice] = min(seconds[choice], time.perf_counter() - start)
-        return _Way(conv_shape, tuple(out.shape), *min(choices, key=seconds.__getitem__))
+                self._run(x, residual, out, way)
+                seconds[i] = min(seconds[i], time.perf_counter() - start)
+        return ways[seconds.index(min(seconds))]
 
 
 def _plane_ops(post: tuple[PlaneOp, ...]) -> Any:
@@ -280,10 +291,7 @@ def run_planes(x: Tensor, grad: Tensor | None, clamp: Clamp, post: tuple[PlaneOp
         The output ``(B, N, H', W')``, or the gradient ``(B, N, H, W)`` of ``x``.
     """
     batch, filters, height, width = x.shape
-    size = (height, width)
-    if grad is None:
-        for op in post:
-            size = op.out_size(*size)
+    size = (height, width) if grad is not None else size_after(post, (height, width))
     out = x.new_empty(batch, filters, *size)
     if out.numel() and not _library().spp_planes(
         *(_plane_ops(post), len(post), x.data_ptr()),

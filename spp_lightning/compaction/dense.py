@@ -140,4 +140,4 @@ def _plane_call(op: PlaneOp) -> _Call:
                 "count_include_pad": op.count_include_pad,
             },
         )
-    return local_response_norm, (), {}
+    return local_response_norm, (op.kernel_size[0], op.alpha), {}

@@ -8,6 +8,7 @@ import io
 import json
 import os
 import secrets
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -109,6 +110,11 @@ def load_compact(path: str | Path) -> fx.GraphModule:
 
 
 def _read(path: str | Path) -> tuple[str, bytes]:
+    if not zipfile.is_zipfile(path):  # as all that torch saves; it would try to unpickle others
+        raise ValueError(
+            f"`path` (={path}) must be a file that `save_compact` wrote; it is none of torch's, or"
+            " is cut short."
+        )
     try:
         content: Any = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises a different one for every way a file can be bad

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from spp_lightning.convnet import LRN_ALPHA, LRN_SIZE, local_response_norm
+from spp_lightning.convnet import local_response_norm
 
-__all__ = ["Clamp", "Geometry", "PlaneOp"]
+__all__ = ["Clamp", "Geometry", "PlaneOp", "size_after"]
 
 Pair = tuple[int, int]
 Kind = Literal["max_pool", "avg_pool", "local_response_norm"]
@@ -118,6 +118,8 @@ class PlaneOp(NamedTuple):
 
     Attributes:
         kind: What it does.
+        kernel_size: Of the window; the norm's is square and odd, and nothing but ``alpha`` beside
+            it counts there.
         alpha: Of the local response norm.
     """
 
@@ -145,7 +147,7 @@ class PlaneOp(NamedTuple):
                 self.ceil_mode,
                 self.count_include_pad,
             )
-        return local_response_norm(x)
+        return local_response_norm(x, self.kernel_size[0], self.alpha)
 
     def backward(self, x: Tensor, grad: Tensor) -> Tensor:
         """Gradient of its input ``x``, ``grad`` being that of its output."""
@@ -161,11 +163,11 @@ class PlaneOp(NamedTuple):
             spread: Tensor = aten.avg_pool2d_backward(grad, x, *sizes, *flags)
             return spread
         # y = x · s^(-3/4), s = 1 + α · mean(x²); the mean is its own transpose.
-        window = (LRN_SIZE, 1, LRN_SIZE // 2)
-        scale = 1 + LRN_ALPHA * F.avg_pool2d(x * x, *window)
+        window = (self.kernel_size[0], 1, self.kernel_size[0] // 2)
+        scale = 1 + self.alpha * F.avg_pool2d(x * x, *window)
         power = torch.rsqrt(scale * scale.sqrt())
         inner = F.avg_pool2d(grad * x * power / scale, *window)
-        return grad * power - 1.5 * LRN_ALPHA * x * inner
+        return grad * power - 1.5 * self.alpha * x * inner
 
     def out_size(self, height: int, width: int) -> Pair:
         """Size of the output planes."""
@@ -180,6 +182,17 @@ class PlaneOp(NamedTuple):
                 out -= 1  # the last window would start beyond the picture
             sizes.append(out)
         return sizes[0], sizes[1]
+
+
+def size_after(post: Sequence[PlaneOp], size: Pair) -> Pair:
+    """Height and width of planes of a ``size`` behind operations on them.
+
+    >>> size_after([PlaneOp("max_pool", (2, 2), (2, 2)), PlaneOp("local_response_norm")], (8, 6))
+    (4, 3)
+    """
+    for op in post:
+        size = op.out_size(*size)
+    return size
 
 
 def _pair(value: object) -> Pair:

@@ -44,7 +44,8 @@ class ColumnConv2d(nn.Module):
         post: Operations on the planes of the clamped output.
 
     Raises:
-        ValueError: If the shapes don't fit, or ``columns`` aren't ascending or don't exist.
+        ValueError: If an argument is of another type, the shapes don't fit, or ``columns`` aren't
+            ascending or don't exist.
 
     >>> conv = nn.Conv2d(3, 8, 3, padding=1)
     >>> with torch.no_grad():
@@ -70,6 +71,14 @@ class ColumnConv2d(nn.Module):
         post: tuple[PlaneOp, ...] = (),
     ) -> None:
         super().__init__()
+        if not isinstance(geometry, Geometry):
+            raise ValueError(
+                f"`geometry` must be a Geometry, got {geometry!r}; to make a layer of an nn.Conv2d,"
+                " call `ColumnConv2d.of(conv)`."
+            )
+        for name, tensor in (("weight", weight), ("columns", columns)):
+            if not isinstance(tensor, Tensor):
+                raise ValueError(f"`{name}` must be a tensor, got {tensor!r}.")
         geometry.check()
         cpu.check_columns(columns, geometry)
         shape = (geometry.filters // geometry.groups, len(columns))

@@ -11,14 +11,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.lazy import LazyModuleMixin
 
-from spp_lightning.compaction.geometry import Clamp, Geometry, PlaneOp
+from spp_lightning.compaction.geometry import KINDS, Clamp, Geometry, PlaneOp
 from spp_lightning.compaction.layer import ColumnConv2d
 from spp_lightning.compaction.payload import TensorStore
 from spp_lightning.compaction.plain import decode, encode
 
 __all__ = ["describe", "rebuild"]
-
-_POST = ("max_pool", "avg_pool", "local_response_norm")
 
 
 def describe(module: nn.Module, store: TensorStore) -> dict[str, Any]:
@@ -169,16 +167,21 @@ def _column_conv(
     ops = tuple(PlaneOp(*op) for op in post)
     for op in ops:
         if (
-            op.kind not in _POST
+            op.kind not in KINDS
             or {len(op.kernel_size), len(op.stride), len(op.padding)} != {2}
             or not _are_ints(*op.kernel_size, *op.stride, least=1)
             or not _are_ints(*op.padding, least=0)
             or any(2 * pad > size for pad, size in zip(op.padding, op.kernel_size, strict=True))
             or not all(type(flag) is bool for flag in (op.ceil_mode, op.count_include_pad))
             or type(op.alpha) is not float
+            or (op.kind == "local_response_norm" and not _is_odd_square(*op.kernel_size))
         ):
             raise ValueError(f"{op} isn't an operation on planes")
     return ColumnConv2d(g, weight, tensors["columns"], bias, Clamp(*clamp), ops)
+
+
+def _is_odd_square(height: int, width: int) -> bool:
+    return height == width and height % 2 == 1
 
 
 def _are_ints(*numbers: object, least: int) -> bool:

@@ -11,7 +11,14 @@ from torch.nn import functional as F
 from torch.nn.grad import conv2d_input, conv2d_weight
 
 from spp_lightning.compaction import cpu, triton_kernels
-from spp_lightning.compaction.geometry import KINDS, Clamp, Geometry, PlaneOp, dense_weight
+from spp_lightning.compaction.geometry import (
+    KINDS,
+    Clamp,
+    Geometry,
+    PlaneOp,
+    dense_weight,
+    size_after,
+)
 
 __all__ = [
     "column_conv2d",
@@ -203,9 +210,7 @@ def _(
     alphas: list[float],
 ) -> Tensor:
     g = _geometry(geometry)
-    size = g.out_size(x.shape[2], x.shape[3])
-    for op in _post(post, alphas):
-        size = op.out_size(*size)
+    size = size_after(_post(post, alphas), g.out_size(x.shape[2], x.shape[3]))
     return x.new_empty(x.shape[0], g.filters, *size)
 
 
@@ -323,9 +328,7 @@ def _plane_ops_in_torch(x: Tensor, low: float, high: float, ops: tuple[PlaneOp, 
 
 @plane_ops.register_fake
 def _(x: Tensor, low: float, high: float, post: list[int], alphas: list[float]) -> Tensor:
-    size = (x.shape[2], x.shape[3])
-    for op in _post(post, alphas):
-        size = op.out_size(*size)
+    size = size_after(_post(post, alphas), (x.shape[2], x.shape[3]))
     return x.new_empty(x.shape[0], x.shape[1], *size)
 
 

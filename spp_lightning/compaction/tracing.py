@@ -249,9 +249,15 @@ def as_clamp(graph: fx.GraphModule, node: Node) -> Clamp | None:
 def as_plane_op(graph: fx.GraphModule, node: Node) -> PlaneOp | None:
     """The pool or norm that a node computes plane by plane, if that is what it does."""
     module = module_of(graph, node)
-    if _calls(node, (local_response_norm,), ()):
-        return PlaneOp("local_response_norm", (LRN_SIZE, LRN_SIZE), alpha=LRN_ALPHA)
     given: dict[str, Any]
+    if _calls(node, (local_response_norm,), ()):
+        given = _arguments(node, ("x", "size", "alpha"))
+        size = given.get("size", LRN_SIZE)
+        if type(size) is not int or size % 2 == 0:
+            return None
+        return PlaneOp(
+            "local_response_norm", (size, size), alpha=float(given.get("alpha", LRN_ALPHA))
+        )
     if type(module) in (nn.MaxPool2d, nn.AvgPool2d):
         given = vars(module)
         maximum = type(module) is nn.MaxPool2d

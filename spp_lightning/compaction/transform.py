@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import copy
-import statistics
-import time
 import warnings
-from collections.abc import Callable
 from typing import TypeGuard
 
 import torch
@@ -15,6 +12,7 @@ from torch.fx.passes.shape_prop import ShapeProp
 from torch.utils._pytree import tree_leaves
 
 from spp_lightning.compaction import cpu
+from spp_lightning.compaction.bench import interleaved_ms
 from spp_lightning.compaction.channels import (
     absorb_constants,
     fold_batch_norms,
@@ -30,6 +28,7 @@ from spp_lightning.masking import is_masked
 
 __all__ = ["compact"]
 
+_ROUNDS = 5  # of a timing: it is repeated for many layers
 _SURELY_FASTER = 0.5  # share of kept weights up to which the dense layer needn't be timed
 
 
@@ -263,8 +262,8 @@ def _pays(conv: nn.Conv2d, layer: ColumnConv2d, chain: Chain) -> bool:
         return y
 
     with torch.no_grad():
-        seconds = _interleaved_seconds([dense, lambda: layer(x, residual)])
-    return seconds[1] < seconds[0]
+        dense_ms, compact_ms = interleaved_ms([dense, lambda: layer(x, residual)], _ROUNDS, turn=0)
+    return compact_ms < dense_ms
 
 
 def _is_surely_faster(graph: fx.GraphModule) -> bool:
@@ -278,32 +277,15 @@ def _faster(compacted: nn.Module, original: nn.Module, inputs: tuple[Tensor, ...
     """The compact network, or a copy of the original one where that is faster."""
     dense = copy.deepcopy(original).eval()
     with torch.no_grad():
-        seconds = _interleaved_seconds([lambda: dense(*inputs), lambda: compacted(*inputs)])
-    if seconds[1] <= seconds[0]:
+        dense_ms, compact_ms = interleaved_ms(
+            [lambda: dense(*inputs), lambda: compacted(*inputs)], _ROUNDS, turn=0
+        )
+    if compact_ms <= dense_ms:
         return compacted
     warnings.warn(
         "The network has too few pruned columns for a compact one to be faster:"
-        f" {seconds[0] * 1e3:.3f} ms dense, {seconds[1] * 1e3:.3f} ms compact for the example"
+        f" {dense_ms:.3f} ms dense, {compact_ms:.3f} ms compact for the example"
         " input. It stays dense.",
         stacklevel=3,
     )
     return dense
-
-
-def _interleaved_seconds(functions: list[Callable[[], Tensor]], rounds: int = 5) -> list[float]:
-    times: list[list[float]] = [[] for _ in functions]
-    for function in functions:
-        function()
-        _wait()
-    for _ in range(rounds):
-        for function, seconds in zip(functions, times, strict=True):
-            start = time.perf_counter()
-            function()
-            _wait()
-            seconds.append(time.perf_counter() - start)
-    return [statistics.median(seconds) for seconds in times]
-
-
-def _wait() -> None:
-    if torch.cuda.is_initialized():
-        torch.cuda.synchronize()

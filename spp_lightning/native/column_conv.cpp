@@ -129,14 +129,11 @@ SPP_EXPORT void* spp_plan(const spp::Geometry* geometry, const int32_t* columns,
 
 SPP_EXPORT void spp_free(void* plan) { delete static_cast<spp::Plan*>(plan); }
 
-SPP_EXPORT int32_t spp_forward(const void* plan, const float* input, const float* residual,
-                               float* output, int64_t batch, int32_t height, int32_t width,
-                               int32_t conv_height, int32_t conv_width, int32_t threads,
-                               int32_t variant) {
+SPP_EXPORT int32_t spp_forward(const void* plan, const spp::Way* way, const float* input,
+                               const float* residual, float* output) {
   try {
-    spp::chosen.kernels->forward({static_cast<const spp::Plan*>(plan), input, residual, output,
-                                  batch, height, width, conv_height, conv_width, threads,
-                                  variant});
+    spp::chosen.kernels->forward(
+        {*way, static_cast<const spp::Plan*>(plan), input, residual, output});
     return 1;
   } catch (const std::exception&) {
     return 0;

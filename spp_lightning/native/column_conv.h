@@ -17,7 +17,7 @@ constexpr int kBlock = 4;  // filters that a kernel computes together
 // What happens to each plane of the convolution's output before it is stored.
 enum class PostKind : int32_t { kMaxPool = 0, kAveragePool = 1, kLocalResponseNorm = 2 };
 
-// One operation on a plane. The same layout is declared in native.py.
+// One operation on a plane. The same layout is declared in cpu.py.
 struct PostOp {
   PostKind kind;
   int32_t kernel[2], stride[2], padding[2];
@@ -65,17 +65,21 @@ struct Plan {
   int32_t group_columns(int32_t g) const { return group_start[g + 1] - group_start[g]; }
 };
 
+// How a plan computes inputs of one shape. The same layout is declared in cpu.py.
+struct Way {
+  int64_t batch;
+  int32_t height, width;            // of the input
+  int32_t conv_height, conv_width;  // of the convolution's output, before the post operations
+  int32_t threads;
+  int32_t variant;  // 0: pack the kept columns of a tile of pixels first; 1: read them in place
+};
+
 // One pass over a batch.
-struct Pass {
+struct Pass : Way {
   const Plan* plan;
   const float* input;
   const float* residual;  // added before the clamp, in the output's shape; may be null
   float* output;
-  int64_t batch;
-  int32_t height, width;          // of the input
-  int32_t conv_height, conv_width;  // of the convolution's output, before the post operations
-  int32_t threads;
-  int32_t variant;  // 0: pack the kept columns of a tile of pixels first; 1: read them in place
 };
 
 // One backward pass over a batch, for the gradient of the input or of the weights.

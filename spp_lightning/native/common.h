@@ -2,9 +2,11 @@
 #pragma once
 
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <cstring>
 #include <limits>
+#include <new>
 
 #ifdef _OPENMP
 #include <omp.h>
@@ -34,6 +36,27 @@ class Buffer {
  private:
   AlignedFloats memory_;
   size_t size_ = 0;
+};
+
+// Runs the parts of a job that may run out of memory. An exception that leaves an OpenMP region ends
+// the process: it is kept until all threads are done.
+class Attempt {
+ public:
+  template <typename Part>
+  void run(const Part& part) {
+    try {
+      part();
+    } catch (const std::bad_alloc&) {
+      failed_.store(true);
+    }
+  }
+
+  void finish() const {
+    if (failed_.load()) throw std::bad_alloc();
+  }
+
+ private:
+  std::atomic<bool> failed_{false};
 };
 
 inline int thread_index() {
