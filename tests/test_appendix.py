@@ -165,6 +165,8 @@ def test_report_sets_our_numbers_beside_the_papers():
             *(line(BASELINE, accuracy, seed) for seed, accuracy in enumerate((80.0, 82.0))),
             *(line(DEFAULT, accuracy, seed) for seed, accuracy in enumerate((79.0, 82.0))),
             line(CONTROL, 83.0),
+            line(replace(DEFAULT, speedup=10), 60.0),
+            line(replace(DEFAULT, speedup=10, masking="scale"), 61.5),
             line(PLAIN_L1, 70.0, curve=[[0, 0.0, 0.0, 0.0], [5, 0.75, 0.75, 0.75]]),
         ]
     )
@@ -176,5 +178,8 @@ def test_report_sets_our_numbers_beside_the_papers():
     # Halfway the three layers are apart by a standard deviation of 20.4 points, for half the time.
     assert "| ranks | 10.1 ± 0.0 | 50.0 ± 0.0 | 80.5 ± 2.1 | 81.2 |" in text
     assert "| plain L1 | 0.0 | 0.0 | 70.0 | 80.7 |" in text
+    assert "| A = 0.05, u = 0.25 | 75 | 13,500 | 13,000 | +3.8 % | 80.5 ± 2.1 | 81.2 |" in text
+    assert "| the method's own | 60.0 | 20.0 |  |" in text
+    assert "| scaled by 1 - p, not sampled | 61.5 | 18.5 | +1.5 |" in text
     assert layer_spread([[0, 0.0, 0.0], [1, 0.75, 0.75]]) == (0.0, 0.0)
     assert "Nothing measured yet" in report(SCHEDULES["full"], Results([]), [])
