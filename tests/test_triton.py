@@ -6,6 +6,7 @@ of their own, and each is reported by a test of its own. A second process compil
 a GPU, since the interpreter takes things that the compiler doesn't.
 """
 
+import importlib
 import importlib.util
 import json
 import math
@@ -13,6 +14,7 @@ import os
 import subprocess
 import sys
 import traceback
+import types
 import typing
 from pathlib import Path
 
@@ -20,7 +22,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-KERNELS = Path(__file__).parents[1] / "spp_lightning" / "compaction" / "triton_kernels.py"
+ROOT = Path(__file__).parents[1]
+PACKAGE = "spp_lightning.compaction.gpu"
 TOLERANCE = {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}  # of ‖out‖
 
 
@@ -83,16 +86,16 @@ OTHERS = [
     "long sums",
     "table, padding",
 ]
-KERNEL_NAMES = (
-    "make_table",
-    "forward",
-    "transposed_product",
-    "gather_input",
-    "make_pixels",
-    "weight_gradient",
-)
+KERNELS = {  # and the modules that launch them
+    "make_table": "tables",
+    "forward": "forward",
+    "transposed_product": "backward_input",
+    "gather_input": "backward_input",
+    "make_pixels": "backward_weight",
+    "weight_gradient": "backward_weight",
+}
 LAYOUTS = (("first", "float16"), ("last", "float32"))
-COMPILED = [f"{kernel}, {layout}, {dtype}" for layout, dtype in LAYOUTS for kernel in KERNEL_NAMES]
+COMPILED = [f"{kernel}, {layout}, {dtype}" for layout, dtype in LAYOUTS for kernel in KERNELS]
 
 needs_triton = pytest.mark.skipif(
     importlib.util.find_spec("triton") is None, reason="triton has no wheels for this platform"
@@ -133,13 +136,17 @@ def report(mode: str, **variables: str) -> dict[str, str]:
 
 
 def load_kernels() -> typing.Any:
-    # By its path: importing the package would import Lightning, which takes longer than the tests.
-    spec = importlib.util.spec_from_file_location("triton_kernels", KERNELS)
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["triton_kernels"] = module
-    spec.loader.exec_module(module)
-    return module
+    """Import the kernels' package, anew, from this checkout.
+
+    The packages that it is in are left empty: they would import Lightning, which takes longer than
+    the tests.
+    """
+    for name in [name for name in sys.modules if name.startswith(PACKAGE)]:
+        del sys.modules[name]
+    for name in ("spp_lightning", "spp_lightning.compaction"):
+        package = sys.modules[name] = types.ModuleType(name)
+        package.__path__ = [str(ROOT.joinpath(*name.split(".")))]
+    return importlib.import_module(PACKAGE)
 
 
 def relative(result: torch.Tensor, expected: torch.Tensor) -> float:
@@ -220,11 +227,12 @@ def check_other(tk: typing.Any, name: str) -> None:
     columns = torch.tensor([0, 4, 16], dtype=torch.int32)
     geometry = ((3, 3), (1, 1), (1, 1), (1, 1), 1)
     if name == "importable without triton":
-        triton, sys.modules["triton"] = sys.modules["triton"], None
+        modules = dict(sys.modules)
+        sys.modules["triton"] = None
         try:
             assert not load_kernels().is_available()
         finally:
-            sys.modules["triton"] = triton
+            sys.modules.update(modules)
         assert tk.is_available()
     elif name == "refuses":
         with pytest.raises(TypeError, match=r"got torch\.float64"):
@@ -238,9 +246,10 @@ def check_other(tk: typing.Any, name: str) -> None:
         y = tk.column_conv2d(x, weight, columns, None, *geometry, clamp=(0.0, 1.0))
         assert y[0, 0].isnan().nonzero().tolist() == [[2, 2], [3, 3]]
     elif name == "long sums":  # the weight's gradient from several shares, the input's in chunks
-        tk._CACHED = 2000
-        tk._PROGRAMS = 8
-        check(tk, Case(channels=2, size=(16, 18), batch=8))
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(tk.backward_input, "_CACHED", 2000)
+            patch.setattr(tk.backward_weight, "_PROGRAMS", 8)
+            check(tk, Case(channels=2, size=(16, 18), batch=8))
     elif name == "table, padding":
         table = tk.column_table(columns, x, (3, 3), (1, 1))
         assert table[:, :4].tolist() == [
@@ -322,10 +331,11 @@ def compile_all() -> dict[str, str]:
                 compile = self.kernel.fn.warmup
             compiled[self.name] = failure(lambda: compile(*arguments, **options, grid=(1,)))
 
-    real = {kernel: getattr(tk, f"_{kernel}") for kernel in KERNEL_NAMES}
+    modules = {kernel: getattr(tk, module) for kernel, module in KERNELS.items()}
+    real = {kernel: getattr(module, f"_{kernel}") for kernel, module in modules.items()}
     for layout, dtype in LAYOUTS:
-        for kernel in KERNEL_NAMES:
-            setattr(tk, f"_{kernel}", Compiler(real[kernel], f"{kernel}, {layout}, {dtype}"))
+        for kernel, module in modules.items():
+            setattr(module, f"_{kernel}", Compiler(real[kernel], f"{kernel}, {layout}, {dtype}"))
         form = torch.channels_last if layout == "last" else torch.contiguous_format
         x = torch.randn(2, 32, 8, 8).to(getattr(torch, dtype)).contiguous(memory_format=form)
         columns = torch.arange(0, 32 * 9, 2, dtype=torch.int32)

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.grad import conv2d_input, conv2d_weight
 
-from spp_lightning.compaction import cpu, triton_kernels
+from spp_lightning.compaction import cpu, gpu
 from spp_lightning.compaction.geometry import (
     KINDS,
     Clamp,
@@ -159,8 +159,8 @@ def _compute(
         residual = None if residual is None else residual.float().contiguous()
         plan = cpu.plan_for(weight, columns, bias, geometry, clamp, post)
         return plan.forward(x, residual).to(dtype)
-    if x.is_cuda and x.dtype != torch.float64 and triton_kernels.is_available():
-        y = triton_kernels.column_conv2d(
+    if x.is_cuda and x.dtype != torch.float64 and gpu.is_available():
+        y = gpu.column_conv2d(
             x, weight, columns, bias, *geometry[2:], residual=residual, clamp=clamp
         )
     else:
@@ -237,13 +237,11 @@ def _backward_op(
         if for_weight:
             grad_weight = plan.backward_weight(dy, x.float().contiguous()).to(weight.dtype)
         return grad_x, grad_weight
-    if x.is_cuda and x.dtype != torch.float64 and triton_kernels.is_available():
+    if x.is_cuda and x.dtype != torch.float64 and gpu.is_available():
         if for_input:
-            grad_x = triton_kernels.column_conv2d_backward_input(
-                grad, weight, columns, tuple(x.shape), *g[2:]
-            )
+            grad_x = gpu.column_conv2d_backward_input(grad, weight, columns, tuple(x.shape), *g[2:])
         if for_weight:
-            grad_weight = triton_kernels.column_conv2d_backward_weight(grad, x, columns, *g[2:])
+            grad_weight = gpu.column_conv2d_backward_weight(grad, x, columns, *g[2:])
         return grad_x, grad_weight
     dense = dense_weight(weight, columns, g).to(x.dtype)
     conv = (g.stride, g.padding, g.dilation, g.groups)
