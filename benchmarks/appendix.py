@@ -13,13 +13,13 @@ the lines.
 from __future__ import annotations
 
 import argparse
-import os
 import signal
 import sys
 from pathlib import Path
 
 import report
 import torch
+from filelock import FileLock, Timeout
 from reproduction import lines
 from reproduction.jobs import finish
 from reproduction.rows import ALL_TABLES, BASELINE, CONTROL, Configuration
@@ -49,17 +49,29 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.seeds < 1:
         parser.error(f"`--seeds` must be at least 1, got {arguments.seeds}.")
-    jobs = arguments.jobs or (4 if torch.cuda.is_available() else 1)
+    jobs = arguments.jobs
+    if jobs is None:
+        jobs = 4 if torch.cuda.is_available() else 1
     if jobs < 1:
         parser.error(f"`--jobs` must be at least 1, got {jobs}.")
 
+    folder = ROOT / "runs" / "appendix"
+    folder.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder / f"{arguments.schedule}.lock", timeout=0):
+        run(arguments, jobs, folder, parser)
+
+
+def run(
+    arguments: argparse.Namespace, jobs: int, folder: Path, parser: argparse.ArgumentParser
+) -> None:
+    """Run what has no line yet, as the only one to do so."""
     path = report.lines_path(arguments.schedule)
     finished = {
         (Configuration.from_dict(line["configuration"]), line["seed"]) for line in lines.read(path)
     }
     schedule = SCHEDULES[arguments.schedule]
     runs = [
-        Run(ROOT / "runs" / "appendix", arguments.data, schedule, row, seed)
+        Run(folder, arguments.data.absolute(), schedule, row, seed)
         for seed in range(arguments.seeds)  # so that a whole seed is there before the next begins
         for row in wanted(arguments.only)
         if (row, seed) not in finished
@@ -81,7 +93,10 @@ def main() -> None:
             lines.append(path, line)
 
     if runs:
-        CIFAR10DataModule(arguments.data).prepare_data()  # downloaded and decoded here, once
+        try:
+            CIFAR10DataModule(arguments.data).prepare_data()  # downloaded and decoded here, once
+        except (FileNotFoundError, ValueError) as error:
+            parser.error(f"`--data` must hold CIFAR-10: {error}")
     # Ended by a signal, the processes of the runs end, too.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     stages = iter([baselines, others])
@@ -95,5 +110,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    os.chdir(ROOT)
-    main()
+    try:
+        main()
+    except Timeout:
+        sys.exit("Another process is at work on this schedule; wait for it, or stop it.")

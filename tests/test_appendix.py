@@ -74,7 +74,7 @@ def test_a_run_that_stops_goes_on_where_it_was(run, row, monkeypatch):
     monkeypatch.setattr(Run, "_pruning", pruning)
     stopped.train()
     assert same(whole.network().state_dict(), stopped.network().state_dict())
-    ours, theirs = whole.line(), stopped.line()
+    ours, theirs = whole.line({}), stopped.line({})
     for line in (ours, theirs):
         assert line.pop("seconds") > 0
     assert ours == theirs
@@ -147,6 +147,7 @@ def line(row, accuracy, seed=0, **more):
         "accuracy": accuracy,
         "updates": 75,
         "curve": [[0, 0.0, 0.0, 0.0], [6, 0.5, 0.25, 0.75], [12, 0.75, 0.75, 0.75]],
+        "sparsity": {"conv1": 0.76, "conv2": 0.9, "conv3": 0.9},
         "conv_macs": 1,
         "conv_macs_dense": 4,
         "seconds": 1.0,
@@ -165,6 +166,9 @@ def test_report_sets_our_numbers_beside_the_papers():
             *(line(BASELINE, accuracy, seed) for seed, accuracy in enumerate((80.0, 82.0))),
             *(line(DEFAULT, accuracy, seed) for seed, accuracy in enumerate((79.0, 82.0))),
             line(CONTROL, 83.0),
+            line(replace(DEFAULT, A=0.01), 50.0, sparsity={"conv1": 0.76, "conv2": 0.74}),
+            line(replace(DEFAULT, A=0.1), 79.5, baseline_accuracy=81.0, updates=39),
+            line(replace(DEFAULT, speedup=2), 80.0, baseline_accuracy=81.0),
             line(replace(DEFAULT, speedup=10), 60.0),
             line(replace(DEFAULT, speedup=10, masking="scale"), 61.5),
             line(PLAIN_L1, 70.0, curve=[[0, 0.0, 0.0, 0.0], [5, 0.75, 0.75, 0.75]]),
@@ -174,7 +178,14 @@ def test_report_sets_our_numbers_beside_the_papers():
     assert "| baseline | 81.0 ± 1.4 | 81.5 |" in text
     assert "| L1, 4× | 80.5 ± 2.1 | 81.2 | 0.5 ± 0.7 | 0.3 | 4.0 |" in text
     assert "| t = 180 | 75 | 13,500 | 13,300 | +1.5 % | 80.5 ± 2.1 | 81.2 |" in text
-    assert "| A = 0.1 |  |  | 7,000 |  | not measured | 81.2 |" in text
+    assert "| A = 0.1 | 39 | 7,020 | 7,000 | +0.3 % | 79.5 | 81.2 |" in text
+    assert (
+        "| A = 0.01 (target not reached) | 75 | 13,500 | 66,000 | -79.5 % | 50.0 | 81.2 |" in text
+    )
+    assert "2 of 2 cells within 6 %. Accuracies from 79.50 to 80.50 %." in text
+    assert "| A = 0.075 |  |  | 9,000 |  | not measured | 81.3 |" in text
+    # Against the baseline that it started from, not the one that has a line.
+    assert "| L1, 2× | 80.0 | 81.7 | 1.0 | -0.2 | 3.0 |" in text
     # Halfway the three layers are apart by a standard deviation of 20.4 points, for half the time.
     assert "| ranks | 10.1 ± 0.0 | 50.0 ± 0.0 | 80.5 ± 2.1 | 81.2 |" in text
     assert "| plain L1 | 0.0 | 0.0 | 70.0 | 80.7 |" in text

@@ -14,6 +14,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from reproduction.rows import BASELINE
 from reproduction.training import SAY_EVERY, Run
 
 __all__ = ["JobError", "finish"]
@@ -21,6 +22,13 @@ __all__ = ["JobError", "finish"]
 
 class JobError(RuntimeError):
     """A run ended without a result."""
+
+
+def cores() -> int:
+    """Cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def finish(
@@ -47,19 +55,24 @@ def finish(
         The errors of the runs that failed.
     """
     lock = threading.Lock()
+    stopping = threading.Event()
     failed: list[JobError] = []
     started: set[subprocess.Popen[str]] = set()
     bar = tqdm(total=total_steps, unit="step", smoothing=0, dynamic_ncols=True)
 
     def one(run: Run) -> None:
         done = 0
+        if run.configuration != BASELINE and not run.baseline.final.is_file():
+            raise JobError(f"{run.folder.name} can't start: its baseline isn't there")
         run.folder.mkdir(parents=True, exist_ok=True)
         with (run.folder / "log.txt").open("a") as log:
-            process = _start(run, log, max(1, (os.cpu_count() or 1) // jobs), compiled)
+            process = _start(run, log, max(1, cores() // jobs), compiled)
             started.add(process)
+            if stopping.is_set():
+                process.terminate()
             line = None
             for text in process.stdout or ():
-                message = json.loads(text) if text.startswith("{") else {}
+                message = _message(text)
                 line = message.get("line", line)
                 if "step" in message:
                     with lock:
@@ -89,10 +102,20 @@ def finish(
                     elif error is not None:
                         raise error
         finally:
+            stopping.set()
             pool.shutdown(wait=False, cancel_futures=True)
             for process in list(started):
                 process.terminate()
     return failed
+
+
+def _message(text: str) -> dict[str, Any]:
+    """What a run says in a line; nothing, if a library has written it."""
+    try:
+        message = json.loads(text)
+    except json.JSONDecodeError:
+        return {}
+    return message if isinstance(message, dict) else {}
 
 
 def _start(run: Run, log: Any, threads: int, compiled: bool) -> subprocess.Popen[str]:
@@ -108,7 +131,7 @@ def _start(run: Run, log: Any, threads: int, compiled: bool) -> subprocess.Popen
         stdout=subprocess.PIPE,
         stderr=log,
         text=True,
-        env={**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONPATH": os.pathsep.join(path)},
+        env={"OMP_NUM_THREADS": str(threads), **os.environ, "PYTHONPATH": os.pathsep.join(path)},
     )
     assert process.stdin is not None
     with process.stdin:

@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from reproduction.rows import BASELINE, CONTROL, Configuration
+from reproduction.rows import BASELINE, Configuration
 
 __all__ = ["Results", "Sample", "layer_spread", "on_grid"]
 
@@ -65,9 +65,15 @@ class Results:
 
     def drop(self, row: Configuration, reference: Configuration = BASELINE) -> Sample | None:
         """What each seed's accuracy lost to that seed's baseline, in points."""
-        bases = self.lines.get(reference, {})
-        pairs = [(bases[line["seed"]], line) for line in self.of(row) if line["seed"] in bases]
-        values = tuple(base["accuracy"] - line["accuracy"] for base, line in pairs)
+        bases = {seed: line["accuracy"] for seed, line in self.lines.get(reference, {}).items()}
+        if reference == BASELINE:  # the one that a run started from, should there be several
+            bases |= {
+                line["seed"]: line["baseline_accuracy"]
+                for line in self.of(row)
+                if "baseline_accuracy" in line
+            }
+        found = [line for line in self.of(row) if line["seed"] in bases]
+        values = tuple(bases[line["seed"]] - line["accuracy"] for line in found)
         return Sample(values) if values else None
 
     def pruning_iterations(self, row: Configuration) -> Sample | None:
@@ -75,15 +81,19 @@ class Results:
         values = tuple(line["updates"] * row.interval for line in self.of(row))
         return Sample(values) if values else None
 
+    def finished(self, row: Configuration) -> bool:
+        """Whether all runs of a configuration pruned all they were to prune."""
+        shares = dict(row.ratios or ())
+        return all(
+            share >= shares.get(name, 1 - 1 / row.speedup) - 1e-9
+            for line in self.of(row)
+            for name, share in line["sparsity"].items()
+        )
+
     @property
     def every_line(self) -> list[Line]:
         """All lines."""
         return [line for seeds in self.lines.values() for line in seeds.values()]
-
-    @property
-    def has_control(self) -> bool:
-        """Whether a baseline was trained on without pruning."""
-        return CONTROL in self.lines
 
 
 def on_grid(curve: Sequence[Sequence[float]], points: int = 101) -> list[list[float]]:

@@ -121,13 +121,12 @@ class Run:
         os.replace(self.folder / "final.tmp", self.final)
         last.unlink(missing_ok=True)
 
-    def line(self) -> dict[str, Any]:
-        """The finished run in numbers."""
+    def line(self, depends_on: dict[str, Any]) -> dict[str, Any]:
+        """The finished run in numbers, with what they depend on."""
         checkpoint = torch.load(self.final, map_location="cpu", weights_only=True)
         record = checkpoint["callbacks"]["Record"]
         pruning = checkpoint["callbacks"].get("SPPCallback", {}).get("pruner", {})
         net = self.network()
-        accuracy = self._accuracy(net)
         weights = {name: layer.weight.detach() for name, layer in convolutions(net).items()}
         dense = count_macs(ConvNet(), net.example_input_array)
         left = count_macs(net, net.example_input_array)
@@ -141,7 +140,8 @@ class Run:
             "configuration": self.configuration.as_dict(),
             "schedule": self.schedule.name,
             "seed": self.seed,
-            "accuracy": accuracy,
+            "accuracy": self._accuracy(net),
+            "baseline_accuracy": self._accuracy(self.baseline.network()),
             "updates": pruning.get("num_updates"),
             "pruning_iterations": pruning.get("num_updates", 0) * interval if pruning else None,
             "sparsity": {
@@ -154,7 +154,7 @@ class Run:
             "steps": self.steps,
             "precision": self.schedule.precision,
             "seconds": round(record["seconds"], 1),
-            **context(self.data),
+            **depends_on,
         }
 
     def _module(self) -> ConvNet:
@@ -334,9 +334,10 @@ def main() -> None:
     runs, data, schedule, seed, mode = sys.argv[1:]
     configuration = Configuration.from_dict(json.load(sys.stdin))
     run = Run(Path(runs), Path(data), SCHEDULES[schedule], configuration, int(seed))
+    depends_on = context(run.data)  # now: the code that is loaded may be another one's at the end
     if not run.final.is_file():
         run.train(mode == "compiled")
-    print(json.dumps({"line": run.line()}), flush=True)
+    print(json.dumps({"line": run.line(depends_on)}), flush=True)
 
 
 if __name__ == "__main__":
