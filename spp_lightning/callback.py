@@ -274,7 +274,7 @@ class SPPCallback(Callback):
             return
         needed = pruner.expected_steps - self._step
         rank_zero_info(
-            f"SPP takes at least {pruner.expected_updates} updates, so {pruner.expected_steps}"
+            f"SPP takes about {pruner.expected_updates} updates, so {pruner.expected_steps}"
             f" steps in all, to its target; {self._step} steps are done."
         )
         remaining = trainer.estimated_stepping_batches - trainer.global_step
@@ -285,6 +285,6 @@ class SPPCallback(Callback):
             smaller = f", or take a smaller `interval` than {pruner.settings.interval}"
             advice = "" if self._step else smaller  # a resumed run must keep its settings
             rank_zero_warn(
-                f"SPP takes at least {needed} more steps to its target, but the Trainer stops after"
+                f"SPP takes about {needed} more steps to its target, but the Trainer stops after"
                 f" {remaining}. Fit longer{advice}."
             )
