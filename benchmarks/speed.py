@@ -12,7 +12,8 @@ medians over the turns. Columns are drawn at random, and every output is compare
 
 Parts: ``layers`` (3×3 of VGG and ResNet, batch 1 and 8), ``pointwise`` (1×1), ``networks``,
 ``training`` (a step of the compact ConvNet against one of the dense one). ``--save`` adds the rows
-to ``benchmarks/results/speed.json``, replaces those of the same name, and writes ``speed.md``.
+to ``benchmarks/results/speed_ISA.json``, where ISA is the kernels' instruction set, replaces those of
+the same name, and writes the Markdown beside it.
 """
 
 from __future__ import annotations
@@ -58,6 +59,7 @@ LAYERS = (
     *((64, 64, 3, 56), (128, 128, 3, 28), (256, 256, 3, 14)),
 )
 POINTWISE = ((256, 64, 1, 56), (64, 256, 1, 56), (512, 128, 1, 28), (1024, 256, 1, 14))
+INSTRUCTION_SETS = ("avx512", "avx2", "base", "none")
 MIN_SECONDS = 0.02  # of the timed calls of a turn
 PAUSE = 0.01  # seconds before a turn, in which the last contender's threads fall asleep
 
@@ -73,10 +75,12 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8], help="of the layers")
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--save", action="store_true")
-    parser.add_argument("--report", action="store_true", help="only write speed.md anew")
+    parser.add_argument("--report", action="store_true", help="only write the Markdown anew")
     options = parser.parse_args(argv)
     if options.report:
-        write_report(json.loads((RESULTS / "speed.json").read_text()))
+        for file in (_file(name) for name in INSTRUCTION_SETS):
+            if file.is_file():
+                write_report(json.loads(file.read_text()), file)
         return 0
     warnings.filterwarnings("ignore")  # of the exporters and of torch.compile
     rows = []
@@ -349,14 +353,18 @@ def line(row: dict[str, Any]) -> str:
 
 
 def save(row: dict[str, Any]) -> None:
-    """Add a row to the results, in the place of an older one of its name."""
-    file = RESULTS / "speed.json"
+    """Add a row to the results of its instruction set, in the place of an older one of its name."""
+    file = _file(row["context"]["instruction set"])
     rows = json.loads(file.read_text()) if file.is_file() else []
     same = (row["name"], row["threads"])
     rows = [old for old in rows if (old["name"], old["threads"]) != same] + [row]
     rows.sort(key=lambda x: (x["threads"], x["name"]))
     file.write_text(json.dumps(rows, indent=1, ensure_ascii=False) + "\n")
-    write_report(rows)
+    write_report(rows, file)
+
+
+def _file(instruction_set: str) -> Path:
+    return RESULTS / f"speed_{instruction_set}.json"
 
 
 def summary(rows: list[dict[str, Any]]) -> Iterator[str]:
@@ -376,8 +384,8 @@ def summary(rows: list[dict[str, Any]]) -> Iterator[str]:
                 yield f"| {kernel}, {len(chosen)} shapes | {threads} | {' | '.join(cells)} |"
 
 
-def write_report(rows: list[dict[str, Any]]) -> None:
-    """Write ``speed.md`` from the rows."""
+def write_report(rows: list[dict[str, Any]], file: Path) -> None:
+    """Write the Markdown beside a file of rows."""
     head = "| layer or network | threads | dense | R = 0 | 0.5 | 0.75 | 0.9 | error |"
     contexts = sorted({json.dumps(x["context"], ensure_ascii=False) for x in rows})
     text = [
@@ -397,7 +405,7 @@ def write_report(rows: list[dict[str, Any]]) -> None:
         "`python benchmarks/speed.py --save`; random columns, random weights, float32; medians.",
         *(", ".join(f"{k} {v}" for k, v in json.loads(x).items()) + "." for x in contexts),
     ]
-    (RESULTS / "speed.md").write_text("\n".join(text) + "\n")
+    file.with_suffix(".md").write_text("\n".join(text) + "\n")
 
 
 if __name__ == "__main__":
