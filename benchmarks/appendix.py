@@ -84,7 +84,7 @@ def run(
         if (BASELINE, seed) not in finished or not base.final.is_file()
     ]
     others = [run for run in runs if run.configuration != BASELINE]
-    steps = sum(run.steps for run in [*baselines, *others])
+    steps = sum(run.steps for run in [*baselines, *others] if not run.final.is_file())
     print(f"{len(runs)} runs to do, {steps:,} steps; {len(finished)} are done.", flush=True)
 
     def keep(line: dict[str, object]) -> None:

@@ -12,8 +12,8 @@ medians over the turns. Columns are drawn at random, and every output is compare
 
 Parts: ``layers`` (3×3 of VGG and ResNet, batch 1 and 8), ``pointwise`` (1×1), ``networks``,
 ``training`` (a step of the compact ConvNet against one of the dense one). ``--save`` adds the rows
-to ``benchmarks/results/speed_ISA.json``, where ISA is the kernels' instruction set, replaces those of
-the same name, and writes the Markdown beside it.
+to ``benchmarks/results/speed_ISA.json``, where ISA is the kernels' instruction set, replaces those
+of the same name, and writes the Markdown beside it.
 """
 
 from __future__ import annotations

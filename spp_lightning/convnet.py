@@ -15,6 +15,7 @@ from torchmetrics.classification import MulticlassAccuracy
 __all__ = ["ConvNet"]
 
 LRN_SIZE, LRN_ALPHA = 3, 5e-5
+TEMPERATURE = 4.0  # of a teacher's answers
 
 
 def local_response_norm(x: Tensor, size: int = LRN_SIZE, alpha: float = LRN_ALPHA) -> Tensor:
@@ -58,14 +59,20 @@ class ConvNet(LightningModule):
         milestones: Optimizer steps at which the learning rate is multiplied by ``gamma``.
         gamma: Factor of the learning rate at each milestone.
         weights: A checkpoint of a ConvNet (Lightning's, or a plain state dict) to start from.
+        teacher: A checkpoint of a ConvNet whose answers are learned besides the labels, such as
+            the network before pruning. It isn't part of this network, nor of its checkpoints.
+        distillation: Share of the teacher in the training loss, in [0, 1].
         channels_last: Keep weights and activations in channels-last order, the faster one on CPUs
             and on GPUs with tensor cores. Shapes and results do not depend on it.
 
     Raises:
-        FileNotFoundError: If there is no file ``weights``.
-        ValueError: If the file ``weights`` does not hold this network.
+        FileNotFoundError: If there is no file ``weights`` or ``teacher``.
+        ValueError: If the file ``weights`` or ``teacher`` does not hold this network, or
+            ``distillation`` is outside [0, 1].
 
-    Source: the method's paper trains Caffe's ``cifar10_full`` (Wang et al., BMVC 2018).
+    Source: the method's paper trains Caffe's ``cifar10_full`` (Wang et al., BMVC 2018). The
+    teacher: Hinton, Vinyals, Dean, Distilling the knowledge in a neural network, 2015, at a
+    temperature of 4.
 
     >>> net = ConvNet()
     >>> net(torch.zeros(2, 3, 32, 32)).shape
@@ -83,11 +90,15 @@ class ConvNet(LightningModule):
         milestones: Sequence[int] = (60_000, 65_000),
         gamma: float = 0.1,
         weights: str | Path | None = None,
+        teacher: str | Path | None = None,
+        distillation: float = 0.7,
         channels_last: bool = True,
     ) -> None:
         super().__init__()
-        # A checkpoint holds its weights itself: it must load where the file `weights` is gone.
-        self.save_hyperparameters(ignore=["weights"])
+        if not 0 <= distillation <= 1:
+            raise ValueError(f"`distillation` must be in [0, 1], got {distillation!r}.")
+        # A checkpoint holds its weights itself: it must load where these files are gone.
+        self.save_hyperparameters(ignore=["weights", "teacher"])
         self.channels_last = channels_last
         self.conv1 = nn.Conv2d(3, 32, 5, padding=2)
         self.conv2 = nn.Conv2d(32, 32, 5, padding=2)
@@ -98,7 +109,12 @@ class ConvNet(LightningModule):
         self.test_acc = MulticlassAccuracy(num_classes, average="micro")
         self.example_input_array = torch.zeros(1, 3, 32, 32)
         if weights is not None:
-            self.load_state_dict(_read_weights(Path(weights), self))
+            self.load_state_dict(_read_weights(Path(weights), self, "weights"))
+        self._teacher: list[ConvNet] = []  # a list, since it isn't a part of this network
+        if teacher is not None:
+            net = ConvNet(num_classes, channels_last=channels_last)
+            net.load_state_dict(_read_weights(Path(teacher), net, "teacher"))
+            self._teacher.append(net.eval().requires_grad_(False))
         if channels_last:
             self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
@@ -126,9 +142,17 @@ class ConvNet(LightningModule):
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:  # noqa: D102
         pictures, labels = batch
-        loss = F.cross_entropy(self(pictures), labels)
+        logits = self(pictures)
+        loss = F.cross_entropy(logits, labels)
+        for teacher in self._teacher:
+            share = self.hparams["distillation"]
+            loss = (1 - share) * loss + share * _distance(logits, teacher(pictures))
         self.log("train_loss", loss)
         return loss
+
+    def on_fit_start(self) -> None:  # noqa: D102
+        for teacher in self._teacher:
+            teacher.to(self.device)
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:  # noqa: D102
         self._evaluate(batch, "val", self.val_acc)
@@ -170,16 +194,25 @@ class ConvNet(LightningModule):
         }
 
 
-def _read_weights(path: Path, net: nn.Module) -> dict[str, Tensor]:
+def _distance(logits: Tensor, answers: Tensor) -> Tensor:
+    """Kullback-Leibler divergence from a teacher's answers, of the size of a cross-entropy."""
+    soft, target = (F.log_softmax(x.float() / TEMPERATURE, 1) for x in (logits, answers))
+    divergence = F.kl_div(soft, target, reduction="batchmean", log_target=True)
+    return TEMPERATURE**2 * divergence
+
+
+def _read_weights(path: Path, net: nn.Module, argument: str) -> dict[str, Tensor]:
     if not path.is_file():
         raise FileNotFoundError(
-            f"`weights` must be a checkpoint file, but {path.absolute()} isn't a file. Train the"
-            " network that is to be pruned first, and point `weights` at its checkpoint."
+            f"`{argument}` must be a checkpoint file, but {path.absolute()} isn't a file. Train the"
+            f" network that is to be pruned first, and point `{argument}` at its checkpoint."
         )
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises a different one for every way a file can be bad
-        raise ValueError(f"`weights` (={path}) can't be read as a checkpoint: {error}") from error
+        raise ValueError(
+            f"`{argument}` (={path}) can't be read as a checkpoint: {error}"
+        ) from error
     state = content.get("state_dict", content) if isinstance(content, dict) else {}
     expected = {name: value.shape for name, value in net.state_dict().items()}
     found = {name: getattr(value, "shape", None) for name, value in state.items()}
@@ -188,7 +221,7 @@ def _read_weights(path: Path, net: nn.Module) -> dict[str, Tensor]:
             name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name)
         )
         raise ValueError(
-            f"`weights` (={path}) must hold this network, but these entries are missing, unknown or"
-            f" of another shape: {', '.join(wrong)}."
+            f"`{argument}` (={path}) must hold this network, but these entries are missing,"
+            f" unknown or of another shape: {', '.join(wrong)}."
         )
     return dict(state)

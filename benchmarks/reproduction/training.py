@@ -24,8 +24,6 @@ import torch
 import torchvision
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
-from torch import Tensor
-from torch.nn import functional as F
 
 from reproduction.rows import BASELINE, Configuration
 from reproduction.schedules import SCHEDULES, Schedule
@@ -36,7 +34,6 @@ __all__ = ["SAY_EVERY", "Run", "context"]
 
 SAVE_EVERY = 500  # steps
 SAY_EVERY = 20  # steps
-TEMPERATURE = 4.0  # of distillation
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -163,9 +160,9 @@ class Run:
             return ConvNet(milestones=milestones)
         weights = self.baseline.final
         if share := self.configuration.distillation:
-            student = Student(milestones=milestones, weights=weights)
-            student.learn_from(ConvNet(weights=weights), share)
-            return student
+            return ConvNet(
+                milestones=milestones, weights=weights, teacher=weights, distillation=share
+            )
         return ConvNet(milestones=milestones, weights=weights)
 
     def _pruning(self, net: ConvNet) -> list[Callback]:
@@ -271,36 +268,6 @@ class PruningRate(Callback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.acting = state_dict["acting"]
-
-
-class Student(ConvNet):
-    """A ConvNet that also learns a teacher's answers.
-
-    Source: Hinton, Vinyals, Dean: Distilling the knowledge in a neural network, 2015.
-    """
-
-    def learn_from(self, teacher: ConvNet, share: float) -> None:
-        """Give a trained network a share of the loss, in [0, 1). To be called before a fit."""
-        # In a list, so that it isn't part of this network: not trained, not saved, not pruned.
-        self._teacher = [teacher.eval().requires_grad_(False)]
-        self.share = share
-
-    def on_fit_start(self) -> None:
-        self._teacher[0].to(self.device)
-
-    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
-        pictures, labels = batch
-        logits = self(pictures)
-        with torch.no_grad():
-            answers = self._teacher[0](pictures)
-        soft = F.kl_div(
-            F.log_softmax(logits.float() / TEMPERATURE, 1),
-            F.log_softmax(answers.float() / TEMPERATURE, 1),
-            reduction="batchmean",
-            log_target=True,
-        )
-        hard = F.cross_entropy(logits, labels)
-        return (1 - self.share) * hard + self.share * TEMPERATURE**2 * soft
 
 
 def is_jpeg(data: Path) -> bool:
