@@ -20,8 +20,7 @@ int32_t spp_set_isa(const char*);
 void* spp_plan(const spp::Geometry*, const int32_t*, int32_t, const float*, const float*, float,
                float, const spp::PostOp*, int32_t);
 void spp_free(void*);
-int32_t spp_forward(const void*, const float*, const float*, float*, int64_t, int32_t, int32_t,
-                    int32_t, int32_t, int32_t, int32_t);
+int32_t spp_forward(const void*, const spp::Way*, const float*, const float*, float*);
 int32_t spp_backward(const void*, const float*, const float*, const float*, float*, int64_t,
                      int32_t, int32_t, int32_t, int32_t, int32_t, int32_t);
 int32_t spp_planes(const spp::PostOp*, int32_t, const float*, const float*, float*, int64_t, int32_t,
@@ -214,8 +213,8 @@ void run_case() {
   for (int variant = 0; variant < 2; ++variant)
     for (int threads = 1; threads <= 3; ++threads) {
       const Floats result = memory(y.values.size());
-      spp_forward(plan, x.get(), residual.get(), result.get(), batch, size[0], size[1], out[0],
-                  out[1], threads, variant);
+      const spp::Way way{batch, size[0], size[1], out[0], out[1], threads, variant};
+      spp_forward(plan, &way, x.get(), residual.get(), result.get());
       compare(variant ? "in place" : "panel", result, y.values, size_y);
     }
   for (int threads = 1; threads <= 2; ++threads) {

@@ -67,7 +67,9 @@ def main() -> None:
     environment = {
         **os.environ,
         "OMP_WAIT_POLICY": "passive",
-        "ASAN_OPTIONS": f"redzone={REDZONE}:detect_stack_use_after_return=1",
+        # Not stack use after return: g++ 12 then keeps AVX-512 vectors where they aren't aligned
+        # (its bug 110027), and stops at the first one.
+        "ASAN_OPTIONS": f"redzone={REDZONE}:detect_stack_use_after_return=0",
         "UBSAN_OPTIONS": "print_stacktrace=1",
     }
     commit = subprocess.run(
