@@ -78,7 +78,9 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
 
 
 @pytest.mark.parametrize("name", NETWORKS)
-def test_networks_compute_the_same(name: str) -> None:
+def test_networks_compute_the_same(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    # A busy machine might find a compact network slower, and say so.
+    monkeypatch.setattr(transform, "interleaved_ms", lambda *_, **__: [1.0, 0.5])
     torch.manual_seed(0)
     make, shape = NETWORKS[name]
     net, x = prune(make(), 0.75), torch.randn(shape)
