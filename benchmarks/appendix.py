@@ -16,6 +16,7 @@ import argparse
 import signal
 import sys
 from pathlib import Path
+from typing import Any
 
 import report
 import torch
@@ -87,8 +88,8 @@ def run(
     steps = sum(run.steps for run in [*baselines, *others] if not run.final.is_file())
     print(f"{len(runs)} runs to do, {steps:,} steps; {len(finished)} are done.", flush=True)
 
-    def keep(line: dict[str, object]) -> None:
-        key = (Configuration.from_dict(line["configuration"]), line["seed"])  # type: ignore[arg-type]
+    def keep(line: dict[str, Any]) -> None:
+        key = (Configuration.from_dict(line["configuration"]), line["seed"])
         if key not in finished:
             lines.append(path, line)
 

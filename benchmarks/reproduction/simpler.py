@@ -57,7 +57,8 @@ class Masks(Callback, ABC):
                 self.masks = self.choose(net, share)
         with torch.no_grad():
             for name, mask in self.masks.items():
-                net.get_parameter(name).mul_(mask.to(net.device))
+                self.masks[name] = mask.to(net.device)  # a checkpoint's, once
+                net.get_parameter(name).mul_(self.masks[name])
 
     def state_dict(self) -> dict[str, Any]:
         return {"done": self.done, "masks": self.masks}
