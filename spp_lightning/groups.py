@@ -113,14 +113,18 @@ class WeightGroups:
         sums = terms.sum([place[dim] for dim in dims], keepdim=True).permute(place).flatten()
         return sums if criterion == "l1" else sums.sqrt()
 
-    def zero(self, tensor: Tensor, alive: Tensor) -> None:
+    def zero(self, alive: Tensor, *tensors: Tensor) -> None:
         """Set the groups that are not alive to 0, in place.
 
         Args:
-            tensor: The weight, its gradient, or an optimizer's state of that shape.
             alive: Which groups stay, ``(count,)``, bool.
+            tensors: The weight, its gradient, an optimizer's state of that shape.
         """
         # As bits: on CPUs several times faster than masked_fill_ with a mask that is broadcast.
-        bits = _BITS[tensor.element_size()]
-        keep = alive.view(self.mask_shape).to(tensor.device, bits).neg()  # −1 has all bits set
-        self.split(tensor.detach()).view(bits).bitwise_and_(keep)
+        keep: dict[tuple[torch.device, int], Tensor] = {}
+        for tensor in tensors:
+            place = tensor.device, tensor.element_size()
+            if place not in keep:
+                bits = alive.view(self.mask_shape).to(tensor.device, _BITS[place[1]])
+                keep[place] = bits.neg_()  # −1 has all bits set
+            self.split(tensor.detach()).view(_BITS[place[1]]).bitwise_and_(keep[place])

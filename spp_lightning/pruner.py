@@ -225,13 +225,12 @@ class SPPPruner:
             return
         self._device()  # The layers must still be on one device.
         unfinished = [layer for layer in self._layers if not layer.finished]
-        moved, counts = [], []
+        new, finite = self._probability.clone(), []
         with torch.no_grad():
             for layer in unfinished:
-                old = self._probability[layer.span]
                 importance = layer.groups.importance(layer.weight, self.settings.criterion)
-                new = update_probability(
-                    old,
+                new[layer.span] = update_probability(
+                    self._probability[layer.span],
                     importance,
                     layer.ratio,
                     layer.num_pruned,
@@ -241,14 +240,16 @@ class SPPPruner:
                     self.settings.crossing,
                     self.settings.recovery,
                 )
-                moved.append(new)
-                finite = importance.amax() < math.inf  # the greatest of any and NaN is NaN
-                fell = new < old - _ROUNDING
-                counts.append(torch.stack([finite, (new >= 1).sum(), fell.sum()]))
-        # The only time the host waits for the device.
-        read = torch.stack(counts).tolist()
-        for layer, (finite, _, _) in zip(unfinished, read, strict=True):
-            if not finite:
+                finite.append(importance.amax())  # the greatest of any and NaN is NaN
+            alive = new < 1
+            fell = new < self._probability - _ROUNDING
+            counts = [
+                torch.stack([x[layer.span].sum() for layer in unfinished]) for x in (alive, fell)
+            ]
+            # The only time the host waits for the device.
+            read = torch.stack([torch.stack(finite) < math.inf, *counts]).tolist()
+        for layer, is_finite in zip(unfinished, read[0], strict=True):
+            if not is_finite:
                 raise ValueError(
                     f"The weight of layer {layer.name!r} must be finite to be pruned, but holds NaN"
                     f" or infinity at step {self._step}. Pruning is as it was after update"
@@ -256,13 +257,12 @@ class SPPPruner:
                 )
         for layer in self._layers:
             layer.num_recovered = 0
-        for layer, (_, num_pruned, num_recovered) in zip(unfinished, read, strict=True):
+        for layer, num_alive, num_recovered in zip(unfinished, *read[1:], strict=True):
             # The groups that a finished layer lets go of don't count as recovered.
-            layer.num_pruned = num_pruned
+            layer.num_pruned = layer.groups.count - num_alive
             layer.num_recovered = 0 if layer.finished else num_recovered
-        for layer, new in zip(unfinished, moved, strict=True):
-            self._probability[layer.span] = new
-        torch.lt(self._probability, 1, out=self._alive)
+        self._probability.copy_(new)
+        self._alive.copy_(alive)
         self._finished = all(layer.finished for layer in self._layers)
         self.num_updates += 1
         self._last_update = self._step
@@ -311,7 +311,7 @@ class SPPPruner:
         for layer in self._layers:
             if layer.num_pruned:
                 weight = weight_of(copy.get_submodule(layer.name))
-                layer.groups.zero(weight, self._alive[layer.span])
+                layer.groups.zero(self._alive[layer.span], weight)
 
     def attach(self) -> None:
         """Let the masks act (again), where :meth:`fold` has taken them off.
@@ -475,9 +475,8 @@ class SPPPruner:
                 optimizer.state.clear()
         for layer in self._layers:
             if layer.num_pruned:
-                alive, weight = self._alive[layer.span], layer.weight
-                for tensor in _tensors_like(weight, optimizers):
-                    layer.groups.zero(tensor, alive)
+                tensors = _tensors_like(layer.weight, optimizers)
+                layer.groups.zero(self._alive[layer.span], *tensors)
 
     def _check_attached(self) -> None:
         if not self._attached:

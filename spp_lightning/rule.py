@@ -87,11 +87,32 @@ def delta(rank: Tensor, zero_rank: float, A: float = 0.05, u: float = 0.25) -> T
     >>> delta(torch.tensor([0.0, 700.0, 710.0]), zero_rank=700.0)
     tensor([ 0.0500,  0.0000, -0.0008])
     """
-    decay = (math.log(2) - math.log(u)) / zero_rank
-    center = -math.log(u) / decay
-    rising = A * torch.exp(-decay * rank)
-    falling = 2 * u * A - A * torch.exp(-decay * (2 * center - rank))
+    decay, center = _shape(zero_rank, u)
+    rising, falling = _rising(rank, A, decay), _falling(rank, A, u, decay, center)
     return torch.where(rank <= center, rising, falling)
+
+
+def _delta_of_ranks(
+    num_ranks: int, zero_rank: float, A: float, u: float, probability: Tensor
+) -> Tensor:
+    """:func:`delta` of the ranks 0, 1, …, as many as given, each side of the inflection alone."""
+    decay, center = _shape(zero_rank, u)
+    rank = torch.arange(num_ranks, dtype=probability.dtype, device=probability.device)
+    early, late = rank.tensor_split([math.floor(center) + 1])
+    return torch.cat([_rising(early, A, decay), _falling(late, A, u, decay, center)])
+
+
+def _shape(zero_rank: float, u: float) -> tuple[float, float]:
+    decay = (math.log(2) - math.log(u)) / zero_rank
+    return decay, -math.log(u) / decay
+
+
+def _rising(rank: Tensor, A: float, decay: float) -> Tensor:
+    return A * torch.exp(-decay * rank)
+
+
+def _falling(rank: Tensor, A: float, u: float, decay: float, center: float) -> Tensor:
+    return 2 * u * A - A * torch.exp(-decay * (2 * center - rank))
 
 
 def spaced_ranks(importance: Tensor, zero_rank: float) -> Tensor:
@@ -172,10 +193,10 @@ def update_probability(
     # Groups alive in ascending order of importance: position is rank. Pruned ones sort last.
     order = ascending_order(importance, probability)[:num_alive]
     if use_rank:
-        rank = torch.arange(num_alive, dtype=probability.dtype, device=probability.device)
+        change = _delta_of_ranks(num_alive, zero_rank, A, u, probability)
     else:
         rank = spaced_ranks(importance[order].to(probability.dtype), zero_rank)
-    change = delta(rank, zero_rank, A, u)
+        change = delta(rank, zero_rank, A, u)
     if not recovery:
         change = change.clamp(min=0)
     return move(probability, order, change, target - num_pruned)

@@ -36,22 +36,27 @@ void sort(const Float* importance, const double* probability, int64_t count, int
   const auto digit = [](Key key, int d) { return key >> d * kDigit & (kValues - 1); };
   const std::unique_ptr<Item[]> memory(new Item[2 * count]);
   Item *from = memory.get(), *to = from + count;
-  const Key infinity = key_of<Key>(std::numeric_limits<Float>::infinity());
   uint32_t starts[kDigits][kValues] = {};  // how many keys have a digit, then where they go
-  for (int64_t i = 0; i < count; ++i) {
-    const Key key = key_of<Key>(importance[i]);
-    from[i] = {probability[i] >= 1 ? infinity : key, static_cast<uint32_t>(i)};
-  }
+  int64_t alive = 0;
   for (int64_t i = 0; i < count; ++i)
-    for (int d = 0; d < kDigits; ++d) ++starts[d][digit(from[i].key, d)];
-  for (int d = 0; d < kDigits && count > 0; ++d) {
-    if (starts[d][digit(from[0].key, d)] == count) continue;
+    if (!(probability[i] >= 1)) ++alive;
+  for (int64_t i = 0, next = 0, pruned = alive; i < count; ++i) {
+    if (probability[i] >= 1) {
+      order[pruned++] = i;
+      continue;
+    }
+    const Key key = key_of<Key>(importance[i]);
+    from[next++] = {key, static_cast<uint32_t>(i)};
+    for (int d = 0; d < kDigits; ++d) ++starts[d][digit(key, d)];
+  }
+  for (int d = 0; d < kDigits && alive > 0; ++d) {
+    if (starts[d][digit(from[0].key, d)] == alive) continue;
     uint32_t start = 0;
     for (uint32_t& keys : starts[d]) start += std::exchange(keys, start);
-    for (int64_t i = 0; i < count; ++i) to[starts[d][digit(from[i].key, d)]++] = from[i];
+    for (int64_t i = 0; i < alive; ++i) to[starts[d][digit(from[i].key, d)]++] = from[i];
     std::swap(from, to);
   }
-  for (int64_t i = 0; i < count; ++i) order[i] = from[i].group;
+  for (int64_t i = 0; i < alive; ++i) order[i] = from[i].group;
 }
 
 }  // namespace
