@@ -47,6 +47,7 @@ class Case(typing.NamedTuple):
     clamp: Clamp = Clamp()
     post: tuple[PlaneOp, ...] = ()
     seed: int = 0
+    dtype: torch.dtype = torch.float32
 
 
 def pair(low, high):
@@ -137,7 +138,7 @@ def tensors(case: Case) -> Tensors:
     g, generator = case.geometry, torch.Generator().manual_seed(case.seed)
 
     def normal(*shape):
-        return torch.randn(shape, generator=generator)
+        return torch.randn(shape, generator=generator).to(case.dtype)
 
     out = (case.batch, g.filters, *g.out_size(*case.size))
     return Tensors(
@@ -152,7 +153,7 @@ def tensors(case: Case) -> Tensors:
 
 def guarded(tensor: Tensor, fill: float) -> Tensor:
     """The same in the middle of a larger memory full of ``fill``."""
-    buffer = torch.full((tensor.numel() + 2 * ROOM + 1,), fill)
+    buffer = torch.full((tensor.numel() + 2 * ROOM + 1,), fill, dtype=tensor.dtype)
     # An odd offset: no vector is aligned.
     inner = buffer[ROOM + 1 : ROOM + 1 + tensor.numel()].view(tensor.shape)
     return inner.copy_(tensor)
@@ -160,9 +161,9 @@ def guarded(tensor: Tensor, fill: float) -> Tensor:
 
 def intact(tensor: Tensor) -> bool:
     """Whether nothing was written around a guarded tensor."""
-    buffer = torch.empty(0).set_(tensor.untyped_storage())
+    buffer = torch.empty(0, dtype=tensor.dtype).set_(tensor.untyped_storage())
     around = torch.cat([buffer[: ROOM + 1], buffer[ROOM + 1 + tensor.numel() :]])
-    return bool((around == SENTINEL).all())
+    return torch.equal(around, torch.full_like(around, SENTINEL))
 
 
 def dense(case: Case, t: Tensors, dtype=torch.float64) -> Tensor:
@@ -186,16 +187,16 @@ def plan(case: Case, t: Tensors) -> cpu.Plan:
 def way(case: Case, x: Tensor, out: Tensor, variant: int, threads: int) -> cpu._Way:
     g = case.geometry
     conv_shape = (len(x), g.filters, *g.out_size(x.shape[2], x.shape[3]))
-    return cpu._Way.of(x.shape, conv_shape, tuple(out.shape), variant, threads)
+    return cpu._Way.of(x, conv_shape, tuple(out.shape), variant, threads)
 
 
-def outputs(case: Case, t: Tensors):
+def outputs(case: Case, t: Tensors, variants=cpu._VARIANTS):
     """What each variant and number of threads gives, from memory full of NaN."""
     made = plan(case, t)
     shape = made.forward(t.x, t.residual).shape
-    for variant in cpu._VARIANTS:
+    for variant in variants:
         for threads in THREADS:
-            out = guarded(torch.full(shape, math.nan), SENTINEL)
+            out = guarded(torch.full(shape, math.nan, dtype=case.dtype), SENTINEL)
             if out.numel():
                 made._run(t.x, t.residual, out, way(case, t.x, out, variant, threads))
             assert intact(out), f"variant {variant}, {threads} threads"
@@ -218,6 +219,21 @@ def check_forward(case: Case) -> None:
     assert first.shape == expected.shape
     assert error(first, expected) < 1e-5
     assert all(torch.equal(first, other) for other in others)
+
+
+def check_bfloat16(case: Case) -> None:
+    """Outputs are rounded once, at the end; pairs of columns don't round otherwise than others."""
+    t = tensors(case._replace(dtype=torch.bfloat16))
+    expected = dense(case, t)
+    scale = max(float(expected.abs().max()), 1e-3) if expected.numel() else 1.0
+    pairs = [(cpu._PAIRS,)] if cpu._library().spp_has_pairs() else []
+    for variants in (cpu._VARIANTS, *pairs):
+        first, *others = outputs(case._replace(dtype=torch.bfloat16), t, variants)
+        assert first.dtype == torch.bfloat16 and first.shape == expected.shape
+        assert not first.isnan().any()
+        rounded = 2**-8 * expected.abs() + 1e-5 * scale
+        assert bool(((first - expected).abs() <= rounded).all())
+        assert all(torch.equal(first, other) for other in others)
 
 
 def check_backward(case: Case) -> None:
@@ -256,6 +272,12 @@ def check_backward(case: Case) -> None:
 @given(cases())
 def test_outputs_are_a_dense_convolutions_whatever_the_variant_and_threads(case):
     check_forward(case)
+
+
+@settings(deadline=None, max_examples=150, derandomize=True)
+@given(cases())
+def test_bfloat16_is_rounded_once(case):
+    check_bfloat16(case)
 
 
 @settings(deadline=None, max_examples=120, derandomize=True)
@@ -332,6 +354,7 @@ CASES = {
 def test_every_instruction_set(case, isa):
     assert cpu.instruction_set() == isa
     check_forward(case)
+    check_bfloat16(case)
     check_backward(case._replace(post=(), residual=False))
 
 
@@ -463,7 +486,7 @@ resource.setrlimit(resource.RLIMIT_AS, (used + 2**20, used + 2**20))
 for variant, threads, batch in itertools.product((0, 1), (1, 2), (1, 2)):
     torch.set_num_threads(threads)
     x, grad = pictures[:batch], grads[:batch]
-    way = cpu._Way.of(x.shape, (batch, 4, n, n), (), variant, threads)
+    way = cpu._Way.of(x, (batch, 4, n, n), (), variant, threads)
     for run in (
         lambda: plan._run(x, None, out, way),
         lambda: plan._backward(grad, weight.data_ptr(), None, grad_x, (n, n)),

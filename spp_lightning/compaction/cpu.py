@@ -20,6 +20,7 @@ from spp_lightning.compaction.geometry import KINDS, Clamp, Geometry, PlaneOp, s
 __all__ = ["Plan", "is_available", "plan_for"]
 
 _VARIANTS = (0, 1)  # pack the pixels of a tile first, or read them where they are
+_PAIRS = 2  # pack them as pairs of bfloat16
 _SMALL = 20_000_000  # MACs below which one thread may be faster than several
 
 
@@ -49,7 +50,7 @@ def _library() -> Any:
         library.spp_plan.restype = pointer
         library.spp_plan.argtypes = [
             *(pointer, pointer, number, pointer, pointer),
-            *(ctypes.c_float, ctypes.c_float, pointer, number),
+            *(ctypes.c_float, ctypes.c_float, pointer, number, number),
         ]
         library.spp_free.argtypes = [pointer]
         library.spp_free.restype = None
@@ -85,7 +86,9 @@ def instruction_set() -> str:
 class _NativeWay(ctypes.Structure):
     _fields_ = [("batch", ctypes.c_int64)] + [
         (name, ctypes.c_int32)
-        for name in ("height", "width", "conv_height", "conv_width", "threads", "variant")
+        for name in (
+            *("height", "width", "conv_height", "conv_width", "threads", "variant", "bfloat16"),
+        )
     ]
 
 
@@ -94,21 +97,23 @@ class _Way(NamedTuple):
 
     conv_shape: tuple[int, ...]
     out_shape: tuple[int, ...]
+    dtype: torch.dtype
     native: _NativeWay  # filled once: numbers one by one take the call three times as long
     address: int  # of `native`
 
     @classmethod
     def of(
         cls,
-        shape: Sequence[int],
+        x: Tensor,
         conv_shape: tuple[int, ...],
         out_shape: tuple[int, ...],
         variant: int,
         threads: int,
     ) -> _Way:
-        batch, _, height, width = shape
-        native = _NativeWay(batch, height, width, *conv_shape[2:], threads, variant)
-        return cls(conv_shape, out_shape, native, ctypes.addressof(native))
+        batch, _, height, width = x.shape
+        numbers = (batch, height, width, *conv_shape[2:], threads, variant)
+        native = _NativeWay(*numbers, x.dtype == torch.bfloat16)
+        return cls(conv_shape, out_shape, x.dtype, native, ctypes.addressof(native))
 
 
 class Plan:
@@ -151,6 +156,7 @@ class Plan:
             *(pair(*x) for x in (g.kernel_size, g.stride, g.padding, g.dilation)),
         )
         ops = _plane_ops(post)
+        self._pairs = weight.dtype == torch.bfloat16
         weight, columns = weight.detach().float().contiguous(), columns.contiguous()
         bias = None if bias is None else bias.detach().float().contiguous()
         self.geometry = geometry
@@ -165,33 +171,35 @@ class Plan:
             *clamp,
             ops,
             len(post),
+            self._pairs,
         )
         if not self._handle:
             raise MemoryError("There is no memory left for the weights of a convolution.")
         self._forward = self._library.spp_forward
         self._free = weakref.finalize(self, self._library.spp_free, self._handle)
         self._num_columns = len(columns)
-        self._ways: dict[tuple[int, ...], _Way] = {}  # by input shape and threads
+        self._ways: dict[tuple[Any, ...], _Way] = {}  # by the input's shape and type, and threads
         self._held: tuple[Tensor, ...] = ()
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """Run the convolution.
 
         Args:
-            x: Input, ``(B, C, H, W)``, float32, contiguous.
-            residual: Added before the clamp, of the output's shape, contiguous.
+            x: Input, ``(B, C, H, W)``, float32 or bfloat16, contiguous.
+            residual: Added before the clamp, of the output's shape and the input's type,
+                contiguous.
 
         Returns:
-            The output, ``(B, N, H', W')``.
+            The output, ``(B, N, H', W')``, of the input's type.
         """
         # Which variant runs changes the time and nothing else: each adds in the same order.
-        key = (*x.shape, torch.get_num_threads())
+        key = (*x.shape, x.dtype, torch.get_num_threads())
         way = self._ways.get(key)
         if way is None:
             way = self._ways[key] = self._fastest(x, residual)
         elif residual is not None:
             _check("residual", residual, way.conv_shape)
-        out = torch.empty(way.out_shape, dtype=torch.float32)
+        out = torch.empty(way.out_shape, dtype=way.dtype)
         self._run(x, residual, out, way)
         return out
 
@@ -245,15 +253,18 @@ class Plan:
         conv_shape = (len(x), g.filters, *size)
         _check_size(x.shape, conv_shape)
         size = size_after(self.post, size)
-        out = torch.empty(len(x), g.filters, *size, dtype=torch.float32)
+        out = torch.empty(len(x), g.filters, *size, dtype=x.dtype)
         if residual is not None:
             _check("residual", residual, conv_shape)
         macs = math.prod(conv_shape) // g.groups * self._num_columns
+        # Pairs are rounded otherwise, so that they must not depend on the time that they take.
+        pairs = self._pairs and x.dtype == torch.bfloat16 and self._library.spp_has_pairs()
+        variants = (_PAIRS,) if pairs else _VARIANTS
         counts = [threads, 1] if threads > 1 and macs < _SMALL else [threads]
         ways = [
-            _Way.of(x.shape, conv_shape, tuple(out.shape), variant, count)
+            _Way.of(x, conv_shape, tuple(out.shape), variant, count)
             for count in counts
-            for variant in _VARIANTS
+            for variant in variants
         ]
         seconds = [math.inf] * len(ways)
         for _ in range(3):

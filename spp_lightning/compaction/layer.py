@@ -227,12 +227,16 @@ class ColumnConv2d(nn.Module):
         return (
             type(x) is Tensor
             and x.is_cpu
-            and weight.dtype == torch.float32
+            and x.dtype == weight.dtype
+            and x.dtype in (torch.float32, torch.bfloat16)
             and not (torch.is_grad_enabled() and self._needs_grad(x, residual))
             and x.dim() == 4
             and x.shape[1] == self.geometry.channels
             and _is_plain(x)
-            and (residual is None or (type(residual) is Tensor and _is_plain(residual)))
+            and (
+                residual is None
+                or (type(residual) is Tensor and residual.dtype == x.dtype and _is_plain(residual))
+            )
             and type(weight) in (nn.Parameter, Tensor)
             # Whoever watches or transforms what torch computes must see the operator.
             and not torch.is_autocast_enabled("cpu")
@@ -283,7 +287,7 @@ class ColumnConv2d(nn.Module):
 
 def _is_plain(tensor: Tensor) -> bool:
     # A negated view's memory holds the opposite of its values.
-    return tensor.is_contiguous() and tensor.dtype == torch.float32 and not tensor.is_neg()
+    return tensor.is_contiguous() and not tensor.is_neg()
 
 
 def _stamp(*tensors: Tensor | None) -> list[int]:

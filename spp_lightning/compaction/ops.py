@@ -73,7 +73,8 @@ def column_conv2d(
     """A convolution of which only some columns are left.
 
     Differentiable in ``x``, ``weight`` and ``bias``; the backward pass, too, touches kept columns
-    only. On CPUs float16 and bfloat16 are computed in float32, and float64 as a dense convolution.
+    only. On CPUs float16 is computed in float32, bfloat16 with sums in float32, and float64 as a
+    dense convolution.
 
     Args:
         x: Input, ``(B, C, H, W)``.
@@ -155,8 +156,8 @@ def _compute(
         _check_shape("residual", residual, (x.shape[0], g.filters, *size))
     if _on_cpu_kernels(x):
         dtype = x.dtype
-        x = x.float().contiguous()
-        residual = None if residual is None else residual.float().contiguous()
+        x = (x.float() if dtype == torch.float16 else x).contiguous()
+        residual = None if residual is None else residual.to(x.dtype).contiguous()
         plan = cpu.plan_for(weight, columns, bias, geometry, clamp, post)
         return plan.forward(x, residual).to(dtype)
     if x.is_cuda and x.dtype != torch.float64 and gpu.is_available():

@@ -31,7 +31,16 @@ namespace {
 struct Choice {
   const Kernels* kernels;
   const char* name;
+  void (*pairs)(const Pass&) = nullptr;  // forward with pairs of bfloat16, where there is that
 };
+
+#ifdef SPP_HAS_BFLOAT16
+const auto kPairs = forward_bfloat16;
+bool has_pairs() { return __builtin_cpu_supports("avx512bf16"); }
+#else
+constexpr void (*kPairs)(const Pass&) = nullptr;
+bool has_pairs() { return false; }
+#endif
 
 Choice choose(const char* wanted) {
   const auto is = [&](const char* name) { return !*wanted || std::strcmp(wanted, name) == 0; };
@@ -39,7 +48,7 @@ Choice choose(const char* wanted) {
   __builtin_cpu_init();
   if (is("avx512") && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") &&
       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bw"))
-    return {&kAvx512Kernels, "avx512"};
+    return {&kAvx512Kernels, "avx512", has_pairs() ? kPairs : nullptr};
   if (is("avx2") && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
     return {&kAvx2Kernels, "avx2"};
 #endif
@@ -49,9 +58,38 @@ Choice choose(const char* wanted) {
 
 Choice chosen = choose("");
 
+// Puts the weights in the order in which the kernels read them; of bfloat16 those of two columns, the
+// first in the lower half, in the place of one.
+void pack(const Plan& plan, const float* weight, int per_step, std::vector<size_t>& start,
+          AlignedFloats& packed) {
+  const int groups = plan.geometry.groups, filters = plan.group_filters();
+  const size_t columns = plan.columns.size();
+  size_t floats = 0;
+  for (int i = 0; i < groups; ++i) {
+    start.push_back(floats);
+    const int steps = (plan.group_columns(i) + per_step - 1) / per_step;
+    floats += static_cast<size_t>(plan.group_blocks()) * kBlock * steps;
+  }
+  packed = aligned_floats(floats + 2 * kBlock);
+  float* out = packed.get();
+  for (int i = 0; i < groups; ++i)
+    for (int block = 0; block < plan.group_blocks(); ++block)
+      for (int k = plan.group_start[i]; k < plan.group_start[i + 1]; k += per_step)
+        for (int r = 0; r < kBlock; ++r) {
+          const int filter = block * kBlock + r;
+          const float* row = weight + static_cast<size_t>(filter) * columns;
+          uint32_t words[2] = {};
+          if (filter < filters)
+            std::memcpy(words, row + k,
+                        sizeof(float) * std::min(per_step, plan.group_start[i + 1] - k));
+          const uint32_t word = per_step == 1 ? words[0] : words[0] >> 16 | (words[1] & 0xffff0000u);
+          std::memcpy(out++, &word, sizeof word);
+        }
+}
+
 std::unique_ptr<Plan> make_plan(const Geometry& g, const int32_t* columns, int32_t num_columns,
                                 const float* weight, const float* bias, float low, float high,
-                                const PostOp* post, int32_t num_post) {
+                                const PostOp* post, int32_t num_post, bool bfloat16) {
   auto plan = std::make_unique<Plan>();
   plan->geometry = g;
   plan->low = low;
@@ -83,21 +121,8 @@ std::unique_ptr<Plan> make_plan(const Geometry& g, const int32_t* columns, int32
   plan->bias.assign(g.filters + 2 * kBlock, 0.0f);  // blocks may reach beyond the last filter
   if (bias != nullptr) std::copy(bias, bias + g.filters, plan->bias.begin());
 
-  size_t floats = 0;
-  for (int i = 0; i < g.groups; ++i) {
-    plan->packed_start.push_back(floats);
-    floats += static_cast<size_t>(plan->group_blocks()) * kBlock * plan->group_columns(i);
-  }
-  plan->packed = aligned_floats(floats + 2 * kBlock);
-  float* out = plan->packed.get();
-  const int filters = plan->group_filters();
-  for (int i = 0; i < g.groups; ++i)
-    for (int block = 0; block < plan->group_blocks(); ++block)
-      for (int k = plan->group_start[i]; k < plan->group_start[i + 1]; ++k)
-        for (int r = 0; r < kBlock; ++r) {
-          const int filter = block * kBlock + r;
-          *out++ = filter < filters ? weight[static_cast<size_t>(filter) * num_columns + k] : 0.0f;
-        }
+  pack(*plan, weight, 1, plan->packed_start, plan->packed);
+  if (bfloat16) pack(*plan, weight, 2, plan->pairs_start, plan->pairs);
   return plan;
 }
 
@@ -116,11 +141,17 @@ SPP_EXPORT int32_t spp_set_isa(const char* name) {
   return 1;
 }
 
+// Whether this machine multiplies pairs of bfloat16.
+SPP_EXPORT int32_t spp_has_pairs() { return spp::chosen.pairs != nullptr; }
+
+// `bfloat16` says that the weights are numbers of that kind, so that they can be read as pairs.
 SPP_EXPORT void* spp_plan(const spp::Geometry* geometry, const int32_t* columns,
                           int32_t num_columns, const float* weight, const float* bias, float low,
-                          float high, const spp::PostOp* post, int32_t num_post) {
+                          float high, const spp::PostOp* post, int32_t num_post,
+                          int32_t bfloat16) {
   try {
-    return spp::make_plan(*geometry, columns, num_columns, weight, bias, low, high, post, num_post)
+    return spp::make_plan(*geometry, columns, num_columns, weight, bias, low, high, post, num_post,
+                          bfloat16)
         .release();
   } catch (const std::exception&) {
     return nullptr;
@@ -129,11 +160,12 @@ SPP_EXPORT void* spp_plan(const spp::Geometry* geometry, const int32_t* columns,
 
 SPP_EXPORT void spp_free(void* plan) { delete static_cast<spp::Plan*>(plan); }
 
-SPP_EXPORT int32_t spp_forward(const void* plan, const spp::Way* way, const float* input,
-                               const float* residual, float* output) {
+SPP_EXPORT int32_t spp_forward(const void* plan, const spp::Way* way, const void* input,
+                               const void* residual, void* output) {
   try {
-    spp::chosen.kernels->forward(
-        {*way, static_cast<const spp::Plan*>(plan), input, residual, output});
+    const auto forward = way->variant == spp::kPairsVariant ? spp::chosen.pairs
+                                                            : spp::chosen.kernels->forward;
+    forward({*way, static_cast<const spp::Plan*>(plan), input, residual, output});
     return 1;
   } catch (const std::exception&) {
     return 0;

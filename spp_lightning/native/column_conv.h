@@ -2,7 +2,7 @@
 //
 // A plan is made once per layer: which input positions are kept, and their weights in the order in
 // which the kernels read them. It is never written to afterwards, so any number of threads may run
-// it at the same time. All tensors are float32, NCHW, contiguous.
+// it at the same time. All tensors are NCHW, contiguous, and float32 but where it says otherwise.
 #pragma once
 
 #include <cstddef>
@@ -55,6 +55,8 @@ struct Plan {
   std::vector<int32_t> group_start;  // first column of each conv group, and their number
   std::vector<size_t> packed_start;  // of each conv group, in `packed`
   AlignedFloats packed;              // [group][block of filters][column][filter of the block]
+  std::vector<size_t> pairs_start;   // likewise, in `pairs`
+  AlignedFloats pairs;               // as bfloat16, two columns in the place of one; or null
   std::vector<float> bias;           // one per filter, and zeros
   float low, high;                   // the output is clamped to these
   std::vector<PostOp> post;
@@ -65,21 +67,26 @@ struct Plan {
   int32_t group_columns(int32_t g) const { return group_start[g + 1] - group_start[g]; }
 };
 
+// Ways to read the kept columns: pack those of a tile of pixels first; read them in place; pack them
+// as pairs of bfloat16.
+constexpr int32_t kPanelVariant = 0, kDirectVariant = 1, kPairsVariant = 2;
+
 // How a plan computes inputs of one shape. The same layout is declared in cpu.py.
 struct Way {
   int64_t batch;
   int32_t height, width;            // of the input
   int32_t conv_height, conv_width;  // of the convolution's output, before the post operations
   int32_t threads;
-  int32_t variant;  // 0: pack the kept columns of a tile of pixels first; 1: read them in place
+  int32_t variant;
+  int32_t bfloat16;  // whether input, residual and output are that and not float32
 };
 
 // One pass over a batch.
 struct Pass : Way {
   const Plan* plan;
-  const float* input;
-  const float* residual;  // added before the clamp, in the output's shape; may be null
-  float* output;
+  const void* input;
+  const void* residual;  // added before the clamp, in the output's shape; may be null
+  void* output;
 };
 
 // One backward pass over a batch, for the gradient of the input or of the weights.

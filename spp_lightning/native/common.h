@@ -86,6 +86,10 @@ struct Kernels {
 extern const Kernels kBaseKernels;
 #ifdef SPP_X86
 extern const Kernels kAvx2Kernels, kAvx512Kernels;
+#if defined(__clang__) || __GNUC__ >= 11
+#define SPP_HAS_BFLOAT16
+void forward_bfloat16(const Pass& pass);  // with AVX-512's products of bfloat16
+#endif
 #endif
 
 }  // namespace spp
