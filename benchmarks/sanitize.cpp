@@ -17,14 +17,13 @@
 
 extern "C" {
 int32_t spp_set_isa(const char*);
+int32_t spp_has_pairs();
 void* spp_plan(const spp::Geometry*, const int32_t*, int32_t, const float*, const float*, float,
-               float, const spp::PostOp*, int32_t);
+               float, const spp::PostOp*, int32_t, int32_t);
 void spp_free(void*);
-int32_t spp_forward(const void*, const spp::Way*, const float*, const float*, float*);
-int32_t spp_backward(const void*, const float*, const float*, const float*, float*, int64_t,
-                     int32_t, int32_t, int32_t, int32_t, int32_t, int32_t);
-int32_t spp_planes(const spp::PostOp*, int32_t, const float*, const float*, float*, int64_t, int32_t,
-                   int32_t, float, float, int32_t);
+int32_t spp_forward(const void*, const spp::Way*, const void*, const void*, void*);
+int32_t spp_backward(const void*, const spp::Way*, const float*, const float*, const float*, int32_t,
+                     float*, float*, float*);
 int32_t spp_ascending_order(const void*, int32_t, const double*, int64_t, int64_t*);
 void spp_move(const int64_t*, const double*, int64_t, int64_t, double*);
 }
@@ -196,53 +195,82 @@ void run_case() {
           if (residual) sum += residual[at];
           y.values[at] = std::min<double>(high, std::max<double>(low, sum));
         }
-  const int64_t count_planes = batch * g.filters;
-  Planes clamped = planes(static_cast<int>(count_planes), out[0], out[1]);
-  for (size_t i = 0; i < outputs; ++i)
-    clamped.values[i] = std::min(high, std::max(low, grad[i]));
-  for (const spp::PostOp& op : post) {
-    y = apply(op, y);
-    clamped = apply(op, clamped);
-  }
+  for (const spp::PostOp& op : post) y = apply(op, y);
   double most = 1;
   for (const double value : y.values) most = std::max(most, std::abs(value));
   const std::vector<double> size_y(y.values.size(), 5 * most);  // 1e-5 of the greatest output
 
   void* plan = spp_plan(&g, columns.data(), count, weight.get(), bias.get(), low, high, post.data(),
-                        static_cast<int32_t>(post.size()));
+                        static_cast<int32_t>(post.size()), 0);
+  const auto way = [&](int threads, int variant, int bfloat16) {
+    return spp::Way{batch, size[0], size[1], out[0], out[1], threads, variant, bfloat16};
+  };
   for (int variant = 0; variant < 2; ++variant)
     for (int threads = 1; threads <= 3; ++threads) {
       const Floats result = memory(y.values.size());
-      const spp::Way way{batch, size[0], size[1], out[0], out[1], threads, variant};
-      spp_forward(plan, &way, x.get(), residual.get(), result.get());
+      const spp::Way how = way(threads, variant, 0);
+      spp_forward(plan, &how, x.get(), residual.get(), result.get());
       compare(variant ? "in place" : "panel", result, y.values, size_y);
     }
-  for (int threads = 1; threads <= 2; ++threads) {
-    const Floats of_x = memory(grad_x.size()), of_weight = memory(grad_weight.size());
-    spp_backward(plan, grad.get(), weight.get(), nullptr, of_x.get(), batch, size[0], size[1],
-                 out[0], out[1], threads, 1);
-    compare("gradient of the input", of_x, grad_x, size_x);
-    spp_backward(plan, grad.get(), nullptr, x.get(), of_weight.get(), batch, size[0], size[1],
-                 out[0], out[1], threads, 0);
-    compare("gradient of the weights", of_weight, grad_weight, size_weight);
-  }
+  const Floats given = normal(y.values.size());
+  for (int threads = 1; threads <= 2; ++threads)
+    for (const bool fused : {false, true}) {
+      const Floats of_x = memory(grad_x.size()), of_weight = memory(grad_weight.size());
+      const Floats of_bias = memory(g.filters);
+      const spp::Way how = way(threads, threads - 1, 0);
+      spp_backward(plan, &how, weight.get(), x.get(), (fused ? given : grad).get(), fused, of_x.get(),
+                   of_weight.get(), of_bias.get());
+      if (!fused) {
+        compare("gradient of the input", of_x, grad_x, size_x);
+        compare("gradient of the weights", of_weight, grad_weight, size_weight);
+        continue;
+      }
+      // Of what is fused the memory, and that there are numbers.
+      double sum = 0;
+      for (size_t i = 0; i < grad_x.size(); ++i) sum += of_x[i];
+      for (size_t i = 0; i < grad_weight.size(); ++i) sum += of_weight[i];
+      for (int f = 0; f < g.filters; ++f) sum += of_bias[f];
+      if (!std::isfinite(sum)) std::printf("gradient of what is fused: %g\n", sum), ++failures;
+    }
   spp_free(plan);
 
-  // The same operations alone; of their gradient the memory, and that it is there.
-  const Floats of_planes = normal(clamped.values.size());
-  for (int threads = 1; threads <= 2; ++threads) {
-    const auto run = [&](const float* gradient, const Floats& result) {
-      spp_planes(post.data(), static_cast<int32_t>(post.size()), grad.get(), gradient, result.get(),
-                 count_planes, out[0], out[1], low, high, threads);
-    };
-    const Floats result = memory(clamped.values.size()), back = memory(outputs);
-    run(nullptr, result);
-    compare("planes", result, clamped.values, std::vector<double>(clamped.values.size(), 20.0));
-    run(of_planes.get(), back);
-    double sum = 0;
-    for (size_t i = 0; i < outputs; ++i) sum += back[i];
-    if (!std::isfinite(sum)) std::printf("gradient of planes: %g\n", sum), ++failures;
-  }
+  // The same in bfloat16: the upper halves of the numbers, rounded towards 0.
+  const auto halves = [](const Floats& from, size_t count) {
+    std::unique_ptr<uint16_t[]> to(new uint16_t[count]);
+    for (size_t i = 0; i < count; ++i) {
+      uint32_t word;
+      std::memcpy(&word, &from[i], sizeof word);
+      to[i] = static_cast<uint16_t>(word >> 16);
+    }
+    return to;
+  };
+  const auto widened = [](float x) {
+    uint32_t word;
+    std::memcpy(&word, &x, sizeof word);
+    word &= 0xffff0000u;
+    std::memcpy(&x, &word, sizeof x);
+    return x;
+  };
+  const Floats upper = memory(rows * count);
+  for (size_t i = 0; i < static_cast<size_t>(rows) * count; ++i) upper[i] = widened(weight[i]);
+  const auto x16 = halves(x, batch * g.channels * in_plane);
+  const auto residual16 = residual ? halves(residual, outputs) : nullptr;
+  plan = spp_plan(&g, columns.data(), count, upper.get(), bias.get(), low, high, post.data(),
+                  static_cast<int32_t>(post.size()), 1);
+  for (int variant = 0; variant < 2 + spp_has_pairs(); ++variant)
+    for (int threads = 1; threads <= 3; ++threads) {
+      const std::unique_ptr<uint16_t[]> result(new uint16_t[y.values.size()]);
+      const spp::Way how = way(threads, variant, 1);
+      spp_forward(plan, &how, x16.get(), residual16.get(), result.get());
+      const Floats wide = memory(y.values.size());
+      for (size_t i = 0; i < y.values.size(); ++i) {
+        const uint32_t word = static_cast<uint32_t>(result[i]) << 16;
+        std::memcpy(&wide[i], &word, sizeof word);
+      }
+      // What was cut off is up to a 128th of each number.
+      compare("bfloat16", wide, y.values, std::vector<double>(y.values.size(), 4e4 * most));
+    }
+  spp_free(plan);
 }
 
 // An update of pruning probabilities: the order of the groups, and how many are chosen.

@@ -25,7 +25,6 @@ from spp_lightning.compaction.ops import (
     column_conv2d_fused,
     pack_geometry,
     pack_post,
-    plane_ops,
 )
 from spp_lightning.convnet import LRN_ALPHA
 
@@ -80,12 +79,12 @@ def arguments(dtype=torch.float32, grad=False, **changes):
     return tuple((made | changes).values())
 
 
-def fused_arguments(dtype=torch.float32, **changes):
-    x, weight, columns, bias, geometry = arguments(dtype, **changes)
+def fused_arguments(dtype=torch.float32, grad=False, residual=True, **changes):
+    x, weight, columns, bias, geometry = arguments(dtype, grad, **changes)
     size = column_conv2d(x, weight, columns, bias, geometry).shape
     post = pack_post((PlaneOp("avg_pool", (2, 2), (1, 1)), PlaneOp("max_pool", (2, 2), (2, 2))))
-    residual = torch.randn(size, dtype=dtype)
-    return x, weight, columns, bias, residual, geometry, 0.0, math.inf, *post
+    added = torch.randn(size, dtype=dtype, requires_grad=grad) if residual else None
+    return x, weight, columns, bias, added, geometry, 0.0, math.inf, *post
 
 
 CHECKS = (
@@ -104,7 +103,10 @@ def test_torchs_own_checks_of_an_operator(dtype):
         torch.library.opcheck(column_conv2d, arguments(dtype, grad), test_utils=CHECKS, **tolerance)
         no_bias = arguments(dtype, grad, bias=None)
         torch.library.opcheck(column_conv2d, no_bias, test_utils=CHECKS, **tolerance)
-    torch.library.opcheck(column_conv2d_fused, fused_arguments(dtype), test_utils=CHECKS)
+        fused = fused_arguments(dtype, grad)
+        torch.library.opcheck(column_conv2d_fused, fused, test_utils=CHECKS, **tolerance)
+        fused = fused_arguments(dtype, grad, residual=False, bias=None)
+        torch.library.opcheck(column_conv2d_fused, fused, test_utils=CHECKS, **tolerance)
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -116,20 +118,33 @@ def test_gradients_in_float64(bias):
     )
 
 
-def test_gradients_of_clamps_pools_and_norms_in_float64():
+def test_gradients_of_what_is_fused_in_float64():
     ops = (
         PlaneOp("local_response_norm", alpha=LRN_ALPHA),
         PlaneOp("max_pool", (3, 2), (2, 1), (1, 1), True),
         PlaneOp("avg_pool", (2, 3), (1, 2), (1, 1), True, False),
     )
-    x = 100 * torch.randn(2, 3, 7, 6, dtype=torch.float64)  # where the norm matters
-    x.requires_grad_()
     for post in ((), ops, ops[::-1]):
+        x, weight, columns, bias, residual, geometry, *_ = fused_arguments(torch.float64)
+        weight = 30 * weight  # where the norm matters
+        inputs = [y.requires_grad_() for y in (x, weight, bias, residual)]
         assert torch.autograd.gradcheck(
-            lambda x, post=post: plane_ops(x, -60.0, 150.0, *pack_post(post)), x
+            lambda x, w, b, r, post=post, c=columns, g=geometry: column_conv2d_fused(
+                x, w, c, b, r, g, -60.0, 150.0, *pack_post(post)
+            ),
+            inputs,
         )
-        inputs = (x.detach().float().requires_grad_(), -60.0, 150.0, *pack_post(post))
-        torch.library.opcheck(plane_ops, inputs, test_utils=CHECKS[:3])
+
+
+def planes(x, op):
+    """An operation on planes behind a convolution that changes nothing."""
+    columns, geometry = torch.zeros(1, dtype=torch.int32), pack_geometry(Geometry(1, 1, (1, 1)))
+    weight = torch.ones(1, 1, dtype=x.dtype)
+    limits = (-math.inf, math.inf)
+    y = column_conv2d_fused(
+        x.flatten(0, 1)[:, None], weight, columns, None, None, geometry, *limits, *pack_post([op])
+    )
+    return y.view(len(x), -1, *y.shape[2:])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
@@ -138,16 +153,14 @@ def test_a_norm_has_the_size_and_the_alpha_that_it_says(dtype):
     x = torch.randn(2, 3, 7, 9, dtype=dtype)
     sums = F.unfold(x.double().square(), 5, padding=2).unflatten(1, (3, 25)).sum(2)
     expected = x * (1 + 0.3 / 25 * sums.view(x.shape)) ** -0.75
-    for y in (op(x), plane_ops(x, -math.inf, math.inf, *pack_post([op]))):
+    for y in (op(x), planes(x, op)):
         torch.testing.assert_close(y.double(), expected, rtol=1e-6, atol=1e-6)
     # Its gradient in torch's forms, and in the kernels.
     double = x.double().requires_grad_()
-    assert torch.autograd.gradcheck(
-        lambda x: plane_ops(x, -math.inf, math.inf, *pack_post([op])), double
-    )
+    assert torch.autograd.gradcheck(lambda x: planes(x, op), double)
     x.requires_grad_()
     for y in (x, double):
-        plane_ops(y, -math.inf, math.inf, *pack_post([op])).square().sum().backward()
+        planes(y, op).square().sum().backward()
     torch.testing.assert_close(x.grad.double(), double.grad, rtol=1e-5, atol=1e-5)
 
 
@@ -422,7 +435,7 @@ def test_a_plan_goes_with_its_layer():
         layer(torch.randn(1, 3, 8, 8))
     layer(torch.randn(1, 3, 8, 8)).sum().backward()
     plans = [weakref.ref(plan) for *_, plan in list(cpu._plans.values())[before:]]
-    assert len(plans) == 2  # with the bias, and for the gradients without
+    assert len(plans) == 1  # forward and backward
     del layer
     gc.collect()
     assert len(cpu._plans) == before

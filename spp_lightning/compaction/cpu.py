@@ -46,7 +46,7 @@ class _PlaneOp(ctypes.Structure):
 def _library() -> Any:
     library = native.library()
     if library is not None:
-        pointer, number, size = ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64
+        pointer, number = ctypes.c_void_p, ctypes.c_int32
         library.spp_plan.restype = pointer
         library.spp_plan.argtypes = [
             *(pointer, pointer, number, pointer, pointer),
@@ -55,11 +55,7 @@ def _library() -> Any:
         library.spp_free.argtypes = [pointer]
         library.spp_free.restype = None
         library.spp_forward.argtypes = [pointer] * 5
-        library.spp_backward.argtypes = [pointer] * 5 + [size] + [number] * 6
-        library.spp_planes.argtypes = [
-            *(pointer, number, pointer, pointer, pointer, size, number, number),
-            *(ctypes.c_float, ctypes.c_float, number),
-        ]
+        library.spp_backward.argtypes = [pointer] * 5 + [number] + [pointer] * 3
         library.spp_isa.restype = ctypes.c_char_p
         library.spp_set_isa.argtypes = [ctypes.c_char_p]
         return library
@@ -203,24 +199,33 @@ class Plan:
         self._run(x, residual, out, way)
         return out
 
-    def backward_input(self, grad: Tensor, weight: Tensor, size: tuple[int, int]) -> Tensor:
-        """Gradient of the input, ``(B, C, H, W)``, ``size`` being (H, W).
+    def backward(
+        self, grad: Tensor, weight: Tensor, x: Tensor, wanted: Sequence[bool], fused: bool
+    ) -> list[Tensor]:
+        """The gradients of the input, the weights and the bias, of their shapes.
 
         Args:
-            grad: Gradient of the convolution's output, contiguous.
-            weight: Kept columns, contiguous.
-            size: Height and width of the input.
+            grad: Gradient of the output, ``(B, N, H', W')``, float32, contiguous, like the others.
+            weight: Kept columns, ``(filters / groups, columns)``, as the plan was made of.
+            x: Input, ``(B, C, H, W)``.
+            wanted: Which of the three; the others are empty.
+            fused: Whether ``grad`` is the gradient behind clamp and post operations, or that of
+                the convolution itself.
         """
-        out = grad.new_empty(len(grad), self.geometry.channels, *size)
-        if not out.numel():
-            return out
-        self._backward(grad, weight.data_ptr(), None, out, size)
-        return out
-
-    def backward_weight(self, grad: Tensor, x: Tensor) -> Tensor:
-        """Gradient of the kept columns, ``(filters / groups, columns)``; arguments contiguous."""
-        out = grad.new_empty(self.geometry.filters // self.geometry.groups, self._num_columns)
-        self._backward(grad, None, x.data_ptr(), out, (x.shape[2], x.shape[3]))
+        g, way = self.geometry, self._backward_way(x, fused)
+        _check("grad", grad, way.out_shape)
+        _check("weight", weight, (g.filters // g.groups, self._num_columns))
+        shapes = (x.shape, weight.shape, (g.filters,))
+        out = [
+            torch.empty(shape if wants else 0, dtype=torch.float32)
+            for shape, wants in zip(shapes, wanted, strict=True)
+        ]
+        pointers = [y.data_ptr() if wants else None for y, wants in zip(out, wanted, strict=True)]
+        if not self._library.spp_backward(
+            *(self._handle, way.address, weight.data_ptr(), x.data_ptr(), grad.data_ptr(), fused),
+            *pointers,
+        ):
+            raise MemoryError("There is no memory left for the gradient of a convolution.")
         return out
 
     def _run(self, x: Tensor, residual: Tensor | None, out: Tensor, way: _Way) -> None:
@@ -233,19 +238,20 @@ class Plan:
         ):
             raise MemoryError("There is no memory left to compute a convolution.")
 
-    def _backward(
-        self,
-        grad: Tensor,
-        weight: int | None,
-        x: int | None,
-        out: Tensor,
-        size: tuple[int, int],
-    ) -> None:
-        if not self._library.spp_backward(
-            *(self._handle, grad.data_ptr(), weight, x, out.data_ptr()),
-            *(len(grad), *size, *grad.shape[2:], torch.get_num_threads(), x is None),
-        ):
-            raise MemoryError("There is no memory left for the gradient of a convolution.")
+    def _backward_way(self, x: Tensor, fused: bool) -> _Way:
+        key = (*x.shape, torch.get_num_threads(), fused)
+        way = self._ways.get(key)
+        if way is None:
+            g, size = self.geometry, (x.shape[2], x.shape[3])
+            conv_shape = (len(x), g.filters, *g.out_size(*size))
+            out_size = size_after(self.post, conv_shape[2:]) if fused else conv_shape[2:]
+            out_shape = (len(x), g.filters, *out_size)
+            _check_size(x.shape, conv_shape)
+            threads = torch.get_num_threads()
+            forward = self._ways.get((*x.shape, torch.float32, threads))
+            variant = 0 if forward is None else forward.native.variant
+            way = self._ways[key] = _Way.of(x, conv_shape, out_shape, variant, threads)
+        return way
 
     def _fastest(self, x: Tensor, residual: Tensor | None) -> _Way:
         g, threads = self.geometry, torch.get_num_threads()
@@ -287,30 +293,6 @@ def _plane_ops(post: tuple[PlaneOp, ...]) -> Any:
             for op in post
         )
     )
-
-
-def run_planes(x: Tensor, grad: Tensor | None, clamp: Clamp, post: tuple[PlaneOp, ...]) -> Tensor:
-    """Clamp planes and run operations on them; or, with a gradient of that, compute theirs.
-
-    Args:
-        x: Planes, ``(B, N, H, W)``, float32, contiguous.
-        grad: Gradient of the output, contiguous; or None.
-        clamp: Limits, before the operations.
-        post: The operations.
-
-    Returns:
-        The output ``(B, N, H', W')``, or the gradient ``(B, N, H, W)`` of ``x``.
-    """
-    batch, filters, height, width = x.shape
-    size = (height, width) if grad is not None else size_after(post, (height, width))
-    out = x.new_empty(batch, filters, *size)
-    if out.numel() and not _library().spp_planes(
-        *(_plane_ops(post), len(post), x.data_ptr()),
-        *(None if grad is None else grad.data_ptr(), out.data_ptr(), batch * filters),
-        *(height, width, *clamp, torch.get_num_threads()),
-    ):
-        raise MemoryError("There is no memory left to compute a pool or a norm.")
-    return out
 
 
 def _check_size(*shapes: Sequence[int]) -> None:

@@ -22,7 +22,6 @@ from spp_lightning.compaction.ops import (
     column_conv2d_fused,
     pack_geometry,
     pack_post,
-    plane_ops,
 )
 
 __all__ = ["ColumnConv2d"]
@@ -32,7 +31,8 @@ class ColumnConv2d(nn.Module):
     """A convolution without its pruned columns, and with what follows it computed on the way.
 
     Computes ``post(clamp(conv(x) + residual))``. It trains like any layer, its pruned columns stay
-    pruned; clamp and post operations are computed by torch then.
+    pruned. On CPUs the backward pass computes the convolution once more, rather than to keep its
+    output, where post operations follow.
 
     Args:
         geometry: The convolution.
@@ -170,20 +170,22 @@ class ColumnConv2d(nn.Module):
         if not torch.compiler.is_compiling() and self._runs_at_once(x, residual):
             return self._plan().forward(x, residual)
         shape, post, alphas = self._numbers
-        if torch.is_grad_enabled() and self._needs_grad(x, residual):
-            y = column_conv2d(x, self.weight, self.columns, self.bias, shape)
-            if residual is not None:
-                y = y + residual
-            if self.post:
-                return plane_ops(y, *self.clamp, post, alphas)
-            if self.clamp == (0, math.inf):
-                y = F.relu(y)
-            elif self.clamp != Clamp():
-                y = y.clamp(*self.clamp)
-            return y
-        return column_conv2d_fused(
-            x, self.weight, self.columns, self.bias, residual, shape, *self.clamp, post, alphas
-        )
+        gradients = torch.is_grad_enabled() and self._needs_grad(x, residual)
+        if not gradients or (self.post and x.is_cpu):
+            return column_conv2d_fused(
+                x, self.weight, self.columns, self.bias, residual, shape, *self.clamp, post, alphas
+            )
+        # Step by step, so that the backward pass finds the convolution's output.
+        y = column_conv2d(x, self.weight, self.columns, self.bias, shape)
+        if residual is not None:
+            y = y + residual
+        if self.clamp == (0, math.inf):
+            y = F.relu(y)
+        elif self.clamp != Clamp():
+            y = y.clamp(*self.clamp)
+        for op in self.post:
+            y = op(y)
+        return y
 
     def _tensors(self) -> tuple[Tensor, Tensor | None, Tensor]:
         # Reads a module's dicts where it can: its attributes take ten times as long.

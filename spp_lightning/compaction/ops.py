@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -25,7 +26,6 @@ __all__ = [
     "column_conv2d_fused",
     "pack_geometry",
     "pack_post",
-    "plane_ops",
 ]
 
 
@@ -112,7 +112,10 @@ def column_conv2d_fused(
     post: list[int],
     alphas: list[float],
 ) -> Tensor:
-    """:func:`column_conv2d`, ``+ residual``, a clamp, and operations on planes; no gradients.
+    """:func:`column_conv2d`, ``+ residual``, a clamp, and operations on planes.
+
+    Differentiable in all tensors but ``columns``; the backward pass computes the convolution once
+    more instead of keeping its output.
 
     Args:
         x: Input, ``(B, C, H, W)``.
@@ -221,39 +224,78 @@ def _backward_op(
     x: Tensor,
     weight: Tensor,
     columns: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
     geometry: list[int],
-    for_input: bool,
-    for_weight: bool,
-) -> tuple[Tensor, Tensor]:
-    """Gradients of the input and of the weights; empty where they aren't wanted."""
-    g = _geometry(geometry)
-    grad_x, grad_weight = x.new_empty(0), weight.new_empty(0)
-    size = (int(x.shape[2]), int(x.shape[3]))
+    low: float,
+    high: float,
+    post: list[int],
+    alphas: list[float],
+    wanted: list[bool],
+) -> list[Tensor]:
+    """Gradients of input, weights, bias and residual; empty where they aren't wanted."""
+    g, clamp, ops = _geometry(geometry), Clamp(low, high), _post(post, alphas)
+    fused = bool(ops) or clamp != Clamp()
+    if fused and not (residual is None and _on_cpu_kernels(x)):
+        y = _compute(x, weight, columns, bias, None, g, Clamp(), ())
+        grad = _plane_gradient(y if residual is None else y + residual, grad, clamp, ops)
+        fused = False
+    for_x, for_weight, for_bias, for_residual = wanted
+    dx, dw, db = _conv_gradients(grad, x, weight, columns, bias, g, clamp, ops, fused, wanted)
+    return [
+        dx.to(x.dtype) if for_x else x.new_empty(0),
+        dw.to(weight.dtype) if for_weight else x.new_empty(0),
+        db.to(bias.dtype) if for_bias and bias is not None else x.new_empty(0),
+        grad.clone() if for_residual else x.new_empty(0),
+    ]
+
+
+def _conv_gradients(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    columns: Tensor,
+    bias: Tensor | None,
+    g: Geometry,
+    clamp: Clamp,
+    post: tuple[PlaneOp, ...],
+    fused: bool,
+    wanted: Sequence[bool],
+) -> Sequence[Tensor]:
+    """Gradients of input, weights and bias; the convolution's alone where it isn't ``fused``."""
+    for_x, for_weight, for_bias, _ = wanted
     if _on_cpu_kernels(x):
-        dy = grad.float().contiguous()
-        plan = cpu.plan_for(weight, columns, None, g)
-        if for_input:
-            kept = weight.float().contiguous()
-            grad_x = plan.backward_input(dy, kept, size).to(x.dtype)
-        if for_weight:
-            grad_weight = plan.backward_weight(dy, x.float().contiguous()).to(weight.dtype)
-        return grad_x, grad_weight
+        plan = cpu.plan_for(weight, columns, bias, g, clamp, post)
+        dy, kept = grad.float().contiguous(), weight.float().contiguous()
+        return plan.backward(dy, kept, x.float().contiguous(), wanted[:3], fused)
+    dx = dw = x.new_empty(0)
+    db = grad.sum((0, 2, 3)) if for_bias else x.new_empty(0)
     if x.is_cuda and x.dtype != torch.float64 and gpu.is_available():
-        if for_input:
-            grad_x = gpu.column_conv2d_backward_input(grad, weight, columns, tuple(x.shape), *g[2:])
+        if for_x:
+            dx = gpu.column_conv2d_backward_input(grad, weight, columns, tuple(x.shape), *g[2:])
         if for_weight:
-            grad_weight = gpu.column_conv2d_backward_weight(grad, x, columns, *g[2:])
-        return grad_x, grad_weight
+            dw = gpu.column_conv2d_backward_weight(grad, x, columns, *g[2:])
+        return dx, dw, db
     dense = dense_weight(weight, columns, g).to(x.dtype)
     conv = (g.stride, g.padding, g.dilation, g.groups)
-    if for_input:
-        grad_x = conv2d_input(list(x.shape), dense, grad, *conv)
+    if for_x:
+        dx = conv2d_input(list(x.shape), dense, grad, *conv)
     if for_weight:
         by_filter = conv2d_weight(x, list(dense.shape), grad, *conv)
         by_group = by_filter.unflatten(0, (g.groups, -1)).transpose(0, 1)
-        kept = by_group.reshape(len(weight), -1)[:, columns.long()]
-        grad_weight = kept.contiguous().to(weight.dtype)
-    return grad_x, grad_weight
+        dw = by_group.reshape(len(weight), -1)[:, columns.long()].contiguous()
+    return dx, dw, db
+
+
+def _plane_gradient(x: Tensor, grad: Tensor, clamp: Clamp, post: tuple[PlaneOp, ...]) -> Tensor:
+    """Gradient of planes before a clamp and operations, ``grad`` being that of their output."""
+    # By formulas, since torch doesn't differentiate what an operator does inside.
+    inputs = [x.clamp(*clamp)]
+    for op in post[:-1]:
+        inputs.append(op(inputs[-1]))
+    for op, planes in zip(reversed(post), reversed(inputs), strict=False):
+        grad = op.backward(planes, grad)
+    return torch.where((x > clamp.low) & (x < clamp.high), grad, 0).contiguous()
 
 
 @_backward_op.register_fake
@@ -262,107 +304,44 @@ def _(
     x: Tensor,
     weight: Tensor,
     columns: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
     geometry: list[int],
-    for_input: bool,
-    for_weight: bool,
-) -> tuple[Tensor, Tensor]:
-    return (
-        x.new_empty(x.shape if for_input else 0),
-        weight.new_empty(weight.shape if for_weight else 0),
-    )
+    low: float,
+    high: float,
+    post: list[int],
+    alphas: list[float],
+    wanted: list[bool],
+) -> list[Tensor]:
+    like = (x, weight, bias, residual)
+    return [
+        of.new_empty(of.shape) if wants and of is not None else x.new_empty(0)
+        for of, wants in zip(like, wanted, strict=True)
+    ]
 
 
 def _remember(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, weight, columns, _, geometry = inputs
-    ctx.save_for_backward(x, weight, columns)
-    ctx.geometry = geometry
+    x, weight, columns, bias, geometry = inputs
+    ctx.save_for_backward(x, weight, columns, bias, None)
+    ctx.arguments = (geometry, -math.inf, math.inf, [], [])
+
+
+def _remember_fused(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, weight, columns, bias, residual, *arguments = inputs
+    ctx.save_for_backward(x, weight, columns, bias, residual)
+    ctx.arguments = arguments
 
 
 def _differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    x, weight, columns = ctx.saved_tensors
-    for_x, for_weight, _, for_bias, _ = ctx.needs_input_grad
-    grad_x = grad_weight = None
-    if for_x or for_weight:
-        grad_x, grad_weight = _backward_op(
-            grad, x, weight, columns, ctx.geometry, for_x, for_weight
-        )
-    return (
-        grad_x if for_x else None,
-        grad_weight if for_weight else None,
-        None,
-        grad.sum((0, 2, 3)) if for_bias else None,
-        None,
+    for_x, for_weight, _, for_bias, *others = ctx.needs_input_grad
+    wanted = [for_x, for_weight, for_bias, len(others) > 1 and others[0]]
+    gradients = _backward_op(grad, *ctx.saved_tensors, *ctx.arguments, wanted)
+    dx, dw, db, dr = (
+        value if wants else None for value, wants in zip(gradients, wanted, strict=True)
     )
+    rest: tuple[Tensor | None, ...] = (None,) if len(others) == 1 else (dr, *[None] * 5)
+    return dx, dw, None, db, *rest
 
 
 column_conv2d.register_autograd(_differentiate, setup_context=_remember)
-
-
-@torch.library.custom_op("spp_lightning::plane_ops", mutates_args=())
-def plane_ops(x: Tensor, low: float, high: float, post: list[int], alphas: list[float]) -> Tensor:
-    """A clamp, then operations on each plane, as in :func:`column_conv2d_fused`, with gradients.
-
-    Args:
-        x: Planes, ``(B, N, H, W)``.
-        low: Lower limit of the clamp.
-        high: Upper limit of the clamp.
-        post: What :func:`pack_post` makes of the operations.
-        alphas: Likewise.
-
-    Returns:
-        The output, ``(B, N, H', W')``.
-    """
-    ops = _post(post, alphas)
-    if _on_cpu_kernels(x):
-        return cpu.run_planes(x.float().contiguous(), None, Clamp(low, high), ops).to(x.dtype)
-    return _plane_ops_in_torch(x, low, high, ops)
-
-
-def _plane_ops_in_torch(x: Tensor, low: float, high: float, ops: tuple[PlaneOp, ...]) -> Tensor:
-    y = x.clamp(low, high)
-    for op in ops:
-        y = op(y)
-    return y
-
-
-@plane_ops.register_fake
-def _(x: Tensor, low: float, high: float, post: list[int], alphas: list[float]) -> Tensor:
-    size = size_after(_post(post, alphas), (x.shape[2], x.shape[3]))
-    return x.new_empty(x.shape[0], x.shape[1], *size)
-
-
-@torch.library.custom_op("spp_lightning::plane_ops_backward", mutates_args=())
-def _plane_ops_backward(
-    grad: Tensor, x: Tensor, low: float, high: float, post: list[int], alphas: list[float]
-) -> Tensor:
-    """Gradient of the input of :func:`plane_ops`."""
-    ops = _post(post, alphas)
-    if _on_cpu_kernels(x):
-        planes, dy = x.float().contiguous(), grad.float().contiguous()
-        return cpu.run_planes(planes, dy, Clamp(low, high), ops).to(x.dtype)
-    # By formulas, since torch doesn't differentiate what an operator does inside.
-    inputs = [x.clamp(low, high)]
-    for op in ops[:-1]:
-        inputs.append(op(inputs[-1]))
-    for op, planes in zip(reversed(ops), reversed(inputs), strict=False):
-        grad = op.backward(planes, grad)
-    return torch.where((x > low) & (x < high), grad, 0).contiguous()
-
-
-@_plane_ops_backward.register_fake
-def _(
-    grad: Tensor, x: Tensor, low: float, high: float, post: list[int], alphas: list[float]
-) -> Tensor:
-    return x.new_empty(x.shape)
-
-
-def _remember_planes(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, *ctx.arguments = inputs
-    ctx.save_for_backward(x)
-
-
-def _differentiate_planes(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    return _plane_ops_backward(grad, *ctx.saved_tensors, *ctx.arguments), None, None, None, None
-
-
-plane_ops.register_autograd(_differentiate_planes, setup_context=_remember_planes)
+column_conv2d_fused.register_autograd(_differentiate, setup_context=_remember_fused)

@@ -172,27 +172,12 @@ SPP_EXPORT int32_t spp_forward(const void* plan, const spp::Way* way, const void
   }
 }
 
-SPP_EXPORT int32_t spp_backward(const void* plan, const float* grad, const float* weight,
-                                const float* input, float* output, int64_t batch, int32_t height,
-                                int32_t width, int32_t conv_height, int32_t conv_width,
-                                int32_t threads, int32_t of_input) {
-  const spp::Backward pass{static_cast<const spp::Plan*>(plan), grad, weight, input, output,
-                           batch, height, width, conv_height, conv_width, threads};
+SPP_EXPORT int32_t spp_backward(const void* plan, const spp::Way* way, const float* weight,
+                                const float* input, const float* grad, int32_t fused,
+                                float* grad_input, float* grad_weight, float* grad_bias) {
   try {
-    if (of_input) spp::chosen.kernels->backward_input(pass);
-    else spp::chosen.kernels->backward_weight(pass);
-    return 1;
-  } catch (const std::exception&) {
-    return 0;
-  }
-}
-
-SPP_EXPORT int32_t spp_planes(const spp::PostOp* post, int32_t num_post, const float* input,
-                              const float* grad, float* output, int64_t count, int32_t height,
-                              int32_t width, float low, float high, int32_t threads) {
-  try {
-    spp::chosen.kernels->planes({{post, post + num_post}, input, grad, output, count, height,
-                                 width, low, high, threads});
+    spp::chosen.kernels->backward({*way, static_cast<const spp::Plan*>(plan), weight, input, grad,
+                                   fused != 0, grad_input, grad_weight, grad_bias});
     return 1;
   } catch (const std::exception&) {
     return 0;

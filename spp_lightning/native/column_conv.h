@@ -89,27 +89,16 @@ struct Pass : Way {
   void* output;
 };
 
-// One backward pass over a batch, for the gradient of the input or of the weights.
-struct Backward {
-  const Plan* plan;  // its weights and post operations play no part
-  const float* grad;    // of the convolution's output
-  const float* weight;  // (filters of a group, columns)
+// One backward pass over a batch of float32: the gradients that are wanted, of those that aren't null.
+struct Backward : Way {
+  const Plan* plan;
+  const float* weight;  // (filters of a group, columns), as the plan was made of
   const float* input;
-  float* output;
-  int64_t batch;
-  int32_t height, width, conv_height, conv_width, threads;
-};
-
-// A clamp and operations on many planes, or, if there is a gradient of their output, theirs.
-struct Planes {
-  std::vector<PostOp> ops;
-  const float* input;
-  const float* grad;  // or null
-  float* output;
-  int64_t count;
-  int32_t height, width;
-  float low, high;
-  int32_t threads;
+  const float* grad;    // of the output
+  bool fused;           // with clamp and post operations; or of the convolution alone
+  float* grad_input;
+  float* grad_weight;
+  float* grad_bias;
 };
 
 int32_t pool_size(int32_t size, int32_t kernel, int32_t stride, int32_t padding, bool ceil_mode);

@@ -78,9 +78,7 @@ inline int thread_count() {
 // One set of kernels per instruction set.
 struct Kernels {
   void (*forward)(const Pass&);
-  void (*backward_input)(const Backward&);
-  void (*backward_weight)(const Backward&);
-  void (*planes)(const Planes&);
+  void (*backward)(const Backward&);
 };
 
 extern const Kernels kBaseKernels;

@@ -15,6 +15,5 @@
 #ifdef __clang__
 #pragma clang attribute pop
 #endif
-const spp::Kernels spp::kAvx2Kernels = {avx2::forward, avx2::backward_input, avx2::backward_weight,
-                   avx2::planes};
+const spp::Kernels spp::kAvx2Kernels = {avx2::forward, avx2::backward};
 #endif

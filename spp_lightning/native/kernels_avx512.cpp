@@ -18,6 +18,5 @@
 #ifdef __clang__
 #pragma clang attribute pop
 #endif
-const spp::Kernels spp::kAvx512Kernels = {avx512::forward, avx512::backward_input, avx512::backward_weight,
-                   avx512::planes};
+const spp::Kernels spp::kAvx512Kernels = {avx512::forward, avx512::backward};
 #endif

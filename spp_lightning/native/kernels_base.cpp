@@ -4,5 +4,4 @@
 #define SPP_ISA base
 #define SPP_LANES 4
 #include "kernels.inc"
-const spp::Kernels spp::kBaseKernels = {base::forward, base::backward_input, base::backward_weight,
-                   base::planes};
+const spp::Kernels spp::kBaseKernels = {base::forward, base::backward};
