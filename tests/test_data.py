@@ -4,6 +4,7 @@ import hashlib
 import os
 import pickle
 import urllib.error
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -557,6 +558,7 @@ def test_missing_and_empty_and_other_folder(tmp_path):
 
 def test_no_network(tmp_path, monkeypatch):
     def download(self):
+        Path(self.root).mkdir(parents=True, exist_ok=True)  # as torchvision's does first
         raise urllib.error.URLError("no route to host")
 
     monkeypatch.setattr(CIFAR10, "download", download)
@@ -564,6 +566,9 @@ def test_no_network(tmp_path, monkeypatch):
         FileNotFoundError, match=f"{tmp_path}.*DigitsDataModule.*failed: .*no route to host"
     ):
         ready(tmp_path, download=True)
+    with pytest.raises(FileNotFoundError, match=r"data/cifar10 \(no such folder\)"):
+        ready(tmp_path / "data" / "cifar10", download=True)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_broken_trees(tree):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 from pathlib import Path
 
 from lightning.pytorch.utilities import rank_zero_warn
@@ -129,9 +130,13 @@ class CIFAR10DataModule(PictureDataModule):
         return source
 
     def _download(self) -> None:
+        missing = [x for x in (self.data_dir, *self.data_dir.parents) if not x.exists()]
         try:
             CIFAR10(self.data_dir, download=True)
         except (OSError, RuntimeError) as error:
+            with suppress(OSError):  # what was made for it, unless there is something in it
+                for folder in missing:
+                    folder.rmdir()
             raise FileNotFoundError(
                 f"{_nothing_in(self.data_dir)} Downloading it failed: {error}"
             ) from error
