@@ -77,9 +77,8 @@ def move(probability: Tensor, order: Tensor, change: Tensor, needed: int) -> Ten
     moved = (probability[order] + change).clamp(0, 1)
     reached = moved >= 1
     too_many = reached & (reached.cumsum(0) > needed)
-    moved = moved.masked_fill(too_many, 1 - torch.finfo(moved.dtype).eps)
-    finished = (reached & ~too_many).sum() >= needed
-    moved = torch.where(finished & (moved < 1), 0.0, moved)
+    finished = reached.sum() >= needed
+    moved = torch.where(too_many | (finished & (moved < 1)), 0.0, moved)
     return probability.scatter(0, order, moved)
 
 

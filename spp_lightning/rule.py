@@ -152,8 +152,8 @@ def update_probability(
 
     Groups at 1 are pruned and stay so. The others move by :func:`delta` of their rank among
     themselves. If more of them reach 1 than the layer still needs, the ones of lowest rank are
-    taken and the others stay just below 1; equal importance ranks by position. With the target
-    reached, the groups left go back to 0.
+    taken; equal importance ranks by position. With the target reached, the groups left go back
+    to 0.
 
     Args:
         probability: Pruning probabilities, ``(groups,)``, in [0, 1].

@@ -398,7 +398,7 @@ def test_layers_that_cannot_be_compact_stay_and_are_named() -> None:
 
 
 def test_training_goes_on_with_norms() -> None:
-    """Unfused, a compact network takes the steps of the masked dense one."""
+    """With its norms, a compact network takes the steps of the masked dense one."""
     torch.manual_seed(0)
     net = prune(
         nn.Sequential(
@@ -408,7 +408,9 @@ def test_training_goes_on_with_norms() -> None:
         0.7,
     )
     x = torch.randn(4, 3, 16, 16)
-    fast = compact(net, x, fuse=False)
+    with pytest.raises(ValueError, match="`fold` must be True or False, got 'no'"):
+        compact(net, x, fold="no")
+    fast = compact(net, x, fold=False)
     assert sum(isinstance(module, nn.BatchNorm2d) for module in fast.modules()) == 2
     kept = {k: (v != 0).any(0, keepdim=True) for k, v in net.named_parameters() if v.dim() == 4}
     for model in (net.train(), fast.train()):

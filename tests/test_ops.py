@@ -301,6 +301,64 @@ def test_half_precision_layers_are_packed_once(monkeypatch):
     assert len(made) <= 1
 
 
+@needs_kernels
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int32, torch.int64, torch.bool], ids=str)
+def test_numbers_that_are_no_floats_are_refused(dtype):
+    compact = ColumnConv2d.of(pruned())
+    with torch.no_grad(), pytest.raises(ValueError, match=f"`x` must hold floating.*{dtype}"):
+        compact(torch.zeros(2, 3, 64, 64, dtype=dtype))
+
+
+def test_a_layer_that_changes_its_type():
+    x = torch.randn(2, 3, 8, 8).bfloat16()
+    compact = ColumnConv2d.of(pruned()).bfloat16()
+    with torch.no_grad():
+        half = compact(x)
+        compact.float()  # the parameters stay the same objects
+        torch.testing.assert_close(compact(x), half, rtol=0.01, atol=0.01)
+        assert torch.equal(compact.bfloat16()(x), half)
+
+
+def test_pictures_that_are_too_small_for_a_pool():
+    compact = ColumnConv2d.of(pruned(), RELU, (PlaneOp("max_pool", (3, 3), (2, 2)),))
+    for grad in (False, True):
+        with (
+            torch.set_grad_enabled(grad),
+            pytest.raises(ValueError, match=r"too small: planes of 2 × 2 are left for a max_pool"),
+        ):
+            compact(torch.zeros(1, 3, 2, 2))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_gradients_in_half_precision_with_a_residual_of_another_type(dtype):
+    x, weight, columns, bias, residual, *rest = fused_arguments(torch.float64)
+    half = [y.to(dtype).requires_grad_() for y in (x, weight, bias)]
+    inputs = [half[0], half[1], columns, half[2], residual.float().requires_grad_(), *rest]
+    out = column_conv2d_fused(*inputs)
+    assert out.dtype == dtype
+    grad = torch.randn(out.shape)
+    out.backward(grad.to(dtype))
+    exact = [y.detach().double().requires_grad_() for y in (*half, inputs[4])]
+    expected = column_conv2d_fused(exact[0], exact[1], columns, exact[2], exact[3], *rest)
+    expected.backward(grad.to(dtype).double())
+    for y, wide in zip((*half, inputs[4]), exact, strict=True):
+        assert y.grad.dtype == y.dtype
+        size = wide.grad.abs().max()
+        assert float((y.grad.double() - wide.grad).abs().max() / size) < 0.01
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")  # torch itself uses it
+def test_forward_derivatives():
+    for post in ((), (POOL,)):
+        compact = ColumnConv2d.of(pruned(), RELU, post)
+        x, tangent = torch.randn(2, 3, 8, 8), torch.randn(2, 3, 8, 8)
+        y, found = torch.func.jvp(compact, (x,), (tangent,))
+        torch.testing.assert_close(y, compact(x), rtol=1e-5, atol=1e-5)
+        double = copy.deepcopy(compact).double()
+        a, b = (double(x.double() + sign * 1e-6 * tangent.double()) for sign in (1, -1))
+        torch.testing.assert_close(found.double(), (a - b) / 2e-6, rtol=1e-3, atol=1e-3)
+
+
 def test_autocast():
     conv = pruned()
     compact = ColumnConv2d.of(conv, RELU)
@@ -581,7 +639,7 @@ def test_without_the_kernels_all_is_the_same_but_for_a_warning(without_library, 
                 torch.testing.assert_close(net(x), y)
         y.square().sum().backward()
     (warning,) = caught
-    assert "C++ compiler" in str(warning.message) and "Install" in str(warning.message)
+    assert "C++ compiler" in str(warning.message) and "install -e" in str(warning.message)
     assert cpu.instruction_set() == "none"
     slow = [p.grad.clone() for p in net.parameters()]
 

@@ -27,6 +27,7 @@ __all__ = ["main"]
 
 _BATCHES = (1, 64)
 _TOLERANCE = 1e-4  # of the largest output
+_TOLD = 600  # characters of what torch says about a checkpoint of another network
 _NOISE = 1.05  # how much longer the compact network may take before it counts as slower
 
 
@@ -113,7 +114,8 @@ def _load(checkpoint: Path, model_name: str) -> nn.Module:
         content = torch.load(checkpoint, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises a different one for every way a file can be bad
         raise click.ClickException(
-            f"{checkpoint} can't be read as a checkpoint: {error}"
+            f"{checkpoint} can't be read as a checkpoint, a file that torch.save has written:"
+            f" {str(error).splitlines()[0]}"
         ) from error
     if not isinstance(content, dict):
         raise click.ClickException(
@@ -132,14 +134,23 @@ def _load(checkpoint: Path, model_name: str) -> nn.Module:
             f"{model_name} can't be made without arguments that {checkpoint} doesn't hold: {error}"
         ) from error
     except RuntimeError as error:  # says which keys are missing, unknown or of another shape
-        raise click.ClickException(f"{checkpoint} doesn't hold {model_name}: {error}") from error
+        raise _other_network(checkpoint, model_name, error) from error
     if not isinstance(model, nn.Module):
         raise click.ClickException(f"{model_name} must make an nn.Module, got {type(model)}.")
     try:
         model.load_state_dict(content.get("state_dict", content))
     except (RuntimeError, TypeError, AttributeError) as error:
-        raise click.ClickException(f"{checkpoint} doesn't hold {model_name}: {error}") from error
+        raise _other_network(checkpoint, model_name, error) from error
     return model
+
+
+def _other_network(checkpoint: Path, model_name: str, error: Exception) -> click.ClickException:
+    told = str(error)
+    if len(told) > _TOLD:
+        told = f"{told[:_TOLD]} …"
+    return click.ClickException(
+        f"{checkpoint} doesn't hold {model_name}; give its class by --model MODULE:CLASS. {told}"
+    )
 
 
 def _find(model_name: str) -> Any:

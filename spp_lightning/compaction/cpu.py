@@ -9,6 +9,7 @@ import warnings
 import weakref
 from collections.abc import Sequence
 from functools import cache
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -59,10 +60,13 @@ def _library() -> Any:
         library.spp_isa.restype = ctypes.c_char_p
         library.spp_set_isa.argtypes = [ctypes.c_char_p]
         return library
+    folder = Path(native.__file__).parent
     warnings.warn(
-        "The CPU kernels of spp_lightning aren't there, because no C++ compiler was found when it"
-        " was installed: compact networks compute the same on the CPU, but no faster than dense"
-        " ones. Install a compiler (such as g++), then spp_lightning once more.",
+        f"The CPU kernels of spp_lightning aren't there (in {folder}): compact networks compute the"
+        " same on the CPU, but more slowly than dense ones. Either no C++ compiler was found when"
+        " it was installed: install one, such as g++, and spp_lightning once more. Or a checkout"
+        " is imported in which nothing was built: build it by `pip install -e .` in there, or run"
+        " Python in another folder.",
         stacklevel=3,
     )
     return None
@@ -142,6 +146,7 @@ class Plan:
         check_columns(columns, geometry)
         g = geometry
         _check("weight", weight, (g.filters // g.groups, len(columns)))
+        _check("columns", columns, (len(columns),))
         if bias is not None:
             _check("bias", bias, (g.filters,))
         pair = ctypes.c_int32 * 2
@@ -254,6 +259,8 @@ class Plan:
         return way
 
     def _fastest(self, x: Tensor, residual: Tensor | None) -> _Way:
+        if x.dtype not in (torch.float32, torch.bfloat16):
+            raise ValueError(f"`x` must be float32 or bfloat16, got {x.dtype}.")
         g, threads = self.geometry, torch.get_num_threads()
         size = g.out_size(x.shape[2], x.shape[3])
         conv_shape = (len(x), g.filters, *size)
@@ -371,7 +378,8 @@ def plan_for(
     plan._held = tuple(x.detach() for x in tensors if x is not None)
     if found is not None and alive:
         references = found[0]
-        plan._ways = found[2]._ways  # the weights' values don't change which way is fastest
+        if plan._pairs == found[2]._pairs:
+            plan._ways = found[2]._ways  # the weights' values don't change which way is fastest
     else:
         references = tuple(
             None if x is None else weakref.ref(x, lambda _: _plans.pop(key, None)) for x in tensors

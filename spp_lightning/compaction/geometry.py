@@ -170,7 +170,11 @@ class PlaneOp(NamedTuple):
         return grad * power - 1.5 * self.alpha * x * inner
 
     def out_size(self, height: int, width: int) -> Pair:
-        """Size of the output planes."""
+        """Size of the output planes.
+
+        Raises:
+            ValueError: If nothing is left of them.
+        """
         if self.kind == "local_response_norm":
             return height, width
         sizes = []
@@ -180,6 +184,11 @@ class PlaneOp(NamedTuple):
             out = (-(-room // stride) if self.ceil_mode else room // stride) + 1
             if self.ceil_mode and (out - 1) * stride >= size + pad:
                 out -= 1  # the last window would start beyond the picture
+            if out < 1:
+                raise ValueError(
+                    f"The input is too small: planes of {height} × {width} are left for a"
+                    f" {self.kind} of {self.kernel_size}, stride {self.stride}."
+                )
             sizes.append(out)
         return sizes[0], sizes[1]
 

@@ -169,6 +169,8 @@ class ColumnConv2d(nn.Module):
             return self.forward(x[None], batch)[0]
         if not torch.compiler.is_compiling() and self._runs_at_once(x, residual):
             return self._plan().forward(x, residual)
+        if not torch.compiler.is_compiling() and torch.autograd.forward_ad._current_level >= 0:
+            return self._in_torch(x, residual)  # the operators have no forward derivatives
         shape, post, alphas = self._numbers
         gradients = torch.is_grad_enabled() and self._needs_grad(x, residual)
         if not gradients or (self.post and x.is_cpu):
@@ -177,6 +179,15 @@ class ColumnConv2d(nn.Module):
             )
         # Step by step, so that the backward pass finds the convolution's output.
         y = column_conv2d(x, self.weight, self.columns, self.bias, shape)
+        return self._after_convolution(y, residual)
+
+    def _in_torch(self, x: Tensor, residual: Tensor | None) -> Tensor:
+        g = self.geometry
+        weight = dense_weight(self.weight, self.columns, g)
+        y = F.conv2d(x, weight, self.bias, g.stride, g.padding, g.dilation, g.groups)
+        return self._after_convolution(y, residual)
+
+    def _after_convolution(self, y: Tensor, residual: Tensor | None) -> Tensor:
         if residual is not None:
             y = y + residual
         if self.clamp == (0, math.inf):
@@ -198,7 +209,8 @@ class ColumnConv2d(nn.Module):
         # Looked up here first: that takes a microsecond, plan_for ten.
         weight, bias, columns = self._tensors()
         known = self._known_plan
-        if known is not None and not weight.is_inference() and not columns.is_inference():
+        counted = not any(t is not None and t.is_inference() for t in (weight, bias, columns))
+        if known is not None and counted:
             plan, *tensors, stamp = known
             if (
                 tensors[0] is weight
@@ -208,7 +220,7 @@ class ColumnConv2d(nn.Module):
             ):
                 return plan
         plan = cpu.plan_for(weight, columns, bias, self.geometry, self.clamp, self.post)
-        if not (weight.is_inference() or columns.is_inference()):
+        if counted:
             self._known_plan = (plan, weight, columns, bias, _stamp(weight, columns, bias))
         return plan
 

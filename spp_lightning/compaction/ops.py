@@ -150,6 +150,8 @@ def _compute(
         raise ValueError(
             f"`x` must be (batch, {geometry.channels}, height, width), got {tuple(x.shape)}."
         )
+    if not x.is_floating_point():
+        raise ValueError(f"`x` must hold floating-point numbers, got {x.dtype}.")
     g = geometry
     _check_shape("weight", weight, (g.filters // g.groups, len(columns)))
     if bias is not None:
@@ -159,7 +161,7 @@ def _compute(
         _check_shape("residual", residual, (x.shape[0], g.filters, *size))
     if _on_cpu_kernels(x):
         dtype = x.dtype
-        x = (x.float() if dtype == torch.float16 else x).contiguous()
+        x = (x if dtype == torch.bfloat16 else x.float()).contiguous()
         residual = None if residual is None else residual.to(x.dtype).contiguous()
         plan = cpu.plan_for(weight, columns, bias, geometry, clamp, post)
         return plan.forward(x, residual).to(dtype)
@@ -175,7 +177,7 @@ def _compute(
         y = F.conv2d(x, full, bias, g.stride, g.padding, g.dilation, g.groups)
         y = y.to(x.dtype).contiguous()  # under autocast it may be another type
         if residual is not None:
-            y = y + residual
+            y = y + residual.to(y.dtype)
         if clamp != Clamp():
             y = y.clamp(*clamp)
     for op in post:
@@ -237,8 +239,12 @@ def _backward_op(
     g, clamp, ops = _geometry(geometry), Clamp(low, high), _post(post, alphas)
     fused = bool(ops) or clamp != Clamp()
     if fused and not (residual is None and _on_cpu_kernels(x)):
-        y = _compute(x, weight, columns, bias, None, g, Clamp(), ())
-        grad = _plane_gradient(y if residual is None else y + residual, grad, clamp, ops)
+        # In float32 at least, since the greatest of rounded pixels may be another one.
+        wide = torch.promote_types(x.dtype, torch.float32)
+        own = None if bias is None else bias.to(wide)
+        y = _compute(x.to(wide), weight.to(wide), columns, own, None, g, Clamp(), ())
+        y = y if residual is None else y + residual.to(wide)
+        grad = _plane_gradient(y, grad.to(wide), clamp, ops).to(grad.dtype)
         fused = False
     for_x, for_weight, for_bias, for_residual = wanted
     dx, dw, db = _conv_gradients(grad, x, weight, columns, bias, g, clamp, ops, fused, wanted)
@@ -246,8 +252,12 @@ def _backward_op(
         dx.to(x.dtype) if for_x else x.new_empty(0),
         dw.to(weight.dtype) if for_weight else x.new_empty(0),
         db.to(bias.dtype) if for_bias and bias is not None else x.new_empty(0),
-        grad.clone() if for_residual else x.new_empty(0),
+        _copy(grad, residual.dtype) if for_residual and residual is not None else x.new_empty(0),
     ]
+
+
+def _copy(x: Tensor, dtype: torch.dtype) -> Tensor:
+    return x.to(dtype, memory_format=torch.contiguous_format, copy=True)
 
 
 def _conv_gradients(

@@ -33,7 +33,7 @@ _SURELY_FASTER = 0.5  # share of kept weights up to which the dense layer needn'
 
 
 def compact(
-    model: nn.Module, example_input: Tensor | tuple[Tensor, ...], fuse: bool = True
+    model: nn.Module, example_input: Tensor | tuple[Tensor, ...], fold: bool = True
 ) -> nn.Module:
     """Make a pruned network fast: store and compute only the columns that pruning kept.
 
@@ -50,15 +50,15 @@ def compact(
         model: The pruned network; it is left as it was.
         example_input: A batch of the size that is to be fast, on the network's device; or a tuple
             of the positional arguments, if the network takes several.
-        fuse: Whether batch norms are folded and what follows a convolution is fused. Without, the
-            network keeps its batch norms, as it should for training it further.
+        fold: Whether batch norms are folded into the convolutions before them. Without, the network
+            keeps its batch norms, as it should for training it further.
 
     Returns:
         The compact network, on the device of ``model``.
 
     Raises:
         ValueError: If ``model`` isn't a network or is still being pruned, ``example_input`` isn't
-            a tensor or a tuple of tensors, or the network fails for it.
+            a tensor or a tuple of tensors, the network fails for it, or ``fold`` isn't a bool.
 
     >>> net = nn.Sequential(nn.Conv2d(3, 16, 3, padding=1), nn.ReLU(), nn.Conv2d(16, 8, 3))
     >>> with torch.no_grad():
@@ -72,6 +72,8 @@ def compact(
     """
     inputs = example_input if isinstance(example_input, tuple) else (example_input,)
     _check(model, inputs)
+    if not isinstance(fold, bool):
+        raise ValueError(f"`fold` must be True or False, got {fold!r}.")
     original, model = model, copy.deepcopy(model).eval()
     if inputs[0].is_cpu:
         model.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
@@ -83,14 +85,14 @@ def compact(
         graph = trace(model, inputs)
     except Exception as error:  # whatever a network may raise that can't be traced
         return _one_by_one(original, f"can't be traced ({type(error).__name__}: {error})")
-    if fuse:
+    if fold:
         fold_batch_norms(graph)
         absorb_constants(graph)
     remove_channels(graph)
     with torch.no_grad():
         ShapeProp(graph).propagate(*inputs)
     _drop_layouts(graph)
-    _replace_convolutions(graph, fuse)
+    _replace_convolutions(graph)
     if not any(parameter.requires_grad for parameter in original.parameters()):
         graph.requires_grad_(False)
     if not _same(graph, original, inputs):
@@ -100,7 +102,9 @@ def compact(
 
 def _check(model: nn.Module, inputs: tuple[Tensor, ...]) -> None:
     if not isinstance(model, nn.Module):
-        raise ValueError(f"`model` must be a network, an instance of nn.Module, got {model!r}.")
+        raise ValueError(
+            f"`model` must be a network, an instance of nn.Module, got {type(model).__name__}."
+        )
     wrong = [type(x).__name__ for x in inputs if not isinstance(x, Tensor)]
     if wrong or not inputs:
         raise ValueError(
@@ -209,13 +213,13 @@ def _drop_layouts(graph: fx.GraphModule) -> None:
     graph.recompile()
 
 
-def _replace_convolutions(graph: fx.GraphModule, fuse: bool) -> None:
+def _replace_convolutions(graph: fx.GraphModule) -> None:
     order = {node: i for i, node in enumerate(graph.graph.nodes)}
     for node in list(graph.graph.nodes):
         conv = module_of(graph, node)
         if node not in order or not _replaceable(conv, str(node.target)):
             continue
-        chain = chain_after(graph, node) if fuse else Chain(node)
+        chain = chain_after(graph, node)
         layer = ColumnConv2d.of(conv, chain.clamp, chain.post).train(conv.training)
         if len(node.args) != 1 or node.kwargs or not _pays(conv, layer, chain):
             continue

@@ -165,6 +165,7 @@ SPP_EXPORT int32_t spp_forward(const void* plan, const spp::Way* way, const void
   try {
     const auto forward = way->variant == spp::kPairsVariant ? spp::chosen.pairs
                                                             : spp::chosen.kernels->forward;
+    if (forward == nullptr) return 0;
     forward({*way, static_cast<const spp::Plan*>(plan), input, residual, output});
     return 1;
   } catch (const std::exception&) {
