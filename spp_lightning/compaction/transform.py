@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import warnings
 from typing import TypeGuard
 
@@ -30,6 +31,7 @@ __all__ = ["compact"]
 
 _ROUNDS = 5  # of a timing: it is repeated for many layers
 _SURELY_FASTER = 0.5  # share of kept weights up to which the dense layer needn't be timed
+_SMALL_PLANE = 64  # pixels of an output below which it must be, since vectors aren't full
 
 
 def compact(
@@ -248,10 +250,11 @@ def _pays(conv: nn.Conv2d, layer: ColumnConv2d, chain: Chain) -> bool:
     """Whether a layer is faster than the dense one with all that follows, by a short timing."""
     share = len(layer.columns) / layer.geometry.num_columns
     fast = conv.weight.is_cuda or (conv.weight.dtype != torch.float64 and cpu.is_available())
-    if not fast or share <= _SURELY_FASTER:
+    shape, out_shape = shape_of(chain.conv.args[0]), shape_of(chain.conv)
+    assert shape is not None and out_shape is not None
+    small = not conv.weight.is_cuda and math.prod(out_shape[2:]) < _SMALL_PLANE
+    if not fast or (share <= _SURELY_FASTER and not small):
         return share < 1
-    shape = shape_of(chain.conv.args[0])
-    assert shape is not None
     x = torch.zeros(shape, dtype=conv.weight.dtype, device=conv.weight.device)
     residual = torch.zeros_like(conv(x)) if chain.residual is not None else None
 
