@@ -218,7 +218,7 @@ def _beyond(results: Results) -> str:
         (name, _show(results.accuracy(row)), _show(results.drop(row)), _gain(results, row))
         for name, row in BEYOND.items()
     ]
-    head = ("what", "accuracy, %", "drop to baseline", "against the method's own")
+    head = ("what", "accuracy, %", "drop to baseline", "against the method's own, same seed")
     return (
         f"{_table(head, rows)}\n\nAll are compared on the test pictures, so the best one's lead is"
         " flattered a little."
