@@ -347,7 +347,6 @@ def test_gradients_in_half_precision_with_a_residual_of_another_type(dtype):
         assert float((y.grad.double() - wide.grad).abs().max() / size) < 0.01
 
 
-@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")  # torch itself uses it
 def test_forward_derivatives():
     for post in ((), (POOL,)):
         compact = ColumnConv2d.of(pruned(), RELU, post)
