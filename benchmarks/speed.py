@@ -216,7 +216,7 @@ def dense_calls(net: nn.Module, x: Tensor, threads: int) -> Iterator[tuple[str, 
 def packed_call(conv: nn.Conv2d, x: Tensor) -> Call:
     """The layer in oneDNN, with weights in its own layout."""
     shape = ([*conv.padding], [*conv.stride], [*conv.dilation], conv.groups)
-    packed = torch._C._nn.mkldnn_reorder_conv2d_weight(  # type: ignore
+    packed = torch._C._nn.mkldnn_reorder_conv2d_weight(  # type: ignore[call-arg]
         conv.weight.detach().to_mkldnn(), *shape, list(x.shape)
     )
     run = torch.ops.mkldnn._convolution_pointwise

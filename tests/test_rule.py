@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from spp_lightning import SPPPruner
+from spp_lightning import SPPPruner, rule
 from spp_lightning.groups import WeightGroups
 from spp_lightning.rule import (
     count_updates,
@@ -319,3 +319,13 @@ def test_training_equals_reference(by):
             finished_at = step
     assert layer.finished and len(layer.pruned) == 8
     assert 9 <= finished_at < 80  # there were masks to sample before, and training after
+
+
+@pytest.mark.parametrize("u", [0.05, 0.25, 0.9])
+@pytest.mark.parametrize("zero_rank", [0.5, 7.0, 700.25])
+@pytest.mark.parametrize("num_ranks", [1, 5, 801])
+def test_changes_of_whole_ranks_are_those_of_any_rank_bit_for_bit(num_ranks, zero_rank, u):
+    p = torch.zeros(num_ranks, dtype=torch.float64)
+    ranks = torch.arange(num_ranks, dtype=torch.float64)
+    found = rule._delta_of_ranks(num_ranks, zero_rank, 0.05, u, p)
+    assert torch.equal(found, delta(ranks, zero_rank, 0.05, u))

@@ -84,11 +84,10 @@ def instruction_set() -> str:
 
 
 class _NativeWay(ctypes.Structure):
-    _fields_ = [("batch", ctypes.c_int64)] + [
-        (name, ctypes.c_int32)
-        for name in (
-            *("height", "width", "conv_height", "conv_width", "threads", "variant", "bfloat16"),
-        )
+    _fields_ = [
+        ("batch", ctypes.c_int64),
+        *((name, ctypes.c_int32) for name in ("height", "width", "conv_height", "conv_width")),
+        *((name, ctypes.c_int32) for name in ("threads", "variant", "bfloat16")),
     ]
 
 

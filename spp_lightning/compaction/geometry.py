@@ -186,7 +186,7 @@ class PlaneOp(NamedTuple):
                 out -= 1  # the last window would start beyond the picture
             if out < 1:
                 raise ValueError(
-                    f"The input is too small: planes of {height} × {width} are left for a"
+                    f"`x` is too small: planes of {height} × {width} are left for a"
                     f" {self.kind} of {self.kernel_size}, stride {self.stride}."
                 )
             sizes.append(out)
