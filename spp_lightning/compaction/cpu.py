@@ -20,8 +20,9 @@ from spp_lightning.compaction.geometry import KINDS, Clamp, Geometry, PlaneOp, s
 
 __all__ = ["Plan", "is_available", "plan_for"]
 
-_VARIANTS = (0, 1)  # pack the pixels of a tile first, or read them where they are
-_PAIRS = 2  # pack them as pairs of bfloat16
+# Vectors of pixels, those of a tile packed first or read where they are, or vectors of filters.
+_VARIANTS = (0, 1, 3)
+_PAIRS, _FILTERS = 2, 3  # the former are vectors of pixels packed as pairs of bfloat16
 _SMALL = 20_000_000  # MACs below which one thread may be faster than several
 
 
@@ -55,6 +56,8 @@ def _library() -> Any:
         ]
         library.spp_free.argtypes = [pointer]
         library.spp_free.restype = None
+        library.spp_drop_filters.argtypes = [pointer]
+        library.spp_drop_filters.restype = None
         library.spp_forward.argtypes = [pointer] * 5
         library.spp_backward.argtypes = [pointer] * 5 + [number] + [pointer] * 3
         library.spp_isa.restype = ctypes.c_char_p
@@ -284,7 +287,11 @@ class Plan:
                 start = time.perf_counter()
                 self._run(x, residual, out, way)
                 seconds[i] = min(seconds[i], time.perf_counter() - start)
-        return ways[seconds.index(min(seconds))]
+        best = ways[seconds.index(min(seconds))]
+        used = (best, *self._ways.values())
+        if all(way.native.variant != _FILTERS for way in used):
+            self._library.spp_drop_filters(self._handle)
+        return best
 
 
 def _plane_ops(post: tuple[PlaneOp, ...]) -> Any:

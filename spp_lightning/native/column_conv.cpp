@@ -26,6 +26,40 @@ int32_t pool_size(int32_t size, int32_t kernel, int32_t stride, int32_t padding,
   return out;
 }
 
+std::shared_ptr<const ChunkWeights> Plan::chunk_weights() const {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  if (chunk_weights_) return chunk_weights_;
+  auto made = std::make_shared<ChunkWeights>();
+  const int groups = geometry.groups, filters = group_filters(), blocks = group_blocks();
+  size_t floats = 0;
+  for (int g = 0; g < groups; ++g) {
+    made->start.push_back(floats);
+    floats += static_cast<size_t>(group_chunks()) * group_columns(g) * kChunk;
+  }
+  made->floats = aligned_floats(floats);
+  std::fill_n(made->floats.get(), floats, 0.0f);
+  made->bias.assign(static_cast<size_t>(groups) * group_chunks() * kChunk, 0.0f);
+  for (int g = 0; g < groups; ++g) {
+    const size_t columns = group_columns(g);
+    std::copy_n(bias.data() + g * filters, filters,
+                made->bias.data() + static_cast<size_t>(g) * group_chunks() * kChunk);
+    const float* from = packed.get() + packed_start[g];
+    for (int block = 0; block < blocks; ++block) {
+      const int filter = block * kBlock;
+      float* out = made->floats.get() + made->start[g] + filter / kChunk * columns * kChunk +
+                   filter % kChunk;
+      for (size_t k = 0; k < columns; ++k, from += kBlock, out += kChunk)
+        std::copy_n(from, kBlock, out);
+    }
+  }
+  return chunk_weights_ = std::move(made);
+}
+
+void Plan::drop_chunk_weights() const {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  chunk_weights_.reset();  // a call that runs holds them until it is done
+}
+
 namespace {
 
 struct Choice {
@@ -160,13 +194,43 @@ SPP_EXPORT void* spp_plan(const spp::Geometry* geometry, const int32_t* columns,
 
 SPP_EXPORT void spp_free(void* plan) { delete static_cast<spp::Plan*>(plan); }
 
+// Frees what only the vectors of filters need, until they are computed again.
+SPP_EXPORT void spp_drop_filters(const void* plan) {
+  static_cast<const spp::Plan*>(plan)->drop_chunk_weights();
+}
+
 SPP_EXPORT int32_t spp_forward(const void* plan, const spp::Way* way, const void* input,
                                const void* residual, void* output) {
   try {
-    const auto forward = way->variant == spp::kPairsVariant ? spp::chosen.pairs
-                                                            : spp::chosen.kernels->forward;
+    const auto forward = way->variant == spp::kPairsVariant     ? spp::chosen.pairs
+                         : way->variant == spp::kFiltersVariant ? spp::chosen.kernels->forward_filters
+                                                                : spp::chosen.kernels->forward;
     if (forward == nullptr) return 0;
     forward({*way, static_cast<const spp::Plan*>(plan), input, residual, output});
+    return 1;
+  } catch (const std::exception&) {
+    return 0;
+  }
+}
+
+// Layers in a row, float32, each with a stride of 1 along the rows but the first: what only the input's
+// shape and the plans decide. The plans must outlive it.
+SPP_EXPORT void* spp_row(const void* const* plans, const spp::Way* const* ways, int32_t count) {
+  try {
+    const auto* const* of = reinterpret_cast<const spp::Plan* const*>(plans);
+    return spp::chosen.kernels->make_row(of, ways, count);
+  } catch (const std::exception&) {
+    return nullptr;
+  }
+}
+
+SPP_EXPORT void spp_free_row(void* row) { delete static_cast<spp::Layers*>(row); }
+
+// The residual is added in the last layer, and may be null.
+SPP_EXPORT int32_t spp_forward_row(const void* row, const float* input, const float* residual,
+                                   float* output) {
+  try {
+    static_cast<const spp::Layers*>(row)->forward(input, residual, output);
     return 1;
   } catch (const std::exception&) {
     return 0;

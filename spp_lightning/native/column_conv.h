@@ -8,11 +8,13 @@
 #include <cstddef>
 #include <cstdint>
 #include <memory>
+#include <mutex>
 #include <vector>
 
 namespace spp {
 
-constexpr int kBlock = 4;  // filters that a kernel computes together
+constexpr int kBlock = 4;   // filters that a kernel computes together
+constexpr int kChunk = 16;  // filters next to each other, where they are what fills the vectors
 
 // What happens to each plane of the convolution's output before it is stored.
 enum class PostKind : int32_t { kMaxPool = 0, kAveragePool = 1, kLocalResponseNorm = 2 };
@@ -48,6 +50,13 @@ struct AlignedFree {
 using AlignedFloats = std::unique_ptr<float[], AlignedFree>;
 AlignedFloats aligned_floats(size_t count);
 
+// The weights of all conv groups: [group][chunk of filters][column][filter of the chunk].
+struct ChunkWeights {
+  AlignedFloats floats;
+  std::vector<size_t> start;  // of each conv group
+  std::vector<float> bias;    // [group][chunk][filter of the chunk]
+};
+
 struct Plan {
   Geometry geometry;
   std::vector<Source> sources;
@@ -62,14 +71,23 @@ struct Plan {
   std::vector<PostOp> post;
   int32_t margin[2];                 // rows and columns that a source plane has beyond the output
 
+  // Made when they are asked for the first time, and kept until they are dropped.
+  std::shared_ptr<const ChunkWeights> chunk_weights() const;
+  void drop_chunk_weights() const;
+
   int32_t group_filters() const { return geometry.filters / geometry.groups; }
   int32_t group_blocks() const { return (group_filters() + kBlock - 1) / kBlock; }
+  int32_t group_chunks() const { return (group_filters() + kChunk - 1) / kChunk; }
   int32_t group_columns(int32_t g) const { return group_start[g + 1] - group_start[g]; }
+
+ private:
+  mutable std::mutex mutex_;
+  mutable std::shared_ptr<const ChunkWeights> chunk_weights_;
 };
 
-// Ways to read the kept columns: pack those of a tile of pixels first; read them in place; pack them
-// as pairs of bfloat16.
-constexpr int32_t kPanelVariant = 0, kDirectVariant = 1, kPairsVariant = 2;
+// Ways to compute: vectors of pixels, those of a tile under the kept columns packed first; or read in
+// place; or packed as pairs of bfloat16; and vectors of filters.
+constexpr int32_t kPanelVariant = 0, kDirectVariant = 1, kPairsVariant = 2, kFiltersVariant = 3;
 
 // How a plan computes inputs of one shape. The same layout is declared in cpu.py.
 struct Way {

@@ -75,9 +75,18 @@ inline int thread_count() {
 #endif
 }
 
+// Layers in a row, the output of one being the input of the next, all of one batch at once.
+class Layers {
+ public:
+  virtual ~Layers() = default;
+  virtual void forward(const void* input, const void* residual, void* output) const = 0;
+};
+
 // One set of kernels per instruction set.
 struct Kernels {
   void (*forward)(const Pass&);
+  void (*forward_filters)(const Pass&);
+  Layers* (*make_row)(const Plan* const*, const Way* const*, int);
   void (*backward)(const Backward&);
 };
 
