@@ -22,6 +22,9 @@ void* spp_plan(const spp::Geometry*, const int32_t*, int32_t, const float*, cons
                float, const spp::PostOp*, int32_t, int32_t);
 void spp_free(void*);
 int32_t spp_forward(const void*, const spp::Way*, const void*, const void*, void*);
+void* spp_sequence(const void* const*, const spp::Way* const*, int32_t);
+void spp_free_sequence(void*);
+int32_t spp_forward_sequence(const void*, const float*, const float*, float*);
 int32_t spp_backward(const void*, const spp::Way*, const float*, const float*, const float*, int32_t,
                      float*, float*, float*);
 int32_t spp_ascending_order(const void*, int32_t, const double*, int64_t, int64_t*);
@@ -113,6 +116,61 @@ void compare(const char* what, const Floats& got, const std::vector<double>& exp
   }
 }
 
+std::vector<int32_t> some_columns(int all, double share) {
+  std::vector<int32_t> columns;
+  for (int k = 0; k < all; ++k)
+    if (std::uniform_real_distribution<>(0, 1)(generator) < share) columns.push_back(k);
+  columns.shrink_to_fit();
+  return columns;
+}
+
+// A layer behind another one: both at once give what one after the other does, bit for bit.
+void run_sequence(const void* first, spp::Way how, const spp::Geometry& before, const int* size,
+                  const float* x) {
+  spp::Geometry g{};
+  g.groups = before.filters % 2 || between(0, 2) ? 1 : 2;
+  g.channels = before.filters;
+  g.filters = g.groups * between(1, 20);
+  int out[2];
+  for (int d = 0; d < 2; ++d) {
+    g.kernel[d] = between(1, 4);
+    g.stride[d] = d ? 1 : between(1, 2);
+    g.dilation[d] = between(1, 2);
+    const int reach = g.dilation[d] * (g.kernel[d] - 1) + 1;
+    g.padding[d] = std::max(between(0, 3), (reach - size[d] + 1) / 2);
+    out[d] = (size[d] + 2 * g.padding[d] - reach) / g.stride[d] + 1;
+  }
+  const auto columns = some_columns(g.channels * g.kernel[0] * g.kernel[1], 0.5);
+  const int count = static_cast<int>(columns.size());
+  const Floats weight = normal(g.filters / g.groups * count);
+  spp::PostOp pool{spp::PostKind::kMaxPool, {2, 2}, {2, 2}, {1, 1}, between(0, 1), 1, 0};
+  const bool pools = between(0, 1);
+  void* second = spp_plan(&g, columns.data(), count, weight.get(), nullptr, 0, 1e9f, &pool, pools, 0);
+  int last[2];
+  for (int d = 0; d < 2; ++d) last[d] = pools ? spp::pool_size(out[d], 2, 2, 1, pool.ceil_mode) : out[d];
+  const size_t between_floats = how.batch * before.filters * size[0] * size[1];
+  const size_t conv_floats = how.batch * g.filters * out[0] * out[1];
+  const size_t floats = how.batch * g.filters * last[0] * last[1];
+  const Floats middle = memory(between_floats), residual = between(0, 1) ? normal(conv_floats) : nullptr;
+  const Floats one_by_one = memory(floats);
+  how.variant = spp::kPanelVariant;
+  spp::Way next{how.batch, size[0], size[1], out[0], out[1], how.threads, how.variant, 0};
+  spp_forward(first, &how, x, nullptr, middle.get());
+  spp_forward(second, &next, middle.get(), residual.get(), one_by_one.get());
+  for (int threads = 1; threads <= 3; ++threads) {
+    how.threads = next.threads = threads;
+    const void* plans[] = {first, second};
+    const spp::Way* ways[] = {&how, &next};
+    void* sequence = spp_sequence(plans, ways, 2);
+    const Floats at_once = memory(floats);
+    spp_forward_sequence(sequence, x, residual.get(), at_once.get());
+    if (!std::equal(at_once.get(), at_once.get() + floats, one_by_one.get()))
+      std::printf("a sequence on %d threads\n", threads), ++failures;
+    spp_free_sequence(sequence);
+  }
+  spp_free(second);
+}
+
 void run_case() {
   spp::Geometry g{};
   g.groups = between(0, 3) ? 1 : between(2, 3);
@@ -132,10 +190,7 @@ void run_case() {
   const int taps = g.kernel[0] * g.kernel[1], rows = g.filters / g.groups;
   const int group_channels = g.channels / g.groups;
   const double share = between(0, 4) / 4.0;  // none to all of the columns
-  std::vector<int32_t> columns;
-  for (int k = 0; k < g.channels * taps; ++k)
-    if (std::uniform_real_distribution<>(0, 1)(generator) < share) columns.push_back(k);
-  columns.shrink_to_fit();
+  const auto columns = some_columns(g.channels * taps, share);
   const int count = static_cast<int>(columns.size());
   const int64_t batch = between(1, 4);
   const int in_plane = size[0] * size[1], out_plane = out[0] * out[1];
@@ -205,13 +260,15 @@ void run_case() {
   const auto way = [&](int threads, int variant, int bfloat16) {
     return spp::Way{batch, size[0], size[1], out[0], out[1], threads, variant, bfloat16};
   };
-  for (int variant = 0; variant < 2; ++variant)
+  const char* names[] = {"panel", "in place", "", "filters"};
+  for (const int variant : {spp::kPanelVariant, spp::kDirectVariant, spp::kFiltersVariant})
     for (int threads = 1; threads <= 3; ++threads) {
       const Floats result = memory(y.values.size());
       const spp::Way how = way(threads, variant, 0);
       spp_forward(plan, &how, x.get(), residual.get(), result.get());
-      compare(variant ? "in place" : "panel", result, y.values, size_y);
+      compare(names[variant], result, y.values, size_y);
     }
+  run_sequence(plan, way(1, spp::kPanelVariant, 0), g, now, x.get());
   const Floats given = normal(y.values.size());
   for (int threads = 1; threads <= 2; ++threads)
     for (const bool fused : {false, true}) {
@@ -257,8 +314,10 @@ void run_case() {
   const auto residual16 = residual ? halves(residual, outputs) : nullptr;
   plan = spp_plan(&g, columns.data(), count, upper.get(), bias.get(), low, high, post.data(),
                   static_cast<int32_t>(post.size()), 1);
-  for (int variant = 0; variant < 2 + spp_has_pairs(); ++variant)
+  for (const int variant :
+       {spp::kPanelVariant, spp::kDirectVariant, spp::kFiltersVariant, spp::kPairsVariant})
     for (int threads = 1; threads <= 3; ++threads) {
+      if (variant == spp::kPairsVariant && !spp_has_pairs()) continue;
       const std::unique_ptr<uint16_t[]> result(new uint16_t[y.values.size()]);
       const spp::Way how = way(threads, variant, 1);
       spp_forward(plan, &how, x16.get(), residual16.get(), result.get());

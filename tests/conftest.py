@@ -97,7 +97,7 @@ def tiny() -> TinyModule:
 
 def look_for_library():
     """Look anew for the C++ library, where a test has hidden or shown it."""
-    for cached in (native.library, moves._library, cpu._library):
+    for cached in (native.library, moves._library, cpu.library):
         cached.cache_clear()
 
 

@@ -22,8 +22,8 @@ __all__ = ["Plan", "is_available", "plan_for"]
 
 # Vectors of pixels, those of a tile packed first or read where they are, or vectors of filters.
 _VARIANTS = (0, 1, 3)
-_PAIRS, _FILTERS = 2, 3  # the former are vectors of pixels packed as pairs of bfloat16
-_SMALL = 20_000_000  # MACs below which one thread may be faster than several
+_PAIRS, FILTERS = 2, 3  # the former are vectors of pixels packed as pairs of bfloat16
+SMALL = 20_000_000  # MACs below which one thread may be faster than several
 
 
 class _Geometry(ctypes.Structure):
@@ -45,24 +45,30 @@ class _PlaneOp(ctypes.Structure):
 
 
 @cache
-def _library() -> Any:
-    library = native.library()
-    if library is not None:
+def library() -> Any:
+    """The kernels' functions, or None where they weren't built; a warning says so once."""
+    functions = native.library()
+    if functions is not None:
         pointer, number = ctypes.c_void_p, ctypes.c_int32
-        library.spp_plan.restype = pointer
-        library.spp_plan.argtypes = [
+        functions.spp_plan.restype = pointer
+        functions.spp_plan.argtypes = [
             *(pointer, pointer, number, pointer, pointer),
             *(ctypes.c_float, ctypes.c_float, pointer, number, number),
         ]
-        library.spp_free.argtypes = [pointer]
-        library.spp_free.restype = None
-        library.spp_drop_filters.argtypes = [pointer]
-        library.spp_drop_filters.restype = None
-        library.spp_forward.argtypes = [pointer] * 5
-        library.spp_backward.argtypes = [pointer] * 5 + [number] + [pointer] * 3
-        library.spp_isa.restype = ctypes.c_char_p
-        library.spp_set_isa.argtypes = [ctypes.c_char_p]
-        return library
+        functions.spp_free.argtypes = [pointer]
+        functions.spp_free.restype = None
+        functions.spp_drop_filters.argtypes = [pointer]
+        functions.spp_drop_filters.restype = None
+        functions.spp_forward.argtypes = [pointer] * 5
+        functions.spp_sequence.restype = pointer
+        functions.spp_sequence.argtypes = [pointer, pointer, number]
+        functions.spp_free_sequence.argtypes = [pointer]
+        functions.spp_free_sequence.restype = None
+        functions.spp_forward_sequence.argtypes = [pointer] * 4
+        functions.spp_backward.argtypes = [pointer] * 5 + [number] + [pointer] * 3
+        functions.spp_isa.restype = ctypes.c_char_p
+        functions.spp_set_isa.argtypes = [ctypes.c_char_p]
+        return functions
     folder = Path(native.__file__).parent
     warnings.warn(
         f"The CPU kernels of spp_lightning aren't there (in {folder}): compact networks compute the"
@@ -77,13 +83,13 @@ def _library() -> Any:
 
 def is_available() -> bool:
     """Whether the kernels were built; a warning says once if they weren't."""
-    return _library() is not None
+    return library() is not None
 
 
 def instruction_set() -> str:
     """What the kernels use: ``"avx512"``, ``"avx2"``, ``"base"``, or ``"none"`` without them."""
-    library = _library()
-    return library.spp_isa().decode() if library else "none"
+    functions = library()
+    return functions.spp_isa().decode() if functions else "none"
 
 
 class _NativeWay(ctypes.Structure):
@@ -94,7 +100,7 @@ class _NativeWay(ctypes.Structure):
     ]
 
 
-class _Way(NamedTuple):
+class Way(NamedTuple):
     """How a plan computes inputs of one shape, with so many threads."""
 
     conv_shape: tuple[int, ...]
@@ -106,16 +112,18 @@ class _Way(NamedTuple):
     @classmethod
     def of(
         cls,
-        x: Tensor,
+        shape: Sequence[int],
+        dtype: torch.dtype,
         conv_shape: tuple[int, ...],
         out_shape: tuple[int, ...],
         variant: int,
         threads: int,
-    ) -> _Way:
-        batch, _, height, width = x.shape
+    ) -> Way:
+        """That of inputs of a shape and a type."""
+        batch, _, height, width = shape
         numbers = (batch, height, width, *conv_shape[2:], threads, variant)
-        native = _NativeWay(*numbers, x.dtype == torch.bfloat16)
-        return cls(conv_shape, out_shape, x.dtype, native, ctypes.addressof(native))
+        native = _NativeWay(*numbers, dtype == torch.bfloat16)
+        return cls(conv_shape, out_shape, dtype, native, ctypes.addressof(native))
 
 
 class Plan:
@@ -147,10 +155,10 @@ class Plan:
         geometry.check()
         check_columns(columns, geometry)
         g = geometry
-        _check("weight", weight, (g.filters // g.groups, len(columns)))
-        _check("columns", columns, (len(columns),))
+        check_tensor("weight", weight, (g.filters // g.groups, len(columns)))
+        check_tensor("columns", columns, (len(columns),))
         if bias is not None:
-            _check("bias", bias, (g.filters,))
+            check_tensor("bias", bias, (g.filters,))
         pair = ctypes.c_int32 * 2
         shape = _Geometry(
             g.channels,
@@ -164,8 +172,8 @@ class Plan:
         bias = None if bias is None else bias.detach().float().contiguous()
         self.geometry = geometry
         self.post = post
-        self._library = _library()
-        self._handle = self._library.spp_plan(
+        self._library = library()
+        self.handle = self._library.spp_plan(
             ctypes.byref(shape),
             columns.data_ptr(),
             len(columns),
@@ -176,12 +184,12 @@ class Plan:
             len(post),
             self._pairs,
         )
-        if not self._handle:
+        if not self.handle:
             raise MemoryError("There is no memory left for the weights of a convolution.")
         self._forward = self._library.spp_forward
-        self._free = weakref.finalize(self, self._library.spp_free, self._handle)
+        self._free = weakref.finalize(self, self._library.spp_free, self.handle)
         self._num_columns = len(columns)
-        self._ways: dict[tuple[Any, ...], _Way] = {}  # by the input's shape and type, and threads
+        self._ways: dict[tuple[Any, ...], Way] = {}  # by the input's shape and type, and threads
         self._held: tuple[Tensor, ...] = ()
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
@@ -200,8 +208,9 @@ class Plan:
         way = self._ways.get(key)
         if way is None:
             way = self._ways[key] = self._fastest(x, residual)
+            self.drop_unused()
         elif residual is not None:
-            _check("residual", residual, way.conv_shape)
+            check_tensor("residual", residual, way.conv_shape)
         out = torch.empty(way.out_shape, dtype=way.dtype)
         self._run(x, residual, out, way)
         return out
@@ -220,8 +229,8 @@ class Plan:
                 the convolution itself.
         """
         g, way = self.geometry, self._backward_way(x, fused)
-        _check("grad", grad, way.out_shape)
-        _check("weight", weight, (g.filters // g.groups, self._num_columns))
+        check_tensor("grad", grad, way.out_shape)
+        check_tensor("weight", weight, (g.filters // g.groups, self._num_columns))
         shapes = (x.shape, weight.shape, (g.filters,))
         out = [
             torch.empty(shape if wants else 0, dtype=torch.float32)
@@ -229,15 +238,15 @@ class Plan:
         ]
         pointers = [y.data_ptr() if wants else None for y, wants in zip(out, wanted, strict=True)]
         if not self._library.spp_backward(
-            *(self._handle, way.address, weight.data_ptr(), x.data_ptr(), grad.data_ptr(), fused),
+            *(self.handle, way.address, weight.data_ptr(), x.data_ptr(), grad.data_ptr(), fused),
             *pointers,
         ):
             raise MemoryError("There is no memory left for the gradient of a convolution.")
         return out
 
-    def _run(self, x: Tensor, residual: Tensor | None, out: Tensor, way: _Way) -> None:
+    def _run(self, x: Tensor, residual: Tensor | None, out: Tensor, way: Way) -> None:
         if not self._forward(
-            self._handle,
+            self.handle,
             way.address,
             x.data_ptr(),
             None if residual is None else residual.data_ptr(),
@@ -245,53 +254,64 @@ class Plan:
         ):
             raise MemoryError("There is no memory left to compute a convolution.")
 
-    def _backward_way(self, x: Tensor, fused: bool) -> _Way:
-        key = (*x.shape, torch.get_num_threads(), fused)
+    def way_of(
+        self,
+        shape: Sequence[int],
+        dtype: torch.dtype,
+        variant: int,
+        threads: int,
+        with_post: bool = True,
+    ) -> Way:
+        """A way to compute inputs of a shape and a type.
+
+        Raises:
+            ValueError: If they are smaller than the kernel, or too large.
+        """
+        conv_shape = (shape[0], self.geometry.filters, *self.geometry.out_size(*shape[2:]))
+        _check_size(shape, conv_shape)
+        size = size_after(self.post, conv_shape[2:]) if with_post else conv_shape[2:]
+        return Way.of(shape, dtype, conv_shape, (*conv_shape[:2], *size), variant, threads)
+
+    def macs(self, way: Way) -> int:
+        """Multiply-accumulate operations of a pass."""
+        return math.prod(way.conv_shape) // self.geometry.groups * self._num_columns
+
+    def drop_unused(self) -> None:
+        """Free memory that only ways need which no input takes."""
+        if all(way.native.variant != FILTERS for way in self._ways.values()):
+            self._library.spp_drop_filters(self.handle)
+
+    def _backward_way(self, x: Tensor, fused: bool) -> Way:
+        threads = torch.get_num_threads()
+        key = (*x.shape, threads, fused)
         way = self._ways.get(key)
         if way is None:
-            g, size = self.geometry, (x.shape[2], x.shape[3])
-            conv_shape = (len(x), g.filters, *g.out_size(*size))
-            out_size = size_after(self.post, conv_shape[2:]) if fused else conv_shape[2:]
-            out_shape = (len(x), g.filters, *out_size)
-            _check_size(x.shape, conv_shape)
-            threads = torch.get_num_threads()
             forward = self._ways.get((*x.shape, torch.float32, threads))
             variant = 0 if forward is None else forward.native.variant
-            way = self._ways[key] = _Way.of(x, conv_shape, out_shape, variant, threads)
+            way = self.way_of(x.shape, torch.float32, variant, threads, with_post=fused)
+            self._ways[key] = way
         return way
 
-    def _fastest(self, x: Tensor, residual: Tensor | None) -> _Way:
+    def _fastest(self, x: Tensor, residual: Tensor | None) -> Way:
         if x.dtype not in (torch.float32, torch.bfloat16):
             raise ValueError(f"`x` must be float32 or bfloat16, got {x.dtype}.")
-        g, threads = self.geometry, torch.get_num_threads()
-        size = g.out_size(x.shape[2], x.shape[3])
-        conv_shape = (len(x), g.filters, *size)
-        _check_size(x.shape, conv_shape)
-        size = size_after(self.post, size)
-        out = torch.empty(len(x), g.filters, *size, dtype=x.dtype)
-        if residual is not None:
-            _check("residual", residual, conv_shape)
-        macs = math.prod(conv_shape) // g.groups * self._num_columns
+        threads = torch.get_num_threads()
         # Pairs are rounded otherwise, so that they must not depend on the time that they take.
         pairs = self._pairs and x.dtype == torch.bfloat16 and self._library.spp_has_pairs()
         variants = (_PAIRS,) if pairs else _VARIANTS
-        counts = [threads, 1] if threads > 1 and macs < _SMALL else [threads]
-        ways = [
-            _Way.of(x, conv_shape, tuple(out.shape), variant, count)
-            for count in counts
-            for variant in variants
-        ]
+        ways = [self.way_of(x.shape, x.dtype, variant, threads) for variant in variants]
+        if residual is not None:
+            check_tensor("residual", residual, ways[0].conv_shape)
+        if threads > 1 and self.macs(ways[0]) < SMALL:
+            ways += [self.way_of(x.shape, x.dtype, variant, 1) for variant in variants]
+        out = torch.empty(ways[0].out_shape, dtype=x.dtype)
         seconds = [math.inf] * len(ways)
         for _ in range(3):
             for i, way in enumerate(ways):
                 start = time.perf_counter()
                 self._run(x, residual, out, way)
                 seconds[i] = min(seconds[i], time.perf_counter() - start)
-        best = ways[seconds.index(min(seconds))]
-        used = (best, *self._ways.values())
-        if all(way.native.variant != _FILTERS for way in used):
-            self._library.spp_drop_filters(self._handle)
-        return best
+        return ways[seconds.index(min(seconds))]
 
 
 def _plane_ops(post: tuple[PlaneOp, ...]) -> Any:
@@ -339,7 +359,12 @@ def check_columns(columns: Tensor, geometry: Geometry) -> None:
         )
 
 
-def _check(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
+def check_tensor(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
+    """Check that a tensor is on the CPU and of a shape.
+
+    Raises:
+        ValueError: If it isn't.
+    """
     # The kernels read memory as these say: what doesn't fit would be read beyond its end.
     if tensor.shape != shape or not tensor.is_cpu:
         raise ValueError(

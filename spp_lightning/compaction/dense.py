@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from spp_lightning.compaction.geometry import Clamp, PlaneOp
 from spp_lightning.compaction.layer import ColumnConv2d
+from spp_lightning.compaction.sequences import take_apart
 from spp_lightning.convnet import local_response_norm
 
 __all__ = ["to_dense"]
@@ -83,6 +84,7 @@ class _DenseConv2d(nn.Conv2d):
 
 def _write_out(model: fx.GraphModule) -> None:
     """Replace a graph's compact layers by convolutions, and by nodes for what follows them."""
+    take_apart(model)
     graph = model.graph
     layers = {
         node: layer

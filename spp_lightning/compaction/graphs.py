@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import keyword
 import re
 from collections.abc import Sequence
@@ -12,6 +13,7 @@ from torch import Tensor, fx, nn
 from spp_lightning.compaction.leaves import describe, rebuild
 from spp_lightning.compaction.payload import TensorStore
 from spp_lightning.compaction.plain import decode, encode
+from spp_lightning.compaction.sequences import join, take_apart
 from spp_lightning.compaction.vocabulary import (
     ATTRIBUTES,
     GETATTR,
@@ -31,6 +33,8 @@ def describe_graph(model: fx.GraphModule, store: TensorStore) -> dict[str, Any]:
     """
     if type(model.graph._codegen) is not fx.graph.CodeGen:
         raise ValueError("its inputs and outputs must be plain tensors, not trees of them")
+    model = fx.GraphModule(model, copy.deepcopy(model.graph))
+    take_apart(model)
     nodes = []
     modules: list[dict[str, Any]] = []
     places: dict[int, int] = {}  # of the modules
@@ -97,7 +101,9 @@ def rebuild_graph(data: dict[str, Any], tensors: Sequence[Tensor]) -> fx.GraphMo
         **{target: tensors[index] for target, index in data["attributes"].items()},
     }
     graph.lint()
-    return fx.GraphModule(root, graph).eval()  # type: ignore[arg-type]
+    model = fx.GraphModule(root, graph).eval()  # type: ignore[arg-type]
+    join(model)
+    return model
 
 
 def _check_node(row: list[Any]) -> None:

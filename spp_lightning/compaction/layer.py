@@ -97,6 +97,7 @@ class ColumnConv2d(nn.Module):
         self.register_parameter("bias", own)
         self.register_buffer("columns", columns.clone())
         self._known_plan: Any = None
+        self._known_sequence: Any = None  # of this layer and those behind it
         self._numbers = (pack_geometry(geometry), *pack_post(post))
 
     @classmethod
@@ -207,25 +208,25 @@ class ColumnConv2d(nn.Module):
 
     def _plan(self) -> cpu.Plan:
         # Looked up here first: that takes a microsecond, plan_for ten.
-        weight, bias, columns = self._tensors()
         known = self._known_plan
-        counted = not any(t is not None and t.is_inference() for t in (weight, bias, columns))
-        if known is not None and counted:
-            plan, *tensors, stamp = known
+        if known is not None:
+            plan, weight, bias, columns, stamp = known
             if (
-                tensors[0] is weight
-                and tensors[1] is columns
-                and tensors[2] is bias
-                and stamp == _stamp(weight, columns, bias)
+                self._parameters.get("weight") is weight
+                and self._parameters.get("bias") is bias
+                and self._buffers.get("columns") is columns
+                and stamp == _stamp(weight, bias, columns)
             ):
                 return plan
+        weight, bias, columns = self._tensors()
         plan = cpu.plan_for(weight, columns, bias, self.geometry, self.clamp, self.post)
-        if counted:
-            self._known_plan = (plan, weight, columns, bias, _stamp(weight, columns, bias))
+        if not any(t is not None and t.is_inference() for t in (weight, bias, columns)):
+            known = (plan, weight, bias, columns, _stamp(weight, bias, columns))
+            self._known_plan = known
         return plan
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_known_plan": None}
+        return {**self.__dict__, "_known_plan": None, "_known_sequence": None}
 
     def _needs_grad(self, x: Tensor, residual: Tensor | None) -> bool:
         return (
@@ -237,21 +238,15 @@ class ColumnConv2d(nn.Module):
 
     def _runs_at_once(self, x: Tensor, residual: Tensor | None) -> bool:
         # Spares the way through torch's dispatcher, which takes longer than a small layer.
-        weight = self._tensors()[0]
         return (
             type(x) is Tensor
             and x.is_cpu
-            and x.dtype == weight.dtype
             and x.dtype in (torch.float32, torch.bfloat16)
-            and not (torch.is_grad_enabled() and self._needs_grad(x, residual))
+            and not (torch.is_grad_enabled() and x.requires_grad)
             and x.dim() == 4
             and x.shape[1] == self.geometry.channels
             and _is_plain(x)
-            and (
-                residual is None
-                or (type(residual) is Tensor and residual.dtype == x.dtype and _is_plain(residual))
-            )
-            and type(weight) in (nn.Parameter, Tensor)
+            and self._adds_at_once(x, residual)
             # Whoever watches or transforms what torch computes must see the operator.
             and not torch.is_autocast_enabled("cpu")
             and not torch._C._is_tracing()
@@ -260,6 +255,27 @@ class ColumnConv2d(nn.Module):
             and torch._C._functorch.peek_interpreter_stack() is None
             and torch.autograd.forward_ad._current_level < 0
             and cpu.is_available()
+        )
+
+    def _adds_at_once(self, x: Tensor, residual: Tensor | None) -> bool:
+        # What of this depends on the layer: for layers in a row, the rest is the same for all.
+        weight, bias, _ = self._tensors()
+        return (
+            weight.dtype == x.dtype
+            and type(weight) in (nn.Parameter, Tensor)
+            and not (
+                torch.is_grad_enabled()
+                and (weight.requires_grad or (bias is not None and bias.requires_grad))
+            )
+            and (
+                residual is None
+                or (
+                    type(residual) is Tensor
+                    and residual.dtype == x.dtype
+                    and _is_plain(residual)
+                    and not (torch.is_grad_enabled() and residual.requires_grad)
+                )
+            )
         )
 
     def to_dense(self) -> nn.Conv2d:
@@ -304,6 +320,7 @@ def _is_plain(tensor: Tensor) -> bool:
     return tensor.is_contiguous() and not tensor.is_neg()
 
 
-def _stamp(*tensors: Tensor | None) -> list[int]:
+def _stamp(weight: Tensor, bias: Tensor | None, columns: Tensor) -> tuple[int, ...]:
     """What changes when a tensor's values do."""
-    return [n for x in tensors if x is not None for n in (x._version, x.data_ptr())]
+    counts = (weight._version, weight.data_ptr(), columns._version, columns.data_ptr())
+    return counts if bias is None else (*counts, bias._version, bias.data_ptr())

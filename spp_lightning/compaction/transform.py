@@ -24,6 +24,7 @@ from spp_lightning.compaction.channels import (
 from spp_lightning.compaction.fusing import Chain, chain_after
 from spp_lightning.compaction.geometry import Clamp, Geometry
 from spp_lightning.compaction.layer import ColumnConv2d
+from spp_lightning.compaction.sequences import join
 from spp_lightning.compaction.tracing import module_of, shape_of, trace
 from spp_lightning.masking import is_masked
 
@@ -95,6 +96,8 @@ def compact(
         ShapeProp(graph).propagate(*inputs)
     _drop_layouts(graph)
     _replace_convolutions(graph)
+    if inputs[0].is_cpu:
+        join(graph)
     if not any(parameter.requires_grad for parameter in original.parameters()):
         graph.requires_grad_(False)
     if not _same(graph, original, inputs):

@@ -215,22 +215,22 @@ SPP_EXPORT int32_t spp_forward(const void* plan, const spp::Way* way, const void
 
 // Layers in a row, float32, each with a stride of 1 along the rows but the first: what only the input's
 // shape and the plans decide. The plans must outlive it.
-SPP_EXPORT void* spp_row(const void* const* plans, const spp::Way* const* ways, int32_t count) {
+SPP_EXPORT void* spp_sequence(const void* const* plans, const spp::Way* const* ways, int32_t count) {
   try {
     const auto* const* of = reinterpret_cast<const spp::Plan* const*>(plans);
-    return spp::chosen.kernels->make_row(of, ways, count);
+    return spp::chosen.kernels->make_sequence(of, ways, count);
   } catch (const std::exception&) {
     return nullptr;
   }
 }
 
-SPP_EXPORT void spp_free_row(void* row) { delete static_cast<spp::Layers*>(row); }
+SPP_EXPORT void spp_free_sequence(void* sequence) { delete static_cast<spp::Sequence*>(sequence); }
 
 // The residual is added in the last layer, and may be null.
-SPP_EXPORT int32_t spp_forward_row(const void* row, const float* input, const float* residual,
+SPP_EXPORT int32_t spp_forward_sequence(const void* sequence, const float* input, const float* residual,
                                    float* output) {
   try {
-    static_cast<const spp::Layers*>(row)->forward(input, residual, output);
+    static_cast<const spp::Sequence*>(sequence)->forward(input, residual, output);
     return 1;
   } catch (const std::exception&) {
     return 0;

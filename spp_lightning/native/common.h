@@ -76,9 +76,9 @@ inline int thread_count() {
 }
 
 // Layers in a row, the output of one being the input of the next, all of one batch at once.
-class Layers {
+class Sequence {
  public:
-  virtual ~Layers() = default;
+  virtual ~Sequence() = default;
   virtual void forward(const void* input, const void* residual, void* output) const = 0;
 };
 
@@ -86,7 +86,7 @@ class Layers {
 struct Kernels {
   void (*forward)(const Pass&);
   void (*forward_filters)(const Pass&);
-  Layers* (*make_row)(const Plan* const*, const Way* const*, int);
+  Sequence* (*make_sequence)(const Plan* const*, const Way* const*, int);
   void (*backward)(const Backward&);
 };
 
