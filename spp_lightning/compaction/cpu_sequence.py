@@ -1,0 +1,118 @@
+"""Compact layers in a row as one call of the CPU kernels."""
+
+from __future__ import annotations
+
+import ctypes
+import math
+import time
+import weakref
+
+import torch
+from torch import Tensor
+
+from spp_lightning.compaction.cpu import FILTERS, SMALL, Plan, Way, check_tensor, library
+
+__all__ = ["Sequence"]
+
+# Numbers of a picture between two layers beyond which it leaves the cache anyway.
+_MOST_NUMBERS = 2**20
+
+
+class _Run:
+    """How inputs of one shape are computed all at once."""
+
+    def __init__(self, plans: tuple[Plan, ...], ways: list[Way]) -> None:
+        functions, pointers = library(), ctypes.c_void_p * len(plans)
+        self.handle = functions.spp_sequence(
+            pointers(*(plan.handle for plan in plans)),
+            pointers(*(way.address for way in ways)),
+            len(plans),
+        )
+        if not self.handle:
+            raise MemoryError("There is no memory left for the weights of a convolution.")
+        weakref.finalize(self, functions.spp_free_sequence, self.handle)
+        self.conv_shape, self.out_shape = ways[-1].conv_shape, ways[-1].out_shape
+
+
+class Sequence:
+    """Plans of which each reads the output of the one before it, float32.
+
+    A picture goes through all of them before the next one does, and what one plan computed is read
+    by the next one from the cache and as it is.
+
+    Args:
+        plans: Two or more; each but the first with a stride of 1 along the rows.
+    """
+
+    def __init__(self, plans: tuple[Plan, ...]) -> None:
+        self.plans = plans
+        self._forward = library().spp_forward_sequence
+        self._runs: dict[tuple[int, ...], _Run | None] = {}  # None: one plan after the other
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """Run the plans: all at once, or one after the other where that was faster.
+
+        Args:
+            x: Input, ``(B, C, H, W)``, float32, contiguous.
+            residual: Added in the last plan before its clamp; contiguous.
+
+        Returns:
+            The last plan's output, the same bit for bit as one plan after the other gives.
+        """
+        key = (*x.shape, torch.get_num_threads())
+        if key not in self._runs:
+            self._runs[key] = self._fastest(x, residual)
+        run = self._runs[key]
+        if run is None:
+            return self._one_by_one(x, residual)
+        if residual is not None:
+            check_tensor("residual", residual, run.conv_shape)
+        return self._at_once(run, x, residual)
+
+    def _at_once(self, run: _Run, x: Tensor, residual: Tensor | None) -> Tensor:
+        out = torch.empty(run.out_shape, dtype=torch.float32)
+        if not self._forward(
+            run.handle,
+            x.data_ptr(),
+            None if residual is None else residual.data_ptr(),
+            out.data_ptr(),
+        ):
+            raise MemoryError("There is no memory left to compute a convolution.")
+        return out
+
+    def _one_by_one(self, x: Tensor, residual: Tensor | None) -> Tensor:
+        for plan in self.plans[:-1]:
+            x = plan.forward(x)
+        return self.plans[-1].forward(x, residual)
+
+    def _ways(self, x: Tensor, threads: int) -> list[Way]:
+        ways, shape = list[Way](), tuple(x.shape)
+        for plan in self.plans:
+            ways.append(plan.way_of(shape, x.dtype, FILTERS, threads))
+            shape = ways[-1].out_shape
+        return ways
+
+    def _fastest(self, x: Tensor, residual: Tensor | None) -> _Run | None:
+        self._one_by_one(x, residual)  # checks shapes, and times each plan's own ways
+        threads = torch.get_num_threads()
+        ways = self._ways(x, threads)
+        if not len(x) or any(math.prod(way.out_shape[1:]) > _MOST_NUMBERS for way in ways[:-1]):
+            return None
+        runs = [None, _Run(self.plans, ways)]
+        macs = sum(plan.macs(way) for plan, way in zip(self.plans, ways, strict=True))
+        if threads > 1 and macs < SMALL:
+            runs.append(_Run(self.plans, self._ways(x, 1)))
+        seconds = [math.inf] * len(runs)
+        for _ in range(5):
+            for i, run in enumerate(runs):
+                start = time.perf_counter()
+                if run is None:
+                    self._one_by_one(x, residual)
+                else:
+                    self._at_once(run, x, residual)
+                seconds[i] = min(seconds[i], time.perf_counter() - start)
+        best = runs[seconds.index(min(seconds))]
+        if best is None:
+            for plan in self.plans:
+                plan.drop_unused()
+        return best

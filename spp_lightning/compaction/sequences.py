@@ -1,0 +1,118 @@
+"""Compact layers that follow each other in a graph, joined to one call, and taken apart again."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, fx
+from torch.nn.modules import module as modules
+
+from spp_lightning.compaction.channels import times_called
+from spp_lightning.compaction.cpu_sequence import Sequence
+from spp_lightning.compaction.layer import ColumnConv2d
+from spp_lightning.compaction.tracing import Node, module_of, single_user
+
+__all__ = ["column_sequence", "join", "take_apart"]
+
+
+def column_sequence(x: Tensor, residual: Tensor | None, *layers: ColumnConv2d) -> Tensor:
+    """One layer after the other, with one call of the CPU kernels where that computes them all.
+
+    Args:
+        x: Input of the first layer.
+        residual: Added in the last one, or None.
+        layers: Two or more.
+
+    Returns:
+        The last layer's output, the same either way.
+    """
+    if not torch.compiler.is_compiling() and _runs_at_once(x, residual, layers):
+        plans = tuple(layer._plan() for layer in layers)
+        sequence = layers[0]._known_sequence
+        if sequence is None or sequence.plans != plans:
+            sequence = layers[0]._known_sequence = Sequence(plans)
+        return sequence.forward(x, residual)
+    for layer in layers[:-1]:
+        x = layer(x)
+    y: Tensor = layers[-1](x) if residual is None else layers[-1](x, residual)
+    return y
+
+
+def _runs_at_once(x: Tensor, residual: Tensor | None, layers: tuple[ColumnConv2d, ...]) -> bool:
+    return (
+        layers[0]._runs_at_once(x, None)
+        and x.dtype == torch.float32
+        and all(layer._adds_at_once(x, None) for layer in layers[1:-1])
+        and layers[-1]._adds_at_once(x, residual)
+        # Whoever put a hook on a layer must see its input and output.
+        and not any(layer._forward_hooks or layer._forward_pre_hooks for layer in layers)
+        and not modules._global_forward_hooks
+        and not modules._global_forward_pre_hooks
+    )
+
+
+def join(graph: fx.GraphModule) -> None:
+    """Join layers of a graph of which each is read by the next one only."""
+    for node in list(graph.graph.nodes):
+        if _layer(graph, node) is None or _previous(graph, node) is not None:
+            continue
+        row = [node]
+        while (after := single_user(row[-1])) is not None and _previous(graph, after) is row[-1]:
+            row.append(after)
+        if len(row) > 1:
+            _join(graph, row)
+    graph.graph.lint()
+    graph.recompile()
+
+
+def _layer(graph: fx.GraphModule, node: Node) -> ColumnConv2d | None:
+    layer = module_of(graph, node)
+    if not isinstance(layer, ColumnConv2d) or node.kwargs:
+        return None
+    return layer if times_called(graph, str(node.target)) == 1 else None
+
+
+def _previous(graph: fx.GraphModule, node: Node) -> Node | None:
+    """The layer whose output a layer reads, if they can be one call."""
+    layer = _layer(graph, node)
+    before = node.args[0] if layer is not None else None
+    if (
+        layer is None
+        or not isinstance(before, fx.Node)
+        or single_user(before) is not node
+        or _layer(graph, before) is None
+        or len(before.args) != 1  # only the last one of a row may add a residual
+        or layer.geometry.stride[1] != 1
+        or (len(node.args) > 1 and node.args[1] is before)
+    ):
+        return None
+    return before
+
+
+def _join(graph: fx.GraphModule, row: list[Node]) -> None:
+    first, last = row[0], row[-1]
+    residual = last.args[1] if len(last.args) > 1 else None
+    with graph.graph.inserting_before(last):
+        layers = [graph.graph.get_attr(str(node.target)) for node in row]
+        joined = graph.graph.call_function(column_sequence, (first.args[0], residual, *layers))
+    joined.meta = dict(last.meta)
+    last.replace_all_uses_with(joined)
+    for node in reversed(row):
+        graph.graph.erase_node(node)
+
+
+def take_apart(graph: fx.GraphModule) -> None:
+    """Give every layer of a graph its own node again."""
+    for node in list(graph.graph.nodes):
+        if node.target is not column_sequence:
+            continue
+        y, residual, *layers = node.args
+        with graph.graph.inserting_before(node):
+            for layer in layers:
+                more = (residual,) if layer is layers[-1] and residual is not None else ()
+                y = graph.graph.call_module(layer.target, (y, *more))
+        y.meta = dict(node.meta)
+        node.replace_all_uses_with(y)
+        for old in (node, *layers):
+            graph.graph.erase_node(old)
+    graph.graph.lint()
+    graph.recompile()
