@@ -95,6 +95,16 @@ def tiny() -> TinyModule:
         return TinyModule()
 
 
+@pytest.fixture(params=["base", "avx2", "avx512"])
+def isa(request):
+    """Each instruction set that this machine has."""
+    library, best = cpu.library(), cpu.instruction_set()
+    if not library.spp_set_isa(request.param.encode()):
+        pytest.skip(f"no {request.param} here")
+    yield request.param
+    library.spp_set_isa(best.encode())
+
+
 def look_for_library():
     """Look anew for the C++ library, where a test has hidden or shown it."""
     for cached in (native.library, moves._library, cpu.library):

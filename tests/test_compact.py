@@ -106,7 +106,10 @@ def test_residual_blocks_become_convolutions_alone() -> None:
     torch.manual_seed(0)
     net = prune(torchvision.models.resnet18(), 0.75)
     fast = compact(net, torch.randn(1, 3, 64, 64))
-    assert {*operations(fast)} == {"column_sequence", "flatten"}  # no addition, no ReLU, no norm is left
+    assert {*operations(fast)} == {
+        "column_sequence",
+        "flatten",
+    }  # no addition, no ReLU, no norm is left
     kinds = {type(x) for x in fast.modules() if not list(x.children())}
     assert kinds == {ColumnConv2d, nn.AdaptiveAvgPool2d, nn.Linear}
 

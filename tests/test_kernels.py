@@ -4,166 +4,32 @@ import math
 import subprocess
 import sys
 import threading
-import typing
 
 import pytest
 import torch
+from cases import (
+    NORM,
+    SENTINEL,
+    Case,
+    Tensors,
+    cases,
+    guarded,
+    intact,
+    plan,
+    tensors,
+)
 from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional as F
 
 from spp_lightning import native
 from spp_lightning.compaction import cpu
 from spp_lightning.compaction.geometry import Clamp, Geometry, PlaneOp, dense_weight
-from spp_lightning.convnet import LRN_ALPHA
 
 BUILT = native.library() is not None
 pytestmark = pytest.mark.skipif(not BUILT, reason="built without the kernels")
 
-SENTINEL = 12345.0
-ROOM = 512  # floats of a guard on each side
-NORM = PlaneOp("local_response_norm", (3, 3), alpha=LRN_ALPHA)
 THREADS = (1, 2, 3, 5)
-
-
-@pytest.fixture(params=["base", "avx2", "avx512"])
-def isa(request):
-    """Each instruction set that this machine has."""
-    library, best = cpu.library(), cpu.instruction_set()
-    if not library.spp_set_isa(request.param.encode()):
-        pytest.skip(f"no {request.param} here")
-    yield request.param
-    library.spp_set_isa(best.encode())
-
-
-class Case(typing.NamedTuple):
-    geometry: Geometry
-    size: tuple[int, int]
-    batch: int
-    columns: tuple[int, ...]
-    bias: bool = True
-    residual: bool = False
-    clamp: Clamp = Clamp()
-    post: tuple[PlaneOp, ...] = ()
-    seed: int = 0
-    dtype: torch.dtype = torch.float32
-
-
-def pair(low, high):
-    return st.tuples(st.integers(low, high), st.integers(low, high))
-
-
-@st.composite
-def geometries(draw):
-    groups = draw(st.sampled_from([1, 1, 1, 2, 3]))
-    channels, filters = groups * draw(st.integers(1, 4)), groups * draw(st.integers(1, 9))
-    return Geometry(
-        channels,
-        filters,
-        draw(pair(1, 4)),
-        draw(pair(1, 3) | st.just((1, 1))),
-        draw(pair(0, 5)),
-        draw(pair(1, 3) | st.just((1, 1))),
-        groups,
-    )
-
-
-@st.composite
-def kept(draw, geometry):
-    """Columns: none, one, all, some, or those of the first group only."""
-    every = range(geometry.num_columns)
-    return draw(
-        st.sampled_from([(), tuple(every), tuple(every[: geometry.num_columns // geometry.groups])])
-        | st.integers(0, geometry.num_columns - 1).map(lambda k: (k,))
-        | st.sets(st.sampled_from(every)).map(lambda some: tuple(sorted(some)))
-    )
-
-
-def least(geometry, axis):
-    """The smallest picture that the kernel fits into."""
-    reach = geometry.dilation[axis] * (geometry.kernel_size[axis] - 1) + 1
-    return max(1, reach - 2 * geometry.padding[axis])
-
-
-@st.composite
-def pools(draw, size):
-    """A pool that fits planes of this size, or a norm."""
-    kind = draw(st.sampled_from(["max_pool", "avg_pool", "local_response_norm"]))
-    if kind == "local_response_norm":
-        return NORM
-    kernel = tuple(draw(st.integers(1, min(4, n))) for n in size)
-    padding = tuple(draw(st.integers(0, k // 2)) for k in kernel)
-    flags = draw(st.booleans()), draw(st.booleans())
-    return PlaneOp(kind, kernel, draw(pair(1, 3)), padding, *flags)
-
-
-@st.composite
-def cases(draw):
-    geometry = draw(geometries())
-    # Mostly small; now and then several tiles wide, or one pixel.
-    extra = st.integers(0, 12) | st.sampled_from([0, 15, 16, 24, 40])
-    size = tuple(least(geometry, axis) + draw(extra) for axis in (0, 1))
-    if draw(st.booleans()):  # rows of one length in and out: read where they are
-        kernel = (geometry.kernel_size[0], 2 * draw(st.integers(0, 2)) + 1)
-        padding = (geometry.padding[0], geometry.dilation[1] * (kernel[1] // 2))
-        geometry = geometry._replace(kernel_size=kernel, padding=padding, stride=(1, 1))
-    ops, out = [], geometry.out_size(*size)
-    for _ in range(draw(st.integers(0, 2))):
-        ops.append(draw(pools(out)))
-        out = ops[-1].out_size(*out)
-    return Case(
-        geometry,
-        size,
-        draw(st.sampled_from([0, 1, 2, 5])),
-        draw(kept(geometry)),
-        draw(st.booleans()),
-        draw(st.booleans()),
-        draw(st.sampled_from([Clamp(), Clamp(0.0), Clamp(-0.5, 0.75), Clamp(0.0, 6.0)])),
-        tuple(ops),
-        draw(st.integers(0, 1000)),
-    )
-
-
-class Tensors(typing.NamedTuple):
-    x: Tensor
-    weight: Tensor
-    columns: Tensor
-    bias: Tensor | None
-    residual: Tensor | None
-    grad: Tensor
-
-
-def tensors(case: Case) -> Tensors:
-    g, generator = case.geometry, torch.Generator().manual_seed(case.seed)
-
-    def normal(*shape):
-        return torch.randn(shape, generator=generator).to(case.dtype)
-
-    out = (case.batch, g.filters, *g.out_size(*case.size))
-    return Tensors(
-        guarded(normal(case.batch, g.channels, *case.size), math.nan),
-        normal(g.filters // g.groups, len(case.columns)),
-        torch.tensor(case.columns, dtype=torch.int32),
-        normal(g.filters) if case.bias else None,
-        guarded(normal(*out), math.nan) if case.residual else None,
-        guarded(normal(*out), math.nan),
-    )
-
-
-def guarded(tensor: Tensor, fill: float) -> Tensor:
-    """The same in the middle of a larger memory full of ``fill``."""
-    buffer = torch.full((tensor.numel() + 2 * ROOM + 1,), fill, dtype=tensor.dtype)
-    # An odd offset: no vector is aligned.
-    inner = buffer[ROOM + 1 : ROOM + 1 + tensor.numel()].view(tensor.shape)
-    return inner.copy_(tensor)
-
-
-def intact(tensor: Tensor) -> bool:
-    """Whether nothing was written around a guarded tensor."""
-    buffer = torch.empty(0, dtype=tensor.dtype).set_(tensor.untyped_storage())
-    around = torch.cat([buffer[: ROOM + 1], buffer[ROOM + 1 + tensor.numel() :]])
-    return torch.equal(around, torch.full_like(around, SENTINEL))
 
 
 def dense(case: Case, t: Tensors, dtype=torch.float64) -> Tensor:
@@ -178,10 +44,6 @@ def dense(case: Case, t: Tensors, dtype=torch.float64) -> Tensor:
     for op in case.post:
         y = op(y)
     return y
-
-
-def plan(case: Case, t: Tensors) -> cpu.Plan:
-    return cpu.Plan(t.weight, t.columns, t.bias, case.geometry, case.clamp, case.post)
 
 
 def way(case: Case, x: Tensor, out: Tensor, variant: int, threads: int) -> cpu.Way:

@@ -119,7 +119,10 @@ def test_trainer_on_two_ranks(tmp_path):
     notes = tmp_path / "notes"
     notes.mkdir()
     options = ["--accelerator=cpu", "--devices=2", "--strategy=ddp"]
-    done = start(*options, "fit.py", str(notes), cwd=tmp_path)
+    for _ in range(2):  # a process of torch.distributed may abort at its end, about once in 60 runs
+        done = start(*options, "fit.py", str(notes), cwd=tmp_path)
+        if "Signal 6 (SIGABRT)" not in done.stderr:
+            break
     assert done.returncode == 0, done.stderr
     seen = {path.name: path.read_text() for path in notes.iterdir()}
     assert seen == {"0": "2 2 DDPStrategy", "1": "2 2 DDPStrategy"}

@@ -208,21 +208,20 @@ class ColumnConv2d(nn.Module):
 
     def _plan(self) -> cpu.Plan:
         # Looked up here first: that takes a microsecond, plan_for ten.
-        known = self._known_plan
-        if known is not None:
-            plan, weight, bias, columns, stamp = known
+        if self._known_plan is not None:
+            plan, tensors, stamp = self._known_plan
+            weight, bias, columns = tensors
             if (
-                self._parameters.get("weight") is weight
-                and self._parameters.get("bias") is bias
-                and self._buffers.get("columns") is columns
-                and stamp == _stamp(weight, bias, columns)
+                weight is self._parameters.get("weight")
+                and bias is self._parameters.get("bias")
+                and columns is self._buffers.get("columns")
+                and stamp == _stamp(*tensors)
             ):
                 return plan
-        weight, bias, columns = self._tensors()
+        tensors = weight, bias, columns = self._tensors()
         plan = cpu.plan_for(weight, columns, bias, self.geometry, self.clamp, self.post)
-        if not any(t is not None and t.is_inference() for t in (weight, bias, columns)):
-            known = (plan, weight, bias, columns, _stamp(weight, bias, columns))
-            self._known_plan = known
+        if not any(t is not None and t.is_inference() for t in tensors):
+            self._known_plan = (plan, tensors, _stamp(*tensors))
         return plan
 
     def __getstate__(self) -> dict[str, Any]:
@@ -240,6 +239,7 @@ class ColumnConv2d(nn.Module):
         # Spares the way through torch's dispatcher, which takes longer than a small layer.
         return (
             type(x) is Tensor
+            and not torch._C._is_tracing()  # whose shapes are tensors
             and x.is_cpu
             and x.dtype in (torch.float32, torch.bfloat16)
             and not (torch.is_grad_enabled() and x.requires_grad)
@@ -249,7 +249,6 @@ class ColumnConv2d(nn.Module):
             and self._adds_at_once(x, residual)
             # Whoever watches or transforms what torch computes must see the operator.
             and not torch.is_autocast_enabled("cpu")
-            and not torch._C._is_tracing()
             and not torch._C._len_torch_dispatch_stack()
             and not torch._C._len_torch_function_stack()
             and torch._C._functorch.peek_interpreter_stack() is None

@@ -1,0 +1,369 @@
+"""Layers that are one call of the kernels: bit for bit what one after the other gives."""
+
+import copy
+import io
+import math
+import pickle
+import threading
+import time
+
+import pytest
+import torch
+from cases import NORM, SENTINEL, Case, cases, guarded, intact, plan, pools, tensors
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+from torch.nn import functional as F
+from torch.nn.utils import parametrize
+
+from spp_lightning import ConvNet, compact
+from spp_lightning.compaction import (
+    ColumnConv2d,
+    cpu,
+    cpu_sequence,
+    load_compact,
+    save_compact,
+    sequences,
+    to_dense,
+    transform,
+)
+from spp_lightning.compaction.geometry import Clamp, Geometry, PlaneOp
+
+native = pytest.mark.skipif(not cpu.is_available(), reason="built without the kernels")
+
+POOL = PlaneOp("max_pool", (3, 3), (2, 2), ceil_mode=True)
+
+
+# --- the kernels ---
+
+
+@st.composite
+def rows_of_cases(draw):
+    """Two or three layers, of which each reads the output of the one before it."""
+    row = [draw(cases())._replace(residual=False)]
+    for _ in range(draw(st.integers(1, 2))):
+        before = row[-1]
+        case = draw(cases())
+        g, size = case.geometry, before.geometry.out_size(*before.size)
+        for op in before.post:
+            size = op.out_size(*size)
+        # As many channels as there are filters, and room for the kernel.
+        groups = math.gcd(g.groups, before.geometry.filters)
+        reach = [1 + d * (k - 1) for d, k in zip(g.dilation, g.kernel_size, strict=True)]
+        padding = tuple(
+            max(p, (r - n + 1) // 2) for p, r, n in zip(g.padding, reach, size, strict=True)
+        )
+        g = Geometry(
+            before.geometry.filters,
+            g.filters // g.groups * groups,
+            g.kernel_size,
+            (g.stride[0], 1),
+            padding,
+            g.dilation,
+            groups,
+        )
+        columns = tuple(range(draw(st.integers(0, 2)), g.num_columns, draw(st.integers(1, 4))))
+        post, out = [], g.out_size(*size)
+        for _ in range(draw(st.integers(0, 2))):
+            post.append(draw(pools(out)))
+            out = post[-1].out_size(*out)
+        post = tuple(post)
+        row.append(
+            case._replace(
+                geometry=g,
+                size=size,
+                batch=before.batch,
+                columns=columns,
+                post=post,
+                residual=False,
+            )
+        )
+    row[-1] = row[-1]._replace(residual=draw(st.booleans()))
+    return row
+
+
+def check(row: list[Case]) -> None:
+    every = [tensors(case) for case in row]
+    sequence = cpu_sequence.Sequence(
+        tuple(plan(case, t) for case, t in zip(row, every, strict=True))
+    )
+    x, residual = every[0].x, every[-1].residual
+    expected = sequence._one_by_one(x, residual)
+    for threads in (1, 2, 3, 5):
+        run = cpu_sequence._Run(sequence.plans, sequence._ways(x, threads))
+        out = guarded(torch.full(expected.shape, math.nan), SENTINEL)
+        if out.numel():
+            none_or_address = None if residual is None else residual.data_ptr()
+            assert sequence._forward(run.handle, x.data_ptr(), none_or_address, out.data_ptr())
+        assert torch.equal(out, expected), f"{threads} threads"
+        assert intact(out)
+
+
+@native
+@settings(deadline=None, max_examples=150, derandomize=True)
+@given(rows_of_cases())
+def test_at_once_is_one_after_the_other(row):
+    check(row)
+
+
+def layers_of(*geometries: Geometry, size=(12, 11), post=(), residual=False) -> list[Case]:
+    row = []
+    for g in geometries:
+        row.append(Case(g, size, 3, tuple(range(0, g.num_columns, 3)), clamp=Clamp(0.0), post=post))
+        size = g.out_size(*size)
+        for op in post:
+            size = op.out_size(*size)
+    row[-1] = row[-1]._replace(residual=residual)
+    return row
+
+
+@native
+@pytest.mark.parametrize(
+    "row",
+    {
+        "as the paper's": layers_of(
+            *(Geometry(c, n, (5, 5), padding=(2, 2)) for c, n in ((3, 32), (32, 32), (32, 64))),
+            size=(32, 32),
+            post=(POOL, NORM),
+        ),
+        "a bottleneck": layers_of(
+            Geometry(40, 20, (1, 1)),
+            Geometry(20, 20, (3, 3), padding=(1, 1)),
+            Geometry(20, 40, (1, 1)),
+            residual=True,
+        ),
+        "groups of 20 filters": layers_of(
+            Geometry(4, 40, (3, 3), (2, 2), (1, 1), groups=2),
+            Geometry(40, 60, (3, 3), (2, 1), (3, 3), (2, 2), groups=2),
+        ),
+        "a norm first": layers_of(Geometry(3, 5, (3, 3)), Geometry(5, 33, (1, 3)), post=(NORM,)),
+    }.items(),
+    ids=lambda pair: pair[0],
+)
+def test_every_instruction_set(row, isa):
+    check(row[1])
+
+
+# --- networks ---
+
+
+def pruned(net: nn.Module) -> nn.Module:
+    generator = torch.Generator().manual_seed(0)
+    for conv in [layer for layer in net.modules() if isinstance(layer, nn.Conv2d)]:
+        kept = torch.rand(conv.weight[0].numel(), generator=generator) < 0.4
+        conv.weight.data *= kept.view(conv.weight[0].shape)
+    return net.eval().requires_grad_(False)
+
+
+class Block(nn.Module):
+    """Three convolutions and an addition, as of a residual network."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = nn.Conv2d(8, 8, 1), nn.Conv2d(8, 8, 1)
+        self.middle = nn.Conv2d(8, 8, 3, padding=1)
+
+    def forward(self, x):
+        return F.relu(x + self.last(F.relu(self.middle(F.relu(self.first(x))))))
+
+
+@pytest.fixture(autouse=True)
+def _all_compact(monkeypatch):
+    """A busy machine might find that a layer is faster dense."""
+    monkeypatch.setattr(transform, "interleaved_ms", lambda *_, **__: [1.0, 0.5])
+
+
+@pytest.fixture
+def net():
+    """The compact ConvNet."""
+    torch.manual_seed(0)
+    return compact(pruned(ConvNet()), torch.randn(2, 3, 32, 32))
+
+
+def joined(graph) -> list[list[str]]:
+    return [
+        [str(layer.target) for layer in node.args[2:]]
+        for node in graph.graph.nodes
+        if node.target is sequences.column_sequence
+    ]
+
+
+def one_by_one(graph):
+    apart = copy.deepcopy(graph)
+    sequences.take_apart(apart)
+    assert not joined(apart)
+    return apart
+
+
+def test_layers_that_follow_each_other_are_joined(net):
+    assert joined(net) == [["conv1", "conv2", "conv3"]]
+    block = compact(pruned(nn.Sequential(Block(), Block())), torch.randn(1, 8, 9, 9))
+    # The first block's output is read twice: by a layer, and by the second block's addition.
+    assert joined(block) == [[f"{i}.first", f"{i}.middle", f"{i}.last"] for i in "01"]
+    x = torch.randn(3, 8, 9, 9)
+    assert torch.equal(block(x), one_by_one(block)(x))
+
+
+class Apart(nn.Module):
+    """Layers that can't be one call, for one reason each."""
+
+    def __init__(self):
+        super().__init__()
+        self.twice, self.strided = nn.Conv2d(4, 4, 1), nn.Conv2d(4, 4, 3, 2)
+        self.read, self.too = nn.Conv2d(4, 4, 3), nn.Conv2d(4, 4, 3)
+        self.shift, self.end = nn.Conv2d(4, 4, 3), nn.Conv2d(4, 4, 1)
+
+    def forward(self, x):
+        x = torch.sigmoid(self.twice(torch.sigmoid(self.twice(x))))
+        y = self.read(x)
+        y = self.strided(y) + 1 + self.too(y).mean()
+        return self.end(F.relu(self.shift(y) + y[..., 1:-1, 1:-1]))
+
+
+def test_others_are_not():
+    fast = compact(pruned(Apart()), torch.randn(1, 4, 20, 20))
+    # `shift` adds a residual, and so may only be the last one.
+    assert joined(fast) == []
+
+
+@native
+@pytest.mark.parametrize("slow", ["_at_once", "_one_by_one"])
+def test_the_faster_way_is_taken(net, monkeypatch, slow):
+    x, calls = torch.randn(4, 3, 32, 32), []
+    expected = one_by_one(net)(x)
+
+    def spy(name):
+        function = getattr(cpu_sequence.Sequence, name)
+
+        def call(self, *args):
+            calls.append(name)
+            time.sleep(0.02 if name == slow else 0)
+            return function(self, *args)
+
+        monkeypatch.setattr(cpu_sequence.Sequence, name, call)
+
+    spy("_at_once")
+    spy("_one_by_one")
+    assert torch.equal(net(x), expected)
+    assert {*calls} == {"_at_once", "_one_by_one"}
+    calls.clear()
+    assert torch.equal(net(x), expected)
+    assert calls == [{"_at_once": "_one_by_one", "_one_by_one": "_at_once"}[slow]]
+
+
+def test_new_weights_are_seen(net):
+    x = torch.randn(2, 3, 32, 32)
+    net(x)
+    for layer in (net.conv1, net.conv3):
+        with torch.no_grad():
+            layer.weight.mul_(2)
+        assert torch.equal(net(x), one_by_one(net)(x))
+    net.conv2.weight = nn.Parameter(net.conv2.weight * 2, requires_grad=False)
+    assert torch.equal(net(x), one_by_one(net)(x))
+
+
+def test_hooks_see_every_layer(net):
+    x, seen = torch.randn(2, 3, 32, 32), []
+    expected = net(x)
+    handle = net.conv2.register_forward_hook(lambda *args: seen.append(args[2].shape))
+    assert torch.equal(net(x), expected)
+    assert seen == [(2, 32, 8, 8)]
+    handle.remove()
+    handle = nn.modules.module.register_module_forward_hook(lambda *args: seen.append(args[0]))
+    assert torch.equal(net(x), expected)
+    handle.remove()
+    assert [net.conv1, net.conv2, net.conv3] == [x for x in seen if isinstance(x, ColumnConv2d)]
+    assert torch.equal(net(x), expected) and len(seen) == 6
+
+
+def test_gradients_and_other_types_go_layer_by_layer(net):
+    x = torch.randn(2, 3, 32, 32)
+    apart = one_by_one(net)
+    for graph in (net, apart):
+        graph.conv2.weight.requires_grad_(True)
+        graph(x).square().sum().backward()
+    assert torch.equal(net.conv2.weight.grad, apart.conv2.weight.grad)
+    given = x.clone().requires_grad_()
+    net.requires_grad_(False)(given).sum().backward()
+    assert given.grad.abs().sum() > 0
+    assert torch.equal(net(x[0][None].expand(2, -1, -1, -1)), apart(x[0].repeat(2, 1, 1, 1)))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(net(x), apart(x))
+    for dtype in (torch.bfloat16, torch.float64):
+        assert torch.equal(net.to(dtype)(x.to(dtype)), apart.to(dtype)(x.to(dtype)))
+
+
+def test_a_parametrized_layer(net):
+    class Twice(nn.Module):
+        def forward(self, weight):
+            return 2 * weight
+
+    x = torch.randn(2, 3, 32, 32)
+    net(x)
+    parametrize.register_parametrization(net.conv2, "weight", Twice())
+    y = net(x)
+    parametrize.remove_parametrizations(net.conv2, "weight")
+    assert torch.equal(net(x), y)
+
+
+def test_copies_files_and_dense_networks(net, tmp_path):
+    x = torch.randn(2, 3, 32, 32)
+    expected = net(x)
+    names = [*net.state_dict()]
+    again = pickle.loads(pickle.dumps(net))
+    save_compact(net, tmp_path / "net.spp")
+    loaded = load_compact(tmp_path / "net.spp")
+    for other in (copy.deepcopy(net), again, loaded):
+        assert torch.equal(other(x), expected)
+        assert [*other.state_dict()] == names
+    assert joined(loaded) == joined(net) == [["conv1", "conv2", "conv3"]]
+    dense = to_dense(net)
+    assert not any(isinstance(layer, ColumnConv2d) for layer in dense.modules())
+    torch.testing.assert_close(dense(x), expected, rtol=1e-5, atol=1e-5)
+    assert torch.equal(net(x), expected)
+
+
+def test_compilers_see_the_operators(net):
+    x = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        program = torch.export.export(net, (x,))
+        names = [str(node.target) for node in program.graph.nodes]
+        assert names.count("spp_lightning.column_conv2d_fused.default") == 3
+        assert torch.equal(program.module()(x), net(x))
+        file = io.BytesIO()
+        torch.jit.save(torch.jit.trace(net, x), file)
+        compiled = torch.compile(net, fullgraph=True, backend="eager")
+        assert torch.equal(compiled(x), net(x))
+    assert file.tell()
+
+
+def test_wrong_inputs_are_named(net):
+    with pytest.raises(ValueError, match="`x` must be"):
+        net(torch.randn(2, 4, 32, 32))
+    block = compact(pruned(Block()), torch.randn(1, 8, 9, 9))
+    layers = (block.first, block.middle, block.last)
+    x = torch.randn(1, 8, 9, 9)
+    for _ in range(2):  # when it is timed, and after that
+        with pytest.raises(ValueError, match="`residual` must be of shape"):
+            sequences.column_sequence(x, torch.randn(1, 8, 9, 8), *layers)
+        sequences.column_sequence(x, x, *layers)
+
+
+@native
+def test_several_python_threads_run_one_network(net):
+    batches = [torch.randn(n, 3, 32, 32) for n in (1, 2, 5, 1)]
+    expected, wrong = [net(x) for x in batches], []
+
+    def run(x, y):
+        for _ in range(50):
+            if not torch.equal(net(x), y):
+                wrong.append(len(x))
+
+    workers = [
+        threading.Thread(target=run, args=pair) for pair in zip(batches, expected, strict=True)
+    ]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert not wrong
