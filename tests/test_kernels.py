@@ -263,6 +263,20 @@ def test_what_is_no_number_goes_where_torch_takes_it(post, value, variant, isa):
         torch.testing.assert_close(out[finite].double(), expected[finite], rtol=1e-5, atol=1e-5)
 
 
+def test_large_outputs_are_those_of_single_images(isa):
+    """They are written past the cache; those of one image here aren't."""
+    g = Geometry(3, 64, (3, 3), padding=(1, 1))
+    t = tensors(Case(g, (64, 64), 5, SOME[:5]))
+    made = cpu.Plan(t.weight, t.columns, t.bias, g, Clamp(0.0))
+    expected = torch.cat([made.forward(x[None].contiguous()) for x in t.x])
+    assert expected.nbytes > 4 * 2**20 > expected[0].nbytes
+    for variant in cpu._VARIANTS:
+        for threads in THREADS:
+            out = torch.full(expected.shape, math.nan)  # aligned, as guarded memory isn't
+            made._run(t.x, None, out, made.way_of(t.x.shape, t.x.dtype, variant, threads))
+            assert torch.equal(out, expected)
+
+
 def test_gradients_dont_depend_on_what_was_computed_before(isa):
     case = Case(EVERY, (6, 5), 16, SOME, post=(PlaneOp("max_pool", (3, 3), (2, 2)), NORM))
     t = tensors(case)
