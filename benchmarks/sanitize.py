@@ -112,8 +112,8 @@ def main() -> None:
             "",
             f"`python benchmarks/sanitize.py --save`, {date.today()}, commit {commit or 'unknown'},"
             f" {platform.machine()}. Each shape:",
-            "all variants on 1, 2 and 3 threads, in float32 and bfloat16; with a layer behind in one",
-            "call, on as many; all gradients, with and without what is fused, on 1 and 2.",
+            "all variants on 1, 2 and 3 threads, in float32 and bfloat16; with a layer behind,",
+            "in one call; all gradients, with and without what is fused, on 1 and 2 threads.",
             "",
             "| check | tools | instruction sets | shapes each | time | result |",
             "|---|---|---|---|---|---|",
