@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from spp_lightning import native
-from spp_lightning.compaction import cpu
+from spp_lightning.compaction import bench, cpu
 from spp_lightning.compaction.geometry import Clamp, Geometry, PlaneOp, dense_weight
 
 BUILT = native.library() is not None
@@ -44,6 +44,14 @@ def dense(case: Case, t: Tensors, dtype=torch.float64) -> Tensor:
     for op in case.post:
         y = op(y)
     return y
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _any_way():
+    """All ways compute the same, and to time each new shape would take long."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cpu, "fastest", lambda functions: 0)
+        yield
 
 
 def way(case: Case, x: Tensor, out: Tensor, variant: int, threads: int) -> cpu.Way:
@@ -315,6 +323,7 @@ def test_several_python_threads_run_one_plan():
 
 
 def test_torch_says_how_many_threads(monkeypatch):
+    monkeypatch.setattr(cpu, "fastest", bench.fastest)
     case = Case(EVERY, (20, 21), 3, SOME)
     t = tensors(case)
     made, seen, run = plan(case, t), set(), cpu.Plan._run
@@ -351,7 +360,7 @@ def test_the_way_is_chosen_once_per_size(monkeypatch):
 _WITHOUT_MEMORY = """
 import itertools, resource
 import torch
-from spp_lightning.compaction import cpu
+from spp_lightning.compaction import bench, cpu
 from spp_lightning.compaction.geometry import Geometry, PlaneOp
 
 n, pool = 512, PlaneOp("max_pool", (2, 2), (2, 2))

@@ -37,6 +37,14 @@ POOL = PlaneOp("max_pool", (3, 3), (2, 2), ceil_mode=True)
 # --- the kernels ---
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _any_way():
+    """All ways compute the same, and to time each new shape would take long."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cpu, "fastest", lambda functions: 0)
+        yield
+
+
 @st.composite
 def rows_of_cases(draw):
     """Two or three layers, of which each reads the output of the one before it."""

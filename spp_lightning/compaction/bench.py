@@ -12,11 +12,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Times", "difference", "interleaved_ms", "measure"]
+__all__ = ["Times", "difference", "fastest", "interleaved_ms", "measure"]
 
 _ROUNDS = 30
 _BUDGET = 4.0  # seconds, after which there are no more rounds than _LEAST
 _LEAST = 5
+_CHOICE = 0.002  # seconds that a choice takes, where _LEAST turns take less
 _TURN = 0.01  # seconds of a turn, at least: shorter ones measure the clock
 
 
@@ -116,6 +117,30 @@ def interleaved_ms(
             _wait()
             milliseconds.append(1000 * (time.perf_counter() - begin) / count)
     return [statistics.median(milliseconds) for milliseconds in turns]
+
+
+def fastest(functions: Sequence[Callable[[], object]]) -> int:
+    """Which of some functions takes the least time, by the median of a few turns of each.
+
+    Medians, since threads that wait for each other are now and then held up for long: the shortest
+    time of several threads isn't what they take.
+
+    >>> fastest([lambda: time.sleep(0.002), lambda: None])
+    1
+    """
+    seconds: list[list[float]] = [[] for _ in functions]
+    for function in functions:
+        function()
+    start = time.perf_counter()
+    while len(seconds[0]) < _LEAST or (
+        len(seconds[0]) < _ROUNDS and time.perf_counter() - start < _CHOICE
+    ):
+        for function, taken in zip(functions, seconds, strict=True):
+            begin = time.perf_counter()
+            function()
+            taken.append(time.perf_counter() - begin)
+    medians = [statistics.median(taken) for taken in seconds]
+    return medians.index(min(medians))
 
 
 def _wait() -> None:

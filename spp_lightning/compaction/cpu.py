@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import ctypes
 import math
-import time
 import warnings
 import weakref
 from collections.abc import Sequence
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,6 +15,7 @@ import torch
 from torch import Tensor
 
 from spp_lightning import native
+from spp_lightning.compaction.bench import fastest
 from spp_lightning.compaction.geometry import KINDS, Clamp, Geometry, PlaneOp, size_after
 
 __all__ = ["Plan", "is_available", "plan_for"]
@@ -305,13 +305,7 @@ class Plan:
         if threads > 1 and self.macs(ways[0]) < SMALL:
             ways += [self.way_of(x.shape, x.dtype, variant, 1) for variant in variants]
         out = torch.empty(ways[0].out_shape, dtype=x.dtype)
-        seconds = [math.inf] * len(ways)
-        for _ in range(3):
-            for i, way in enumerate(ways):
-                start = time.perf_counter()
-                self._run(x, residual, out, way)
-                seconds[i] = min(seconds[i], time.perf_counter() - start)
-        return ways[seconds.index(min(seconds))]
+        return ways[fastest([partial(self._run, x, residual, out, way) for way in ways])]
 
 
 def _plane_ops(post: tuple[PlaneOp, ...]) -> Any:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import ctypes
 import math
-import time
 import weakref
+from functools import partial
 
 import torch
 from torch import Tensor
 
+from spp_lightning.compaction.bench import fastest
 from spp_lightning.compaction.cpu import FILTERS, SMALL, Plan, Way, check_tensor, library
 
 __all__ = ["Sequence"]
@@ -102,16 +103,13 @@ class Sequence:
         macs = sum(plan.macs(way) for plan, way in zip(self.plans, ways, strict=True))
         if threads > 1 and macs < SMALL:
             runs.append(_Run(self.plans, self._ways(x, 1)))
-        seconds = [math.inf] * len(runs)
-        for _ in range(5):
-            for i, run in enumerate(runs):
-                start = time.perf_counter()
-                if run is None:
-                    self._one_by_one(x, residual)
-                else:
-                    self._at_once(run, x, residual)
-                seconds[i] = min(seconds[i], time.perf_counter() - start)
-        best = runs[seconds.index(min(seconds))]
+        calls = [
+            partial(self._one_by_one, x, residual)
+            if run is None
+            else partial(self._at_once, run, x, residual)
+            for run in runs
+        ]
+        best = runs[fastest(calls)]
         if best is None:
             for plan in self.plans:
                 plan.drop_unused()
