@@ -22,7 +22,7 @@ _MOST_NUMBERS = 2**20
 class _Run:
     """How inputs of one shape are computed all at once."""
 
-    def __init__(self, plans: tuple[Plan, ...], ways: list[Way]) -> None:
+    def __init__(self, plans: list[Plan], ways: list[Way]) -> None:
         functions, pointers = library(), ctypes.c_void_p * len(plans)
         self.handle = functions.spp_sequence(
             pointers(*(plan.handle for plan in plans)),
@@ -45,7 +45,7 @@ class Sequence:
         plans: Two or more; each but the first with a stride of 1 along the rows.
     """
 
-    def __init__(self, plans: tuple[Plan, ...]) -> None:
+    def __init__(self, plans: list[Plan]) -> None:
         self.plans = plans
         self._forward = library().spp_forward_sequence
         self._runs: dict[tuple[int, ...], _Run | None] = {}  # None: one plan after the other

@@ -259,22 +259,16 @@ class ColumnConv2d(nn.Module):
     def _adds_at_once(self, x: Tensor, residual: Tensor | None) -> bool:
         # What of this depends on the layer: for layers in a row, the rest is the same for all.
         weight, bias, _ = self._tensors()
-        return (
-            weight.dtype == x.dtype
-            and type(weight) in (nn.Parameter, Tensor)
-            and not (
-                torch.is_grad_enabled()
-                and (weight.requires_grad or (bias is not None and bias.requires_grad))
-            )
-            and (
-                residual is None
-                or (
-                    type(residual) is Tensor
-                    and residual.dtype == x.dtype
-                    and _is_plain(residual)
-                    and not (torch.is_grad_enabled() and residual.requires_grad)
-                )
-            )
+        if weight.dtype != x.dtype or type(weight) not in (nn.Parameter, Tensor):
+            return False
+        if torch.is_grad_enabled() and (
+            weight.requires_grad
+            or (bias is not None and bias.requires_grad)
+            or (residual is not None and residual.requires_grad)
+        ):
+            return False
+        return residual is None or (
+            type(residual) is Tensor and residual.dtype == x.dtype and _is_plain(residual)
         )
 
     def to_dense(self) -> nn.Conv2d:

@@ -25,29 +25,34 @@ def column_sequence(x: Tensor, residual: Tensor | None, *layers: ColumnConv2d) -
     Returns:
         The last layer's output, the same either way.
     """
-    if not torch.compiler.is_compiling() and _runs_at_once(x, residual, layers):
-        plans = tuple(layer._plan() for layer in layers)
-        sequence = layers[0]._known_sequence
-        if sequence is None or sequence.plans != plans:
-            sequence = layers[0]._known_sequence = Sequence(plans)
-        return sequence.forward(x, residual)
+    if not torch.compiler.is_compiling() and layers[0]._runs_at_once(x, None):
+        sequence = _sequence(x, residual, layers)
+        if sequence is not None:
+            return sequence.forward(x, residual)
     for layer in layers[:-1]:
         x = layer(x)
     y: Tensor = layers[-1](x) if residual is None else layers[-1](x, residual)
     return y
 
 
-def _runs_at_once(x: Tensor, residual: Tensor | None, layers: tuple[ColumnConv2d, ...]) -> bool:
-    return (
-        layers[0]._runs_at_once(x, None)
-        and x.dtype == torch.float32
-        and all(layer._adds_at_once(x, None) for layer in layers[1:-1])
-        and layers[-1]._adds_at_once(x, residual)
-        # Whoever put a hook on a layer must see its input and output.
-        and not any(layer._forward_hooks or layer._forward_pre_hooks for layer in layers)
-        and not modules._global_forward_hooks
-        and not modules._global_forward_pre_hooks
-    )
+def _sequence(
+    x: Tensor, residual: Tensor | None, layers: tuple[ColumnConv2d, ...]
+) -> Sequence | None:
+    """The layers as one call, if they all can be."""
+    # Whoever put a hook on a layer must see its input and output.
+    if modules._global_forward_hooks or modules._global_forward_pre_hooks:
+        return None
+    plans = []
+    for layer in layers:
+        if layer._forward_hooks or layer._forward_pre_hooks or not layer._adds_at_once(x, None):
+            return None
+        plans.append(layer._plan())
+    if residual is not None and not layers[-1]._adds_at_once(x, residual):
+        return None
+    known: Sequence | None = layers[0]._known_sequence
+    if known is None or known.plans != plans:
+        known = layers[0]._known_sequence = Sequence(plans) if x.dtype == torch.float32 else None
+    return known
 
 
 def join(graph: fx.GraphModule) -> None:
