@@ -168,8 +168,10 @@ class ColumnConv2d(nn.Module):
         if x.dim() == 3:
             batch = None if residual is None else residual[None]
             return self.forward(x[None], batch)[0]
-        if not torch.compiler.is_compiling() and self._runs_at_once(x, residual):
-            return self._plan().forward(x, residual)
+        if not torch.compiler.is_compiling() and self._takes_at_once(x):
+            plan = self._plan_at_once(x, residual)
+            if plan is not None:
+                return plan.forward(x, residual)
         if not torch.compiler.is_compiling() and torch.autograd.forward_ad._current_level >= 0:
             return self._in_torch(x, residual)  # the operators have no forward derivatives
         shape, post, alphas = self._numbers
@@ -206,22 +208,39 @@ class ColumnConv2d(nn.Module):
             return self.weight, self.bias, self.columns
         return weight, self._parameters["bias"], columns
 
-    def _plan(self) -> cpu.Plan:
-        # Looked up here first: that takes a microsecond, plan_for ten.
+    def _known(self) -> tuple[cpu.Plan | None, tuple[Tensor, Tensor | None, Tensor]]:
+        # The plan that was made last, if it still fits. That takes a microsecond, plan_for ten.
         if self._known_plan is not None:
             plan, tensors, stamp = self._known_plan
-            weight, bias, columns = tensors
             if (
-                weight is self._parameters.get("weight")
-                and bias is self._parameters.get("bias")
-                and columns is self._buffers.get("columns")
+                tensors[0] is self._parameters.get("weight")
+                and tensors[1] is self._parameters.get("bias")
+                and tensors[2] is self._buffers.get("columns")
                 and stamp == _stamp(*tensors)
             ):
-                return plan
-        tensors = weight, bias, columns = self._tensors()
-        plan = cpu.plan_for(weight, columns, bias, self.geometry, self.clamp, self.post)
-        if not any(t is not None and t.is_inference() for t in tensors):
-            self._known_plan = (plan, tensors, _stamp(*tensors))
+                return plan, tensors
+        return None, self._tensors()
+
+    def _plan_at_once(self, x: Tensor, residual: Tensor | None) -> cpu.Plan | None:
+        # What computes the layer, if nothing about it needs the operator.
+        plan, tensors = self._known()
+        weight, bias, columns = tensors
+        if weight.dtype != x.dtype or type(weight) not in (nn.Parameter, Tensor):
+            return None
+        if torch.is_grad_enabled() and (
+            weight.requires_grad
+            or (bias is not None and bias.requires_grad)
+            or (residual is not None and residual.requires_grad)
+        ):
+            return None
+        if residual is not None and (
+            type(residual) is not Tensor or residual.dtype != x.dtype or not _is_plain(residual)
+        ):
+            return None
+        if plan is None:
+            plan = cpu.plan_for(weight, columns, bias, self.geometry, self.clamp, self.post)
+            if not any(t is not None and t.is_inference() for t in tensors):
+                self._known_plan = (plan, tensors, _stamp(*tensors))
         return plan
 
     def __getstate__(self) -> dict[str, Any]:
@@ -235,7 +254,7 @@ class ColumnConv2d(nn.Module):
             or (residual is not None and residual.requires_grad)
         )
 
-    def _runs_at_once(self, x: Tensor, residual: Tensor | None) -> bool:
+    def _takes_at_once(self, x: Tensor) -> bool:
         # Spares the way through torch's dispatcher, which takes longer than a small layer.
         return (
             type(x) is Tensor
@@ -246,7 +265,6 @@ class ColumnConv2d(nn.Module):
             and x.dim() == 4
             and x.shape[1] == self.geometry.channels
             and _is_plain(x)
-            and self._adds_at_once(x, residual)
             # Whoever watches or transforms what torch computes must see the operator.
             and not torch.is_autocast_enabled("cpu")
             and not torch._C._len_torch_dispatch_stack()
@@ -254,21 +272,6 @@ class ColumnConv2d(nn.Module):
             and torch._C._functorch.peek_interpreter_stack() is None
             and torch.autograd.forward_ad._current_level < 0
             and cpu.is_available()
-        )
-
-    def _adds_at_once(self, x: Tensor, residual: Tensor | None) -> bool:
-        # What of this depends on the layer: for layers in a row, the rest is the same for all.
-        weight, bias, _ = self._tensors()
-        if weight.dtype != x.dtype or type(weight) not in (nn.Parameter, Tensor):
-            return False
-        if torch.is_grad_enabled() and (
-            weight.requires_grad
-            or (bias is not None and bias.requires_grad)
-            or (residual is not None and residual.requires_grad)
-        ):
-            return False
-        return residual is None or (
-            type(residual) is Tensor and residual.dtype == x.dtype and _is_plain(residual)
         )
 
     def to_dense(self) -> nn.Conv2d:

@@ -25,7 +25,7 @@ def column_sequence(x: Tensor, residual: Tensor | None, *layers: ColumnConv2d) -
     Returns:
         The last layer's output, the same either way.
     """
-    if not torch.compiler.is_compiling() and layers[0]._runs_at_once(x, None):
+    if not torch.compiler.is_compiling() and layers[0]._takes_at_once(x):
         sequence = _sequence(x, residual, layers)
         if sequence is not None:
             return sequence.forward(x, residual)
@@ -42,13 +42,14 @@ def _sequence(
     # Whoever put a hook on a layer must see its input and output.
     if modules._global_forward_hooks or modules._global_forward_pre_hooks:
         return None
-    plans = []
+    plans, last = [], layers[-1]
     for layer in layers:
-        if layer._forward_hooks or layer._forward_pre_hooks or not layer._adds_at_once(x, None):
+        if layer._forward_hooks or layer._forward_pre_hooks:
             return None
-        plans.append(layer._plan())
-    if residual is not None and not layers[-1]._adds_at_once(x, residual):
-        return None
+        plan = layer._plan_at_once(x, residual if layer is last else None)
+        if plan is None:
+            return None
+        plans.append(plan)
     known: Sequence | None = layers[0]._known_sequence
     if known is None or known.plans != plans:
         known = layers[0]._known_sequence = Sequence(plans) if x.dtype == torch.float32 else None
