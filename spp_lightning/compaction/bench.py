@@ -122,8 +122,8 @@ def interleaved_ms(
 def fastest(functions: Sequence[Callable[[], object]]) -> int:
     """Which of some functions takes the least time, by the first quartile of a few turns of each.
 
-    Not the median, since other programs may hold up all but a few turns; nor the shortest one, since
-    threads that wait for each other rarely have such luck.
+    Not the median, since other programs may hold up all but a few turns; nor the shortest one,
+    since threads that wait for each other rarely have such luck.
 
     >>> fastest([lambda: time.sleep(0.002), lambda: None])
     1
