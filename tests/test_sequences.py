@@ -12,7 +12,7 @@ import torch
 from cases import NORM, SENTINEL, Case, cases, guarded, intact, plan, pools, tensors
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import nn
+from torch import fx, nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrize
 
@@ -268,6 +268,80 @@ def test_new_weights_are_seen(net):
         assert torch.equal(net(x), one_by_one(net)(x))
     net.conv2.weight = nn.Parameter(net.conv2.weight * 2, requires_grad=False)
     assert torch.equal(net(x), one_by_one(net)(x))
+
+
+@native
+def test_a_way_is_chosen_once_whatever_the_weights(net, monkeypatch):
+    x, choices = torch.randn(2, 3, 32, 32), []
+    choose = cpu_sequence.Sequence._fastest
+    monkeypatch.setattr(
+        cpu_sequence.Sequence,
+        "_fastest",
+        lambda self, *args: (choices.append(len(args)), choose(self, *args))[1],
+    )
+    for _ in range(3):
+        net(x)
+    assert len(choices) == 1
+    known = net.conv1._known_sequence
+    with torch.no_grad():
+        net.conv2.weight.mul_(2)
+    expected = one_by_one(net)(x)
+    net(x)
+    assert net.conv1._known_sequence is known  # weights may be new at every call
+    assert torch.equal(net(x), expected)
+    assert net.conv1._known_sequence is not known
+    assert len(choices) == 1
+
+
+def test_layers_in_the_place_of_others(net):
+    class Zero(ColumnConv2d):
+        def forward(self, x, residual=None):
+            return 0 * super().forward(x, residual)
+
+    x = torch.randn(2, 3, 32, 32)
+    expected = net(x)
+    net.conv2.forward = lambda x: 0 * type(net.conv2).forward(net.conv2, x)
+    zero = net(x)
+    assert not torch.equal(zero, expected)
+    del net.conv2.forward
+    assert torch.equal(net(x), expected)
+    own = net.conv2
+    net.conv2 = Zero(own.geometry, own.weight, own.columns, own.bias, own.clamp, own.post)
+    net.requires_grad_(False)
+    assert torch.equal(net(x), zero)
+    net.conv2 = own
+    for name in ("conv1", "conv2", "conv3"):  # dense, without what follows
+        layer = net.get_submodule(name)
+        setattr(net, name, to_dense(layer))
+        torch.testing.assert_close(net(x), expected, rtol=1e-5, atol=1e-4)
+        setattr(net, name, layer)
+    assert torch.equal(net(x), expected)
+
+
+def test_channels_that_dont_fit_are_an_error():
+    layers = [ColumnConv2d.of(nn.Conv2d(3, 8, 1)), ColumnConv2d.of(nn.Conv2d(40, 4, 1))]
+    for layer in layers:
+        layer.requires_grad_(False)
+    for _ in range(3):
+        with pytest.raises(ValueError, match="40"):
+            sequences.column_sequence(torch.randn(1, 3, 8, 8), None, *layers)
+
+
+def test_an_input_is_read_before_it_is_written_to():
+    layers = {f"conv{i}": ColumnConv2d.of(nn.Conv2d(3, 3, 1)) for i in "ab"}
+    root = nn.ModuleDict({**layers, "relu": nn.ReLU(inplace=True)}).requires_grad_(False)
+    graph = fx.Graph()
+    x = graph.placeholder("x")
+    y = graph.call_function(torch.mul, (x, 1.0))
+    first = graph.call_module("conva", (y,))
+    written = graph.call_module("relu", (y,))
+    graph.output(graph.call_module("convb", (first, written)))
+    net = fx.GraphModule(root, graph).eval()
+    x = torch.randn(2, 3, 5, 5)
+    expected = net(x)
+    sequences.join(net)
+    for _ in range(2):
+        assert torch.equal(net(x), expected)
 
 
 def test_hooks_see_every_layer(net):

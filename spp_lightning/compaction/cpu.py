@@ -23,6 +23,7 @@ __all__ = ["Plan", "is_available", "plan_for"]
 # Vectors of pixels, those of a tile packed first or read where they are, or vectors of filters.
 _VARIANTS = (0, 1, 3)
 _PAIRS, FILTERS = 2, 3  # the former are vectors of pixels packed as pairs of bfloat16
+_CHUNK = 16  # filters that lie next to each other for the latter
 SMALL = 20_000_000  # MACs below which one thread may be faster than several
 
 
@@ -265,12 +266,22 @@ class Plan:
         """A way to compute inputs of a shape and a type.
 
         Raises:
-            ValueError: If they are smaller than the kernel, or too large.
+            ValueError: If they have other channels, are smaller than the kernel, or too large.
         """
+        if shape[1] != self.geometry.channels:
+            raise ValueError(
+                f"`x` must have {self.geometry.channels} channels, got {tuple(shape)}."
+            )
         conv_shape = (shape[0], self.geometry.filters, *self.geometry.out_size(*shape[2:]))
         _check_size(shape, conv_shape)
         size = size_after(self.post, conv_shape[2:]) if with_post else conv_shape[2:]
         return Way.of(shape, dtype, conv_shape, (*conv_shape[:2], *size), variant, threads)
+
+    @property
+    def padded_filters(self) -> int:
+        """Filters in whole chunks of 16, as vectors of filters compute them."""
+        g = self.geometry
+        return g.groups * math.ceil(g.filters // g.groups / _CHUNK) * _CHUNK
 
     def macs(self, way: Way) -> int:
         """Multiply-accumulate operations of a pass."""
@@ -278,7 +289,7 @@ class Plan:
 
     def drop_unused(self) -> None:
         """Free memory that only ways need which no input takes."""
-        if all(way.native.variant != FILTERS for way in self._ways.values()):
+        if all(way.native.variant != FILTERS for way in list(self._ways.values())):
             self._library.spp_drop_filters(self.handle)
 
     def _backward_way(self, x: Tensor, fused: bool) -> Way:
@@ -298,7 +309,11 @@ class Plan:
         threads = torch.get_num_threads()
         # Pairs are rounded otherwise, so that they must not depend on the time that they take.
         pairs = self._pairs and x.dtype == torch.bfloat16 and self._library.spp_has_pairs()
-        variants = (_PAIRS,) if pairs else _VARIANTS
+        variants: tuple[int, ...] = (_PAIRS,) if pairs else _VARIANTS
+        if self.post and self.padded_filters > 2 * self.geometry.filters:
+            variants = tuple(
+                v for v in variants if v != FILTERS
+            )  # mostly of lanes without a filter
         ways = [self.way_of(x.shape, x.dtype, variant, threads) for variant in variants]
         if residual is not None:
             check_tensor("residual", residual, ways[0].conv_shape)

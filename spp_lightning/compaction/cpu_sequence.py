@@ -42,13 +42,18 @@ class Sequence:
     by the next one from the cache and as it is.
 
     Args:
-        plans: Two or more; each but the first with a stride of 1 along the rows.
+        plans: Two or more; each but the first with a stride of 1 along the rows, and with as many
+            channels as the one before it has filters.
+        before: That of the same layers with other weights, whose choices are taken over.
     """
 
-    def __init__(self, plans: list[Plan]) -> None:
+    def __init__(self, plans: list[Plan], before: Sequence | None = None) -> None:
         self.plans = plans
         self._forward = library().spp_forward_sequence
         self._runs: dict[tuple[int, ...], _Run | None] = {}  # None: one plan after the other
+        self._threads: dict[tuple[int, ...], int] = {}  # of those; 0: one plan after the other
+        if before is not None:
+            self._threads.update(before._threads)
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """Run the plans: all at once, or one after the other where that was faster.
@@ -62,7 +67,10 @@ class Sequence:
         """
         key = (*x.shape, torch.get_num_threads())
         if key not in self._runs:
-            self._runs[key] = self._fastest(x, residual)
+            if key not in self._threads:
+                self._threads[key] = self._fastest(x, residual)
+            threads = self._threads[key]
+            self._runs[key] = _Run(self.plans, self._ways(x, threads)) if threads else None
         run = self._runs[key]
         if run is None:
             return self._one_by_one(x, residual)
@@ -93,24 +101,21 @@ class Sequence:
             shape = ways[-1].out_shape
         return ways
 
-    def _fastest(self, x: Tensor, residual: Tensor | None) -> _Run | None:
+    def _fastest(self, x: Tensor, residual: Tensor | None) -> int:
         self._one_by_one(x, residual)  # checks shapes, and times each plan's own ways
-        threads = torch.get_num_threads()
-        ways = self._ways(x, threads)
-        if not len(x) or any(math.prod(way.out_shape[1:]) > _MOST_NUMBERS for way in ways[:-1]):
-            return None
-        runs = [None, _Run(self.plans, ways)]
+        counts = [torch.get_num_threads()]
+        ways = self._ways(x, counts[0])
+        pixels = [math.prod(way.out_shape[2:]) for way in ways[:-1]]
+        numbers = (plan.padded_filters * n for plan, n in zip(self.plans, pixels, strict=False))
+        if not len(x) or max(numbers) > _MOST_NUMBERS:
+            return 0
         macs = sum(plan.macs(way) for plan, way in zip(self.plans, ways, strict=True))
-        if threads > 1 and macs < SMALL:
-            runs.append(_Run(self.plans, self._ways(x, 1)))
-        calls = [
-            partial(self._one_by_one, x, residual)
-            if run is None
-            else partial(self._at_once, run, x, residual)
-            for run in runs
-        ]
-        best = runs[fastest(calls)]
-        if best is None:
+        if counts[0] > 1 and macs < SMALL:
+            counts.append(1)
+        runs = [_Run(self.plans, self._ways(x, count)) for count in counts]
+        at_once = [partial(self._at_once, run, x, residual) for run in runs]
+        best = fastest([partial(self._one_by_one, x, residual), *at_once])
+        if best == 0:
             for plan in self.plans:
                 plan.drop_unused()
-        return best
+        return [0, *counts][best]

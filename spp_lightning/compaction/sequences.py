@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 from torch.nn.modules import module as modules
 
 from spp_lightning.compaction.channels import times_called
+from spp_lightning.compaction.cpu import Plan
 from spp_lightning.compaction.cpu_sequence import Sequence
 from spp_lightning.compaction.layer import ColumnConv2d
 from spp_lightning.compaction.tracing import Node, module_of, single_user
@@ -25,7 +26,7 @@ def column_sequence(x: Tensor, residual: Tensor | None, *layers: ColumnConv2d) -
     Returns:
         The last layer's output, the same either way.
     """
-    if not torch.compiler.is_compiling() and layers[0]._takes_at_once(x):
+    if not torch.compiler.is_compiling() and _is_own(layers[0]) and layers[0]._takes_at_once(x):
         sequence = _sequence(x, residual, layers)
         if sequence is not None:
             return sequence.forward(x, residual)
@@ -42,18 +43,28 @@ def _sequence(
     # Whoever put a hook on a layer must see its input and output.
     if modules._global_forward_hooks or modules._global_forward_pre_hooks:
         return None
-    plans, last = [], layers[-1]
+    plans, last, are_new = list[Plan](), layers[-1], False
     for layer in layers:
-        if layer._forward_hooks or layer._forward_pre_hooks:
+        if not _is_own(layer) or layer._forward_hooks or layer._forward_pre_hooks:
             return None
+        known = layer._known_plan
         plan = layer._plan_at_once(x, residual if layer is last else None)
-        if plan is None:
+        if plan is None or (plans and plans[-1].geometry.filters != plan.geometry.channels):
             return None
+        are_new = are_new or known is None or known is not layer._known_plan
         plans.append(plan)
-    known: Sequence | None = layers[0]._known_sequence
-    if known is None or known.plans != plans:
-        known = layers[0]._known_sequence = Sequence(plans) if x.dtype == torch.float32 else None
-    return known
+    sequence: Sequence | None = layers[0]._known_sequence
+    if sequence is not None and sequence.plans == plans:
+        return sequence
+    if are_new or x.dtype != torch.float32:  # weights that change at every call aren't worth it
+        return None
+    layers[0]._known_sequence = Sequence(plans, sequence)
+    return layers[0]._known_sequence  # type: ignore[no-any-return]
+
+
+def _is_own(layer: object) -> bool:
+    """Whether a layer computes what this package wrote, and nobody put another one in its place."""
+    return type(layer) is ColumnConv2d and "forward" not in layer.__dict__
 
 
 def join(graph: fx.GraphModule) -> None:
@@ -72,7 +83,7 @@ def join(graph: fx.GraphModule) -> None:
 
 def _layer(graph: fx.GraphModule, node: Node) -> ColumnConv2d | None:
     layer = module_of(graph, node)
-    if not isinstance(layer, ColumnConv2d) or node.kwargs:
+    if not isinstance(layer, ColumnConv2d) or not _is_own(layer) or node.kwargs:
         return None
     return layer if times_called(graph, str(node.target)) == 1 else None
 
@@ -97,13 +108,26 @@ def _previous(graph: fx.GraphModule, node: Node) -> Node | None:
 def _join(graph: fx.GraphModule, row: list[Node]) -> None:
     first, last = row[0], row[-1]
     residual = last.args[1] if len(last.args) > 1 else None
-    with graph.graph.inserting_before(last):
+    nodes = list(graph.graph.nodes)
+    within = nodes[nodes.index(first) : nodes.index(last)]
+    later = residual in within
+    if later and not all(_writes_nothing(graph, node) for node in within):
+        # The first layer would read its input behind who may write to it.
+        if len(row) > 2:
+            _join(graph, row[:-1])
+        return
+    with graph.graph.inserting_before(last if later else first):
         layers = [graph.graph.get_attr(str(node.target)) for node in row]
         joined = graph.graph.call_function(column_sequence, (first.args[0], residual, *layers))
     joined.meta = dict(last.meta)
     last.replace_all_uses_with(joined)
     for node in reversed(row):
         graph.graph.erase_node(node)
+
+
+def _writes_nothing(graph: fx.GraphModule, node: Node) -> bool:
+    module = module_of(graph, node)
+    return node.op == "get_attr" or type(module) in (ColumnConv2d, nn.Conv2d, nn.BatchNorm2d)
 
 
 def take_apart(graph: fx.GraphModule) -> None:
@@ -119,6 +143,7 @@ def take_apart(graph: fx.GraphModule) -> None:
         y.meta = dict(node.meta)
         node.replace_all_uses_with(y)
         for old in (node, *layers):
-            graph.graph.erase_node(old)
+            if not old.users:
+                graph.graph.erase_node(old)
     graph.graph.lint()
     graph.recompile()

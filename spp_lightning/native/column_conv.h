@@ -1,8 +1,8 @@
 // The C interface of the column-pruned convolution, and the plan behind it.
 //
 // A plan is made once per layer: which input positions are kept, and their weights in the order in
-// which the kernels read them. It is never written to afterwards, so any number of threads may run
-// it at the same time. All tensors are NCHW, contiguous, and float32 but where it says otherwise.
+// which the kernels read them. What is written to it afterwards is guarded, so any number of threads
+// may run it at the same time. All tensors are NCHW, contiguous, and float32 but where it says otherwise.
 #pragma once
 
 #include <cstddef>
