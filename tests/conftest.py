@@ -95,6 +95,14 @@ def tiny() -> TinyModule:
         return TinyModule()
 
 
+@pytest.fixture(scope="module")
+def any_way():
+    """All ways compute the same, and to time each new shape would take long."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cpu, "fastest", lambda functions: 0)
+        yield
+
+
 @pytest.fixture(params=["base", "avx2", "avx512"])
 def isa(request):
     """Each instruction set that this machine has."""

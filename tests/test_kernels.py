@@ -27,7 +27,10 @@ from spp_lightning.compaction import bench, cpu
 from spp_lightning.compaction.geometry import Clamp, Geometry, PlaneOp, dense_weight
 
 BUILT = native.library() is not None
-pytestmark = pytest.mark.skipif(not BUILT, reason="built without the kernels")
+pytestmark = [
+    pytest.mark.skipif(not BUILT, reason="built without the kernels"),
+    pytest.mark.usefixtures("any_way"),
+]
 
 THREADS = (1, 2, 3, 5)
 
@@ -44,14 +47,6 @@ def dense(case: Case, t: Tensors, dtype=torch.float64) -> Tensor:
     for op in case.post:
         y = op(y)
     return y
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _any_way():
-    """All ways compute the same, and to time each new shape would take long."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cpu, "fastest", lambda functions: 0)
-        yield
 
 
 def way(case: Case, x: Tensor, out: Tensor, variant: int, threads: int) -> cpu.Way:

@@ -119,7 +119,7 @@ def test_trainer_on_two_ranks(tmp_path):
     notes = tmp_path / "notes"
     notes.mkdir()
     options = ["--accelerator=cpu", "--devices=2", "--strategy=ddp"]
-    for _ in range(2):  # a process of torch.distributed may abort at its end, about once in 60 runs
+    for _ in range(2):  # a process of torch.distributed may abort at its end, now and then
         done = start(*options, "fit.py", str(notes), cwd=tmp_path)
         if "Signal 6 (SIGABRT)" not in done.stderr:
             break

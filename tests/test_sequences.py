@@ -29,20 +29,13 @@ from spp_lightning.compaction import (
 )
 from spp_lightning.compaction.geometry import Clamp, Geometry, PlaneOp
 
+pytestmark = pytest.mark.usefixtures("any_way")
 native = pytest.mark.skipif(not cpu.is_available(), reason="built without the kernels")
 
 POOL = PlaneOp("max_pool", (3, 3), (2, 2), ceil_mode=True)
 
 
 # --- the kernels ---
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _any_way():
-    """All ways compute the same, and to time each new shape would take long."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cpu, "fastest", lambda functions: 0)
-        yield
 
 
 @st.composite

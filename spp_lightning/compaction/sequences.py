@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TypeGuard
+
 import torch
 from torch import Tensor, fx, nn
 from torch.nn.modules import module as modules
@@ -19,12 +21,15 @@ def column_sequence(x: Tensor, residual: Tensor | None, *layers: ColumnConv2d) -
     """One layer after the other, with one call of the CPU kernels where that computes them all.
 
     Args:
-        x: Input of the first layer.
-        residual: Added in the last one, or None.
-        layers: Two or more.
+        x: Input of the first layer, ``(B, C, H, W)`` or ``(C, H, W)``.
+        residual: Added to the last layer's convolution, of its shape, or None.
+        layers: Two or more, each with as many channels as the one before it has filters.
 
     Returns:
-        The last layer's output, the same either way.
+        The last layer's output, ``(B, N, H', W')`` or ``(N, H', W')``, the same either way.
+
+    Raises:
+        ValueError: If a shape doesn't fit.
     """
     if not torch.compiler.is_compiling() and _is_own(layers[0]) and layers[0]._takes_at_once(x):
         sequence = _sequence(x, residual, layers)
@@ -62,7 +67,7 @@ def _sequence(
     return layers[0]._known_sequence  # type: ignore[no-any-return]
 
 
-def _is_own(layer: object) -> bool:
+def _is_own(layer: object) -> TypeGuard[ColumnConv2d]:
     """Whether a layer computes what this package wrote, and nobody put another one in its place."""
     return type(layer) is ColumnConv2d and "forward" not in layer.__dict__
 
@@ -83,7 +88,7 @@ def join(graph: fx.GraphModule) -> None:
 
 def _layer(graph: fx.GraphModule, node: Node) -> ColumnConv2d | None:
     layer = module_of(graph, node)
-    if not isinstance(layer, ColumnConv2d) or not _is_own(layer) or node.kwargs:
+    if not _is_own(layer) or node.kwargs:
         return None
     return layer if times_called(graph, str(node.target)) == 1 else None
 

@@ -227,8 +227,8 @@ SPP_EXPORT void* spp_sequence(const void* const* plans, const spp::Way* const* w
 SPP_EXPORT void spp_free_sequence(void* sequence) { delete static_cast<spp::Sequence*>(sequence); }
 
 // The residual is added in the last layer, and may be null.
-SPP_EXPORT int32_t spp_forward_sequence(const void* sequence, const float* input, const float* residual,
-                                   float* output) {
+SPP_EXPORT int32_t spp_forward_sequence(const void* sequence, const float* input,
+                                        const float* residual, float* output) {
   try {
     static_cast<const spp::Sequence*>(sequence)->forward(input, residual, output);
     return 1;
