@@ -24,7 +24,8 @@ void spp_free(void*);
 int32_t spp_forward(const void*, const spp::Way*, const void*, const void*, void*);
 void* spp_sequence(const void* const*, const spp::Way* const*, int32_t);
 void spp_free_sequence(void*);
-int32_t spp_forward_sequence(const void*, const float*, const float*, float*);
+int32_t spp_forward_sequence(const void*, const float*, const float*, const spp::Linear*, float*);
+void spp_linear(const spp::Linear*, const float*, int64_t, int32_t, float*);
 int32_t spp_backward(const void*, const spp::Way*, const float*, const float*, const float*, int32_t,
                      float*, float*, float*);
 int32_t spp_ascending_order(const void*, int32_t, const double*, int64_t, int64_t*);
@@ -157,15 +158,24 @@ void run_sequence(const void* first, spp::Way how, const spp::Geometry& before, 
   spp::Way next{how.batch, size[0], size[1], out[0], out[1], how.threads, how.variant, 0};
   spp_forward(first, &how, x, nullptr, middle.get());
   spp_forward(second, &next, middle.get(), residual.get(), one_by_one.get());
+  const int features = static_cast<int>(floats / std::max<int64_t>(1, how.batch)), scores = between(1, 9);
+  const Floats matrix = normal(features * scores), bias = between(0, 1) ? normal(scores) : nullptr;
+  const spp::Linear linear{matrix.get(), bias.get(), features, scores};
+  const Floats expected = memory(how.batch * scores);
+  spp_linear(&linear, one_by_one.get(), how.batch, how.threads, expected.get());
   for (int threads = 1; threads <= 3; ++threads) {
     how.threads = next.threads = threads;
     const void* plans[] = {first, second};
     const spp::Way* ways[] = {&how, &next};
     void* sequence = spp_sequence(plans, ways, 2);
     const Floats at_once = memory(floats);
-    spp_forward_sequence(sequence, x, residual.get(), at_once.get());
+    spp_forward_sequence(sequence, x, residual.get(), nullptr, at_once.get());
     if (!std::equal(at_once.get(), at_once.get() + floats, one_by_one.get()))
       std::printf("a sequence on %d threads\n", threads), ++failures;
+    const Floats found = memory(how.batch * scores);
+    spp_forward_sequence(sequence, x, residual.get(), &linear, found.get());
+    if (!std::equal(found.get(), found.get() + how.batch * scores, expected.get()))
+      std::printf("a sequence and a linear layer on %d threads\n", threads), ++failures;
     spp_free_sequence(sequence);
   }
   spp_free(second);

@@ -91,11 +91,11 @@ def check(row: list[Case]) -> None:
     x, residual = every[0].x, every[-1].residual
     expected = sequence._one_by_one(x, residual)
     for threads in (1, 2, 3, 5):
-        run = cpu_sequence._Run(sequence.plans, sequence._ways(x, threads))
+        run = sequence._run_of(x, threads)
         out = guarded(torch.full(expected.shape, math.nan), SENTINEL)
         if out.numel():
-            none_or_address = None if residual is None else residual.data_ptr()
-            assert sequence._forward(run.handle, x.data_ptr(), none_or_address, out.data_ptr())
+            added = None if residual is None else residual.data_ptr()
+            assert sequence._forward(run.handle, x.data_ptr(), added, None, out.data_ptr())
         assert torch.equal(out, expected), f"{threads} threads"
         assert intact(out)
 
@@ -176,14 +176,26 @@ def _all_compact(monkeypatch):
 
 @pytest.fixture
 def net():
+    """The compact ConvNet without its linear layer, whose sums torch rounds as it likes."""
+    torch.manual_seed(0)
+    dense = ConvNet()
+    dense.ip1 = nn.Identity()
+    return compact(pruned(dense), torch.randn(2, 3, 32, 32))
+
+
+@pytest.fixture
+def classifier():
     """The compact ConvNet."""
     torch.manual_seed(0)
-    return compact(pruned(ConvNet()), torch.randn(2, 3, 32, 32))
+    dense = ConvNet()
+    nn.init.normal_(dense.conv1.weight)
+    nn.init.normal_(dense.ip1.bias)
+    return compact(pruned(dense), torch.randn(2, 3, 32, 32))
 
 
 def joined(graph) -> list[list[str]]:
     return [
-        [str(layer.target) for layer in node.args[2:]]
+        [str(layer.target) for layer in (*node.args[2:], *node.kwargs.values())]
         for node in graph.graph.nodes
         if node.target is sequences.column_sequence
     ]
@@ -395,6 +407,129 @@ def test_copies_files_and_dense_networks(net, tmp_path):
     assert not any(isinstance(layer, ColumnConv2d) for layer in dense.modules())
     torch.testing.assert_close(dense(x), expected, rtol=1e-5, atol=1e-5)
     assert torch.equal(net(x), expected)
+
+
+# --- with a linear layer ---
+
+
+def test_a_linear_layer_is_joined_too(classifier, tmp_path):
+    assert joined(classifier) == [["conv1", "conv2", "conv3", "ip1"]]
+    save_compact(classifier, tmp_path / "net")
+    loaded, dense = load_compact(tmp_path / "net"), to_dense(classifier)
+    assert joined(loaded) == joined(classifier) and type(dense.ip1) is nn.Linear
+    for batch in (0, 1, 3):
+        x = torch.randn(batch, 3, 32, 32)
+        y = classifier(x)
+        assert y.shape == (batch, 10)
+        assert torch.equal(loaded(x), y)
+        for same in (one_by_one(classifier), dense):
+            torch.testing.assert_close(same(x), y, rtol=1e-5, atol=1e-4)
+
+
+@native
+@pytest.mark.parametrize("features", [(1, 1), (7, 3), (16, 4), (40, 5), (51, 9)])
+@pytest.mark.parametrize("bias", [True, False])
+def test_linear_sums(features, bias, isa):
+    """Alone, at once and shared by threads: the same bits, near those of float64."""
+    linear = nn.Linear(*features, bias=bias).requires_grad_(False)
+    case = Case(Geometry(2, features[0], (3, 3)), (3, 3), 1, tuple(range(18)))
+    own = plan(case, tensors(case))
+    sequence = cpu_sequence.Sequence([own], cpu_sequence.Linear(linear.weight, linear.bias))
+    for batch in (1, 2, 5):
+        x = torch.randn(batch, 2, 3, 3)
+        expected = sequence._one_by_one(x, None)
+        exact = F.linear(own.forward(x).flatten(1).double(), linear.weight.double(), None)
+        exact += 0 if linear.bias is None else linear.bias
+        torch.testing.assert_close(expected.double(), exact, rtol=1e-5, atol=1e-5)
+        for threads in (1, 2, 3):
+            run = sequence._run_of(x, threads)
+            assert torch.equal(sequence._at_once(run, x, None), expected)
+
+
+@pytest.mark.parametrize(
+    "change",
+    {
+        "in place": lambda fc: fc.weight.mul_(2),
+        "bias in place": lambda fc: fc.bias.add_(1),
+        "data": lambda fc: setattr(fc.weight, "data", fc.weight * 2),
+        "weight": lambda fc: setattr(fc, "weight", nn.Parameter(fc.weight * 2)),
+        "bias": lambda fc: setattr(fc, "bias", None),
+        "forward": lambda fc: setattr(fc, "forward", lambda x: x[:, :10]),
+        "hook": lambda fc: fc.register_forward_hook(lambda module, x, y: y + 1),
+        "parametrized": lambda fc: parametrize.register_parametrization(
+            fc, "weight", nn.Softplus()
+        ),
+        "double": lambda fc: fc.register_forward_pre_hook(lambda module, x: (2 * x[0],)),
+    }.items(),
+    ids=lambda pair: pair[0],
+)
+def test_changes_of_the_linear_layer_are_seen(classifier, change):
+    x = torch.randn(3, 3, 32, 32)
+    before = classifier(x)
+    with torch.no_grad():
+        change[1](classifier.ip1)
+        for _ in range(2):
+            after = classifier(x)
+            torch.testing.assert_close(after, one_by_one(classifier)(x), rtol=1e-5, atol=1e-4)
+    assert not torch.allclose(after, before, rtol=1e-3)
+
+
+def test_another_layer_in_the_place_of_the_linear_one(classifier):
+    x = torch.randn(3, 3, 32, 32)
+    expected = classifier(x)
+    classifier.ip1 = nn.Sequential(classifier.ip1, nn.Tanh())
+    torch.testing.assert_close(classifier(x), expected.tanh(), rtol=1e-5, atol=1e-4)
+
+
+def test_a_linear_layer_can_be_trained_alone(classifier):
+    classifier.ip1.requires_grad_(True)
+    x = torch.randn(3, 3, 32, 32)
+    classifier(x).sum().backward()
+    grad, classifier.ip1.weight.grad = classifier.ip1.weight.grad, None
+    assert torch.equal(classifier.ip1.bias.grad, torch.full((10,), 3.0))
+    features = one_by_one(classifier)
+    features.ip1 = nn.Identity()
+    torch.testing.assert_close(grad, features(x).sum(0).expand(10, -1))
+
+
+def test_features_that_dont_fit_are_named(classifier):
+    for _ in range(2):
+        with pytest.raises((ValueError, RuntimeError), match="1024"):
+            classifier(torch.randn(1, 3, 40, 32))
+
+
+class Flat(nn.Module):
+    """Ways to flatten: the first three are what is joined."""
+
+    def __init__(self, flatten, out_features=5):
+        super().__init__()
+        self.conv, self.linear = nn.Conv2d(3, 4, 3), nn.Linear(4 * 36, out_features)
+        self.flatten = flatten
+
+    def forward(self, x):
+        return self.linear(self.flatten(F.relu(self.conv(x))))
+
+
+@pytest.mark.parametrize(
+    ("flatten", "is_joined"),
+    [
+        (nn.Flatten(), True),
+        (lambda x: x.flatten(1), True),
+        (lambda x: torch.flatten(x, start_dim=1, end_dim=-1), True),
+        (lambda x: x.reshape(-1, 144), False),
+        (lambda x: x.flatten(2).flatten(1), False),
+    ],
+)
+def test_only_what_flattens_pictures_is_joined(flatten, is_joined):
+    x = torch.randn(2, 3, 8, 8)
+    fast = compact(net := pruned(Flat(flatten)), x)
+    assert joined(fast) == ([["conv", "linear"]] if is_joined else [])
+    torch.testing.assert_close(fast(x), net(x), rtol=1e-5, atol=1e-5)
+
+
+def test_a_large_linear_layer_is_left_to_torch():
+    fast = compact(pruned(Flat(nn.Flatten(), 1000)), torch.randn(2, 3, 8, 8))
+    assert joined(fast) == []
 
 
 def test_a_pickled_network_computes_the_same():

@@ -65,7 +65,9 @@ def library() -> Any:
         functions.spp_sequence.argtypes = [pointer, pointer, number]
         functions.spp_free_sequence.argtypes = [pointer]
         functions.spp_free_sequence.restype = None
-        functions.spp_forward_sequence.argtypes = [pointer] * 4
+        functions.spp_forward_sequence.argtypes = [pointer] * 5
+        functions.spp_linear.argtypes = [pointer, pointer, ctypes.c_int64, number, pointer]
+        functions.spp_linear.restype = None
         functions.spp_backward.argtypes = [pointer] * 5 + [number] + [pointer] * 3
         functions.spp_isa.restype = ctypes.c_char_p
         functions.spp_set_isa.argtypes = [ctypes.c_char_p]

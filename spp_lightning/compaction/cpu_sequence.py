@@ -13,16 +13,55 @@ from torch import Tensor
 from spp_lightning.compaction.bench import fastest
 from spp_lightning.compaction.cpu import FILTERS, SMALL, Plan, Way, check_tensor, library
 
-__all__ = ["Sequence"]
+__all__ = ["Linear", "Sequence"]
 
 # Numbers of a picture between two layers beyond which it leaves the cache anyway.
 _MOST_NUMBERS = 2**20
 
 
+class _NativeLinear(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("weight", "bias")),
+        *((name, ctypes.c_int32) for name in ("in_features", "out_features")),
+    ]
+
+
+class Linear:
+    """A linear layer's tensors as the kernels read them: where they are, and not what is there.
+
+    Args:
+        weight: ``(out_features, in_features)``, float32, contiguous, on the CPU.
+        bias: ``(out_features,)``, likewise, or None.
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        self.out_features, self.in_features = weight.shape
+        self.weight, self.bias = weight, bias
+        self._addresses = self._where()
+        self._native = _NativeLinear(*self._addresses, self.in_features, self.out_features)
+        self.address = ctypes.addressof(self._native)
+
+    def is_of(self, weight: Tensor | None, bias: Tensor | None) -> bool:
+        """Whether these are the tensors, and still in their places."""
+        return self.weight is weight and self.bias is bias and self._addresses == self._where()
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Run it on pictures, ``(B, N, H, W)``, contiguous: ``(B, out_features)``."""
+        out = torch.empty((len(x), self.out_features), dtype=torch.float32)
+        library().spp_linear(
+            self.address, x.data_ptr(), len(x), torch.get_num_threads(), out.data_ptr()
+        )
+        return out
+
+    def _where(self) -> tuple[int, int | None]:
+        bias = self.bias
+        return self.weight.data_ptr(), None if bias is None else bias.data_ptr()
+
+
 class _Run:
     """How inputs of one shape are computed all at once."""
 
-    def __init__(self, plans: list[Plan], ways: list[Way]) -> None:
+    def __init__(self, plans: list[Plan], ways: list[Way], linear: Linear | None) -> None:
         functions, pointers = library(), ctypes.c_void_p * len(plans)
         self.handle = functions.spp_sequence(
             pointers(*(plan.handle for plan in plans)),
@@ -33,6 +72,8 @@ class _Run:
             raise MemoryError("There is no memory left for the weights of a convolution.")
         weakref.finalize(self, functions.spp_free_sequence, self.handle)
         self.conv_shape, self.out_shape = ways[-1].conv_shape, ways[-1].out_shape
+        if linear is not None:
+            self.out_shape = (self.out_shape[0], linear.out_features)
 
 
 class Sequence:
@@ -42,13 +83,16 @@ class Sequence:
     by the next one from the cache and as it is.
 
     Args:
-        plans: Two or more; each but the first with a stride of 1 along the rows, and with as many
+        plans: One or more; each but the first with a stride of 1 along the rows, and with as many
             channels as the one before it has filters.
+        linear: A linear layer that reads the last plan's pictures flattened, if there is one.
         before: That of the same layers with other weights, whose choices are taken over.
     """
 
-    def __init__(self, plans: list[Plan], before: Sequence | None = None) -> None:
-        self.plans = plans
+    def __init__(
+        self, plans: list[Plan], linear: Linear | None = None, before: Sequence | None = None
+    ) -> None:
+        self.plans, self.linear = plans, linear
         self._forward = library().spp_forward_sequence
         self._runs: dict[tuple[int, ...], _Run | None] = {}  # None: one plan after the other
         self._threads: dict[tuple[int, ...], int] = {}  # of those; 0: one plan after the other
@@ -63,14 +107,18 @@ class Sequence:
             residual: Added in the last plan before its clamp; contiguous.
 
         Returns:
-            The last plan's output, the same bit for bit as one plan after the other gives.
+            The last plan's output, the same bit for bit as one plan after the other gives; or the
+            linear layer's.
+
+        Raises:
+            ValueError: If a shape doesn't fit.
         """
         key = (*x.shape, torch.get_num_threads())
         if key not in self._runs:
             if key not in self._threads:
                 self._threads[key] = self._fastest(x, residual)
             threads = self._threads[key]
-            self._runs[key] = _Run(self.plans, self._ways(x, threads)) if threads else None
+            self._runs[key] = self._run_of(x, threads) if threads else None
         run = self._runs[key]
         if run is None:
             return self._one_by_one(x, residual)
@@ -84,6 +132,7 @@ class Sequence:
             run.handle,
             x.data_ptr(),
             None if residual is None else residual.data_ptr(),
+            None if self.linear is None else self.linear.address,
             out.data_ptr(),
         ):
             raise MemoryError("There is no memory left to compute a convolution.")
@@ -92,27 +141,37 @@ class Sequence:
     def _one_by_one(self, x: Tensor, residual: Tensor | None) -> Tensor:
         for plan in self.plans[:-1]:
             x = plan.forward(x)
-        return self.plans[-1].forward(x, residual)
+        y = self.plans[-1].forward(x, residual)
+        return y if self.linear is None else self.linear(y)
+
+    def _run_of(self, x: Tensor, threads: int) -> _Run:
+        return _Run(self.plans, self._ways(x, threads), self.linear)
 
     def _ways(self, x: Tensor, threads: int) -> list[Way]:
         ways, shape = list[Way](), tuple(x.shape)
         for plan in self.plans:
             ways.append(plan.way_of(shape, x.dtype, FILTERS, threads))
             shape = ways[-1].out_shape
+        features = math.prod(shape[1:])
+        if self.linear is not None and features != self.linear.in_features:
+            raise ValueError(
+                f"The linear layer reads {self.linear.in_features} features, but for an input of"
+                f" shape {tuple(x.shape)} there are {features} = {' · '.join(map(str, shape[1:]))}."
+            )
         return ways
 
     def _fastest(self, x: Tensor, residual: Tensor | None) -> int:
-        self._one_by_one(x, residual)  # checks shapes, and times each plan's own ways
         counts = [torch.get_num_threads()]
         ways = self._ways(x, counts[0])
+        self._one_by_one(x, residual)  # checks the residual, and times each plan's own ways
         pixels = [math.prod(way.out_shape[2:]) for way in ways[:-1]]
         numbers = (plan.padded_filters * n for plan, n in zip(self.plans, pixels, strict=False))
-        if not len(x) or max(numbers) > _MOST_NUMBERS:
+        if not len(x) or max(numbers, default=0) > _MOST_NUMBERS:
             return 0
         macs = sum(plan.macs(way) for plan, way in zip(self.plans, ways, strict=True))
         if counts[0] > 1 and macs < SMALL:
             counts.append(1)
-        runs = [_Run(self.plans, self._ways(x, count)) for count in counts]
+        runs = [self._run_of(x, count) for count in counts]
         at_once = [partial(self._at_once, run, x, residual) for run in runs]
         best = fastest([partial(self._one_by_one, x, residual), *at_once])
         if best == 0:

@@ -216,7 +216,7 @@ class ColumnConv2d(nn.Module):
                 tensors[0] is self._parameters.get("weight")
                 and tensors[1] is self._parameters.get("bias")
                 and tensors[2] is self._buffers.get("columns")
-                and stamp == _stamp(*tensors)
+                and stamp == stamp_of(*tensors)
             ):
                 return plan, tensors
         return None, self._tensors()
@@ -228,20 +228,24 @@ class ColumnConv2d(nn.Module):
         if weight.dtype != x.dtype or type(weight) not in (nn.Parameter, Tensor):
             return None
         if torch.is_grad_enabled() and (
-            weight.requires_grad
-            or (bias is not None and bias.requires_grad)
-            or (residual is not None and residual.requires_grad)
+            weight.requires_grad or (bias is not None and bias.requires_grad)
         ):
             return None
-        if residual is not None and (
-            type(residual) is not Tensor or residual.dtype != x.dtype or not _is_plain(residual)
-        ):
+        if residual is not None and not self._adds_at_once(x, residual):
             return None
         if plan is None:
             plan = cpu.plan_for(weight, columns, bias, self.geometry, self.clamp, self.post)
             if not any(t is not None and t.is_inference() for t in tensors):
-                self._known_plan = (plan, tensors, _stamp(*tensors))
+                self._known_plan = (plan, tensors, stamp_of(*tensors))
         return plan
+
+    def _adds_at_once(self, x: Tensor, residual: Tensor) -> bool:
+        return (
+            type(residual) is Tensor
+            and residual.dtype == x.dtype
+            and _is_plain(residual)
+            and not (torch.is_grad_enabled() and residual.requires_grad)
+        )
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_known_plan": None, "_known_sequence": None}
@@ -316,7 +320,7 @@ def _is_plain(tensor: Tensor) -> bool:
     return tensor.is_contiguous() and not tensor.is_neg()
 
 
-def _stamp(weight: Tensor, bias: Tensor | None, columns: Tensor) -> tuple[int, ...]:
+def stamp_of(weight: Tensor, bias: Tensor | None, columns: Tensor) -> tuple[int, ...]:
     """What changes when a tensor's values do."""
     counts = (weight._version, weight.data_ptr(), columns._version, columns.data_ptr())
     return counts if bias is None else (*counts, bias._version, bias.data_ptr())

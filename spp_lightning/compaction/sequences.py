@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TypeGuard
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, fx, nn
@@ -10,44 +10,61 @@ from torch.nn.modules import module as modules
 
 from spp_lightning.compaction.channels import times_called
 from spp_lightning.compaction.cpu import Plan
-from spp_lightning.compaction.cpu_sequence import Sequence
-from spp_lightning.compaction.layer import ColumnConv2d
+from spp_lightning.compaction.cpu_sequence import Linear, Sequence
+from spp_lightning.compaction.layer import ColumnConv2d, stamp_of
 from spp_lightning.compaction.tracing import Node, module_of, single_user
 
 __all__ = ["column_sequence", "join", "take_apart"]
 
 
-def column_sequence(x: Tensor, residual: Tensor | None, *layers: ColumnConv2d) -> Tensor:
+# Weights of a linear layer that stay in the cache from picture to picture.
+_MOST_WEIGHTS = 2**16
+
+
+def column_sequence(
+    x: Tensor, residual: Tensor | None, *layers: ColumnConv2d, linear: nn.Module | None = None
+) -> Tensor:
     """One layer after the other, with one call of the CPU kernels where that computes them all.
 
     Args:
         x: Input of the first layer, ``(B, C, H, W)`` or ``(C, H, W)``.
         residual: Added to the last layer's convolution, of its shape, or None.
-        layers: Two or more, each with as many channels as the one before it has filters.
+        layers: One or more, each with as many channels as the one before it has filters.
+        linear: What reads the last one's output, flattened from its second dimension on.
 
     Returns:
-        The last layer's output, ``(B, N, H', W')`` or ``(N, H', W')``, the same either way.
+        The last layer's output, ``(B, N, H', W')`` or ``(N, H', W')``, bit for bit the same either
+        way; or that of ``linear``, ``(B, out_features)``, the same but for rounding.
 
     Raises:
         ValueError: If a shape doesn't fit.
     """
     if not torch.compiler.is_compiling() and _is_own(layers[0]) and layers[0]._takes_at_once(x):
-        sequence = _sequence(x, residual, layers)
+        sequence = _sequence(x, residual, layers, linear)
         if sequence is not None:
-            return sequence.forward(x, residual)
+            y = sequence.forward(x, residual)
+            return y if linear is None or sequence.linear else _after_flattening(linear, y)
     for layer in layers[:-1]:
         x = layer(x)
-    y: Tensor = layers[-1](x) if residual is None else layers[-1](x, residual)
+    y = layers[-1](x) if residual is None else layers[-1](x, residual)
+    return y if linear is None else _after_flattening(linear, y)
+
+
+def _after_flattening(linear: nn.Module, x: Tensor) -> Tensor:
+    y: Tensor = linear(torch.flatten(x, 1))
     return y
 
 
 def _sequence(
-    x: Tensor, residual: Tensor | None, layers: tuple[ColumnConv2d, ...]
+    x: Tensor, residual: Tensor | None, layers: tuple[ColumnConv2d, ...], linear: nn.Module | None
 ) -> Sequence | None:
-    """The layers as one call, if they all can be."""
+    """The layers as one call, if they all can be; with the linear one, if that can be, too."""
     # Whoever put a hook on a layer must see its input and output.
     if modules._global_forward_hooks or modules._global_forward_pre_hooks:
         return None
+    found: _Known | None = layers[0]._known_sequence
+    if found is not None and found.fits(x, residual, layers, linear):
+        return found.sequence
     plans, last, are_new = list[Plan](), layers[-1], False
     for layer in layers:
         if not _is_own(layer) or layer._forward_hooks or layer._forward_pre_hooks:
@@ -58,13 +75,104 @@ def _sequence(
             return None
         are_new = are_new or known is None or known is not layer._known_plan
         plans.append(plan)
-    sequence: Sequence | None = layers[0]._known_sequence
-    if sequence is not None and sequence.plans == plans:
-        return sequence
     if are_new or x.dtype != torch.float32:  # weights that change at every call aren't worth it
         return None
-    layers[0]._known_sequence = Sequence(plans, sequence)
-    return layers[0]._known_sequence  # type: ignore[no-any-return]
+    own = None if linear is None else _read(linear)
+    if len(plans) == 1 and own is None:
+        return None
+    sequence = Sequence(plans, own, None if found is None else found.sequence)
+    layers[0]._known_sequence = _Known(sequence, layers, linear)
+    return sequence
+
+
+class _Known:
+    """A sequence, and what its layers were like when it was made."""
+
+    def __init__(
+        self, sequence: Sequence, layers: tuple[ColumnConv2d, ...], linear: nn.Module | None
+    ) -> None:
+        self.sequence, self._linear = sequence, linear
+        self._layers = [
+            (layer, layer.__dict__, *tensors, stamp_of(*tensors))
+            for layer, tensors in ((layer, layer._tensors()) for layer in layers)
+        ]
+
+    def fits(
+        self,
+        x: Tensor,
+        residual: Tensor | None,
+        layers: tuple[ColumnConv2d, ...],
+        linear: nn.Module | None,
+    ) -> bool:
+        """Whether nothing has changed that decides about it: faster than to look it all up."""
+        if (
+            x.dtype != torch.float32
+            or len(layers) != len(self._layers)
+            or linear is not self._linear
+            or (linear is not None and not self._reads(linear))
+        ):
+            return False
+        for layer, known in zip(layers, self._layers, strict=True):
+            expected, own, weight, bias, columns, stamp = known
+            parameters = own["_parameters"]
+            if not (
+                layer is expected
+                and type(layer) is ColumnConv2d
+                and "forward" not in own
+                and not own["_forward_hooks"]
+                and not own["_forward_pre_hooks"]
+                and parameters.get("weight") is weight
+                and parameters.get("bias") is bias
+                and own["_buffers"].get("columns") is columns
+                and stamp_of(weight, bias, columns) == stamp
+                and not _needs_grad(weight, bias)
+            ):
+                return False
+        return residual is None or layers[-1]._adds_at_once(x, residual)
+
+    def _reads(self, linear: nn.Module) -> bool:
+        """Whether the linear layer is read where it was, or can't be, as before."""
+        known = self.sequence.linear
+        if known is None:
+            return _read(linear) is None
+        own = linear.__dict__
+        parameters = own["_parameters"]
+        return (
+            type(linear) is nn.Linear
+            and "forward" not in own
+            and not own["_forward_hooks"]
+            and not own["_forward_pre_hooks"]
+            and known.is_of(parameters.get("weight"), parameters.get("bias"))
+            and not _needs_grad(known.weight, known.bias)
+        )
+
+
+def _needs_grad(weight: Tensor, bias: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and (
+        weight.requires_grad or (bias is not None and bias.requires_grad)
+    )
+
+
+def _read(linear: nn.Module) -> Linear | None:
+    """A linear layer's tensors, if it does nothing with them but its own, and needs no gradient."""
+    if (
+        type(linear) is not nn.Linear
+        or "forward" in linear.__dict__
+        or linear._forward_hooks
+        or linear._forward_pre_hooks
+        or not isinstance(weight := linear._parameters.get("weight"), Tensor)
+    ):
+        return None
+    bias = linear._parameters.get("bias")
+    plain = all(
+        type(tensor) in (nn.Parameter, Tensor)
+        and tensor.dtype == torch.float32
+        and tensor.is_cpu
+        and tensor.is_contiguous()
+        for tensor in (weight, bias)
+        if tensor is not None
+    )
+    return Linear(weight, bias) if plain and not _needs_grad(weight, bias) else None
 
 
 def _is_own(layer: object) -> TypeGuard[ColumnConv2d]:
@@ -80,8 +188,7 @@ def join(graph: fx.GraphModule) -> None:
         row = [node]
         while (after := single_user(row[-1])) is not None and _previous(graph, after) is row[-1]:
             row.append(after)
-        if len(row) > 1:
-            _join(graph, row)
+        _join(graph, row)
     graph.graph.lint()
     graph.recompile()
 
@@ -110,22 +217,58 @@ def _previous(graph: fx.GraphModule, node: Node) -> Node | None:
     return before
 
 
+def _linear_after(graph: fx.GraphModule, node: Node) -> Node | None:
+    """The linear layer that reads a layer's output, if nothing else does."""
+    flat = single_user(node)
+    after = single_user(flat) if flat is not None and _flattens(graph, flat) else None
+    linear = module_of(graph, after)
+    if (
+        after is None
+        or type(linear) is not nn.Linear
+        or linear.weight.numel() > _MOST_WEIGHTS
+        or len(after.args) != 1
+        or times_called(graph, str(after.target)) != 1
+    ):
+        return None
+    return after
+
+
+def _flattens(graph: fx.GraphModule, node: Node) -> bool:
+    """Whether a node flattens its input from the second dimension on."""
+    module = module_of(graph, node)
+    if module is not None:
+        return type(module) is nn.Flatten and (module.start_dim, module.end_dim) == (1, -1)
+    if node.target not in (torch.flatten, "flatten"):
+        return False
+    given = {**dict(zip(("input", "start_dim", "end_dim"), node.args, strict=False)), **node.kwargs}
+    return bool(given.get("start_dim") == 1 and given.get("end_dim", -1) == -1)
+
+
 def _join(graph: fx.GraphModule, row: list[Node]) -> None:
     first, last = row[0], row[-1]
+    linear = _linear_after(graph, last)
+    if len(row) == 1 and linear is None:
+        return
     residual = last.args[1] if len(last.args) > 1 else None
     nodes = list(graph.graph.nodes)
     within = nodes[nodes.index(first) : nodes.index(last)]
     later = residual in within
     if later and not all(_writes_nothing(graph, node) for node in within):
         # The first layer would read its input behind who may write to it.
-        if len(row) > 2:
-            _join(graph, row[:-1])
+        _join(graph, row[:-1])
         return
     with graph.graph.inserting_before(last if later else first):
         layers = [graph.graph.get_attr(str(node.target)) for node in row]
-        joined = graph.graph.call_function(column_sequence, (first.args[0], residual, *layers))
-    joined.meta = dict(last.meta)
-    last.replace_all_uses_with(joined)
+        more: dict[str, Any] = {}
+        if linear is not None:
+            more["linear"] = graph.graph.get_attr(str(linear.target))
+        args = (first.args[0], residual, *layers)
+        joined = graph.graph.call_function(column_sequence, args, more)
+    end = last if linear is None else linear
+    joined.meta = dict(end.meta)
+    end.replace_all_uses_with(joined)
+    if linear is not None:
+        row = [*row, linear.args[0], linear]  # type: ignore[list-item]
     for node in reversed(row):
         graph.graph.erase_node(node)
 
@@ -141,13 +284,17 @@ def take_apart(graph: fx.GraphModule) -> None:
         if node.target is not column_sequence:
             continue
         y, residual, *layers = node.args
+        linear = node.kwargs.get("linear")
         with graph.graph.inserting_before(node):
             for layer in layers:
                 more = (residual,) if layer is layers[-1] and residual is not None else ()
                 y = graph.graph.call_module(layer.target, (y, *more))
+            if linear is not None:
+                y = graph.graph.call_function(torch.flatten, (y, 1))
+                y = graph.graph.call_module(linear.target, (y,))
         y.meta = dict(node.meta)
         node.replace_all_uses_with(y)
-        for old in (node, *layers):
+        for old in (node, *layers, *([] if linear is None else [linear])):
             if not old.users:
                 graph.graph.erase_node(old)
     graph.graph.lint()

@@ -226,15 +226,22 @@ SPP_EXPORT void* spp_sequence(const void* const* plans, const spp::Way* const* w
 
 SPP_EXPORT void spp_free_sequence(void* sequence) { delete static_cast<spp::Sequence*>(sequence); }
 
-// The residual is added in the last layer, and may be null.
+// The residual is added in the last convolution. Both it and the linear layer may be null.
 SPP_EXPORT int32_t spp_forward_sequence(const void* sequence, const float* input,
-                                        const float* residual, float* output) {
+                                        const float* residual, const spp::Linear* linear,
+                                        float* output) {
   try {
-    static_cast<const spp::Sequence*>(sequence)->forward(input, residual, output);
+    static_cast<const spp::Sequence*>(sequence)->forward(input, residual, linear, output);
     return 1;
   } catch (const std::exception&) {
     return 0;
   }
+}
+
+// The same as in a sequence, bit for bit.
+SPP_EXPORT void spp_linear(const spp::Linear* layer, const float* x, int64_t batch, int32_t threads,
+                           float* out) {
+  spp::chosen.kernels->linear_batch(*layer, x, batch, threads, out);
 }
 
 SPP_EXPORT int32_t spp_backward(const void* plan, const spp::Way* way, const float* weight,

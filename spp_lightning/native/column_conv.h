@@ -107,6 +107,13 @@ struct Pass : Way {
   void* output;
 };
 
+// A linear layer; the bias may be null. The same layout is declared in cpu.py.
+struct Linear {
+  const float* weight;  // (out_features, in_features)
+  const float* bias;
+  int32_t in_features, out_features;
+};
+
 // One backward pass over a batch of float32: the gradients that are wanted, of those that aren't null.
 struct Backward : Way {
   const Plan* plan;

@@ -75,11 +75,13 @@ inline int thread_count() {
 #endif
 }
 
-// Layers in a row, the output of one being the input of the next, all of one batch at once.
+// Layers in a row, the output of one being the input of the next, all of one batch at once; a linear
+// layer may be the last one, else that is null.
 class Sequence {
  public:
   virtual ~Sequence() = default;
-  virtual void forward(const void* input, const void* residual, void* output) const = 0;
+  virtual void forward(const void* input, const void* residual, const Linear* linear,
+                       void* output) const = 0;
 };
 
 // One set of kernels per instruction set.
@@ -87,6 +89,7 @@ struct Kernels {
   void (*forward)(const Pass&);
   void (*forward_filters)(const Pass&);
   Sequence* (*make_sequence)(const Plan* const*, const Way* const*, int);
+  void (*linear_batch)(const Linear&, const float* x, int64_t batch, int threads, float* out);
   void (*backward)(const Backward&);
 };
 

@@ -16,5 +16,5 @@
 #pragma clang attribute pop
 #endif
 const spp::Kernels spp::kAvx2Kernels = {avx2::forward, avx2::forward_filters, avx2::make_sequence,
-                                         avx2::backward};
+                                        avx2::linear_batch, avx2::backward};
 #endif

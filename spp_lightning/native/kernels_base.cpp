@@ -5,4 +5,4 @@
 #define SPP_LANES 4
 #include "kernels.inc"
 const spp::Kernels spp::kBaseKernels = {base::forward, base::forward_filters, base::make_sequence,
-                                         base::backward};
+                                        base::linear_batch, base::backward};
