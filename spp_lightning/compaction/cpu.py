@@ -214,7 +214,7 @@ class Plan:
             self.drop_unused()
         elif residual is not None:
             check_tensor("residual", residual, way.conv_shape)
-        out = torch.empty(way.out_shape, dtype=way.dtype)
+        out = torch.empty(*way.out_shape, dtype=way.dtype)  # numbers are read faster than a tuple
         self._run(x, residual, out, way)
         return out
 
