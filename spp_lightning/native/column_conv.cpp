@@ -55,9 +55,24 @@ std::shared_ptr<const ChunkWeights> Plan::chunk_weights() const {
   return chunk_weights_ = std::move(made);
 }
 
-void Plan::drop_chunk_weights() const {
+std::shared_ptr<const Sequence> Plan::by_filters(const Kernels& kernels, const Way& way) const {
+  {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    if (by_filters_ && kernels_ == &kernels && way_ == way) return by_filters_;
+  }
+  const Plan* plan = this;
+  const Way* how = &way;
+  std::shared_ptr<const Sequence> made(kernels.make_sequence(&plan, &how, 1));
+  const std::lock_guard<std::mutex> lock(mutex_);
+  kernels_ = &kernels;
+  way_ = way;
+  return by_filters_ = std::move(made);
+}
+
+void Plan::drop_filters() const {
   const std::lock_guard<std::mutex> lock(mutex_);
   chunk_weights_.reset();  // a call that runs holds them until it is done
+  by_filters_.reset();
 }
 
 namespace {
@@ -196,17 +211,21 @@ SPP_EXPORT void spp_free(void* plan) { delete static_cast<spp::Plan*>(plan); }
 
 // Frees what only the vectors of filters need, until they are computed again.
 SPP_EXPORT void spp_drop_filters(const void* plan) {
-  static_cast<const spp::Plan*>(plan)->drop_chunk_weights();
+  static_cast<const spp::Plan*>(plan)->drop_filters();
 }
 
 SPP_EXPORT int32_t spp_forward(const void* plan, const spp::Way* way, const void* input,
                                const void* residual, void* output) {
   try {
-    const auto forward = way->variant == spp::kPairsVariant     ? spp::chosen.pairs
-                         : way->variant == spp::kFiltersVariant ? spp::chosen.kernels->forward_filters
-                                                                : spp::chosen.kernels->forward;
+    const auto* of = static_cast<const spp::Plan*>(plan);
+    if (way->variant == spp::kFiltersVariant) {
+      of->by_filters(*spp::chosen.kernels, *way)->forward(input, residual, nullptr, output);
+      return 1;
+    }
+    const bool pairs = way->variant == spp::kPairsVariant;
+    const auto forward = pairs ? spp::chosen.pairs : spp::chosen.kernels->forward;
     if (forward == nullptr) return 0;
-    forward({*way, static_cast<const spp::Plan*>(plan), input, residual, output});
+    forward({*way, of, input, residual, output});
     return 1;
   } catch (const std::exception&) {
     return 0;

@@ -57,6 +57,30 @@ struct ChunkWeights {
   std::vector<float> bias;    // [group][chunk][filter of the chunk]
 };
 
+// Ways to compute: vectors of pixels, those of a tile under the kept columns packed first; or read in
+// place; or packed as pairs of bfloat16; and vectors of filters.
+constexpr int32_t kPanelVariant = 0, kDirectVariant = 1, kPairsVariant = 2, kFiltersVariant = 3;
+
+// How a plan computes inputs of one shape. The same layout is declared in cpu.py.
+struct Way {
+  int64_t batch;
+  int32_t height, width;            // of the input
+  int32_t conv_height, conv_width;  // of the convolution's output, before the post operations
+  int32_t threads;
+  int32_t variant;
+  int32_t bfloat16;  // whether input, residual and output are that and not float32
+
+  bool operator==(const Way& other) const {
+    return batch == other.batch && height == other.height && width == other.width &&
+           conv_height == other.conv_height && conv_width == other.conv_width &&
+           threads == other.threads && variant == other.variant && bfloat16 == other.bfloat16;
+  }
+};
+
+struct Kernels;
+class Sequence;
+
+
 struct Plan {
   Geometry geometry;
   std::vector<Source> sources;
@@ -71,9 +95,11 @@ struct Plan {
   std::vector<PostOp> post;
   int32_t margin[2];                 // rows and columns that a source plane has beyond the output
 
-  // Made when they are asked for the first time, and kept until they are dropped.
+  // Made when they are asked for the first time, and kept until they are dropped; of how vectors of
+  // filters compute a shape, that of the last one.
   std::shared_ptr<const ChunkWeights> chunk_weights() const;
-  void drop_chunk_weights() const;
+  std::shared_ptr<const Sequence> by_filters(const Kernels& kernels, const Way& way) const;
+  void drop_filters() const;
 
   int32_t group_filters() const { return geometry.filters / geometry.groups; }
   int32_t group_blocks() const { return (group_filters() + kBlock - 1) / kBlock; }
@@ -83,20 +109,9 @@ struct Plan {
  private:
   mutable std::mutex mutex_;
   mutable std::shared_ptr<const ChunkWeights> chunk_weights_;
-};
-
-// Ways to compute: vectors of pixels, those of a tile under the kept columns packed first; or read in
-// place; or packed as pairs of bfloat16; and vectors of filters.
-constexpr int32_t kPanelVariant = 0, kDirectVariant = 1, kPairsVariant = 2, kFiltersVariant = 3;
-
-// How a plan computes inputs of one shape. The same layout is declared in cpu.py.
-struct Way {
-  int64_t batch;
-  int32_t height, width;            // of the input
-  int32_t conv_height, conv_width;  // of the convolution's output, before the post operations
-  int32_t threads;
-  int32_t variant;
-  int32_t bfloat16;  // whether input, residual and output are that and not float32
+  mutable std::shared_ptr<const Sequence> by_filters_;
+  mutable const Kernels* kernels_ = nullptr;  // of those
+  mutable Way way_{};
 };
 
 // One pass over a batch.

@@ -15,6 +15,6 @@
 #ifdef __clang__
 #pragma clang attribute pop
 #endif
-const spp::Kernels spp::kAvx2Kernels = {avx2::forward, avx2::forward_filters, avx2::make_sequence,
-                                        avx2::linear_batch, avx2::backward};
+const spp::Kernels spp::kAvx2Kernels = {avx2::forward, avx2::make_sequence, avx2::linear_batch,
+                                        avx2::backward};
 #endif

@@ -18,6 +18,6 @@
 #ifdef __clang__
 #pragma clang attribute pop
 #endif
-const spp::Kernels spp::kAvx512Kernels = {avx512::forward, avx512::forward_filters, avx512::make_sequence,
-                                          avx512::linear_batch, avx512::backward};
+const spp::Kernels spp::kAvx512Kernels = {avx512::forward, avx512::make_sequence, avx512::linear_batch,
+                                          avx512::backward};
 #endif

@@ -4,5 +4,5 @@
 #define SPP_ISA base
 #define SPP_LANES 4
 #include "kernels.inc"
-const spp::Kernels spp::kBaseKernels = {base::forward, base::forward_filters, base::make_sequence,
-                                        base::linear_batch, base::backward};
+const spp::Kernels spp::kBaseKernels = {base::forward, base::make_sequence, base::linear_batch,
+                                        base::backward};
