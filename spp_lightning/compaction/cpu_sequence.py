@@ -127,7 +127,9 @@ class Sequence:
         return self._at_once(run, x, residual)
 
     def _at_once(self, run: _Run, x: Tensor, residual: Tensor | None) -> Tensor:
-        out = torch.empty(*run.out_shape, dtype=torch.float32)  # numbers are read faster than a tuple
+        out = torch.empty(
+            *run.out_shape, dtype=torch.float32
+        )  # numbers are read faster than a tuple
         if not self._forward(
             run.handle,
             x.data_ptr(),
