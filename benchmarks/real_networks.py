@@ -2,10 +2,11 @@
 
     python benchmarks/real_networks.py --save
 
-Takes the ConvNet that ``benchmarks/cifar10.py`` pruned, trains and prunes a ResNet-18 on CIFAR-10
-for some minutes (its accuracy is no matter here), and compares the predicted classes of all test
-pictures: the pruned network's, those of its compact file loaded by a process that doesn't know its
-class, and those of the file turned back into a dense network. Exits with 1 if any differ.
+Trains and prunes a ConvNet and a ResNet-18 on CIFAR-10 for some minutes (their accuracy is no
+matter here), and compares the predicted classes of all test pictures: the pruned network's, those
+of its compact file loaded by a process that doesn't know its class, and those of the file turned
+back into a dense network. Exits with 1 if any differ. ``--checkpoint`` takes a ConvNet that was
+pruned before, such as that of ``benchmarks/cifar10.py``.
 """
 
 from __future__ import annotations
@@ -60,10 +61,9 @@ class ResNet18(LightningModule):
         return torch.optim.SGD(self.parameters(), 0.02, 0.9, weight_decay=5e-4)
 
 
-def pruned_resnet(data: CIFAR10DataModule, steps: int) -> nn.Module:
-    """A ResNet-18 trained from scratch while it is pruned 4×, and then for as long again."""
-    seed_everything(0, verbose=False)
-    net = ResNet18()
+def pruned(net: LightningModule, normalize: str, steps: int) -> LightningModule:
+    """A network trained from scratch while it is pruned 4×, and then on."""
+    data = CIFAR10DataModule(ROOT / "data" / "cifar10", normalize=normalize)  # type: ignore[arg-type]
     pruning = SPPCallback(prune_ratio=0.75, interval=2, A=0.1)
     options: dict[str, Any] = {"accelerator": "cpu", "logger": False, "max_epochs": -1}
     options |= {"enable_checkpointing": False, "enable_progress_bar": False}
@@ -71,7 +71,7 @@ def pruned_resnet(data: CIFAR10DataModule, steps: int) -> nn.Module:
     trainer.fit(net, data)
     assert pruning.pruner is not None
     assert pruning.pruner.finished, "too few steps"
-    return net.net.eval()
+    return net.eval()
 
 
 def predictions(net: nn.Module, data: CIFAR10DataModule) -> Tensor:
@@ -149,9 +149,9 @@ def table(rows: list[dict[str, Any]]) -> str:
 def main() -> int:
     """Measure both networks, print and save; 1 if a prediction differs."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    checkpoint = ROOT / "runs" / "short_spp_4x" / "checkpoints" / "last.ckpt"
-    parser.add_argument("--checkpoint", type=Path, default=checkpoint, help="a pruned ConvNet's")
-    parser.add_argument("--steps", type=int, default=120, help="of training the ResNet-18")
+    parser.add_argument("--checkpoint", type=Path, help="a pruned ConvNet's")
+    parser.add_argument("--convnet-steps", type=int, default=1500, help="of training the ConvNet")
+    parser.add_argument("--resnet-steps", type=int, default=120, help="of training the ResNet-18")
     parser.add_argument("--save", action="store_true")
     parser.add_argument("--predict", nargs=3, metavar=("FILE", "OUT", "NORMALIZE"))
     options = parser.parse_args()
@@ -160,10 +160,16 @@ def main() -> int:
         data = CIFAR10DataModule(ROOT / "data" / "cifar10", batch_size=500, normalize=normalize)
         torch.save(predictions(load_compact(file), data), out)
         return 0
-    data = CIFAR10DataModule(ROOT / "data" / "cifar10", normalize="mean_std")
+    seed_everything(0, verbose=False)
+    if options.checkpoint is not None:
+        convnet: LightningModule = ConvNet(weights=options.checkpoint).eval()
+    else:
+        convnet = pruned(ConvNet(), "mean_image", options.convnet_steps)
+    resnet = ResNet18()
+    pruned(resnet, "mean_std", options.resnet_steps)
     rows = [
-        round_trip("ConvNet, 4×", ConvNet(weights=options.checkpoint).eval(), "mean_image"),
-        round_trip("ResNet-18, 4×", pruned_resnet(data, options.steps), "mean_std"),
+        round_trip("ConvNet, 4×", convnet, "mean_image"),
+        round_trip("ResNet-18, 4×", resnet.net, "mean_std"),
     ]
     commit = ["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"]
     jpeg = any((ROOT / "data" / "cifar10" / "train").glob("*/*.jpg"))
