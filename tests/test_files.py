@@ -537,9 +537,12 @@ def test_a_file_that_is_none_of_torch(text, tmp_path):
 @pytest.mark.parametrize("kernel", [(2, 2), (3, 5)])
 def test_a_norm_is_square_and_odd(kernel, tmp_path):
     op = PlaneOp("local_response_norm", kernel, alpha=0.1)
+    with pytest.raises(ValueError, match="`kernel_size` of a norm must be square and odd"):
+        ColumnConv2d.of(nn.Conv2d(3, 4, 3), Clamp(), (op,))
     graph = fx.Graph()
     graph.output(graph.call_module("layer", (graph.placeholder("x"),)))
-    net = fx.GraphModule({"layer": ColumnConv2d.of(nn.Conv2d(3, 4, 3), Clamp(), (op,))}, graph)
+    net = fx.GraphModule({"layer": ColumnConv2d.of(nn.Conv2d(3, 4, 3))}, graph)
+    net.layer.post = (op,)
     with pytest.raises(ValueError, match="isn't an operation on planes"):
         save_compact(net, tmp_path / "net.spp")
 

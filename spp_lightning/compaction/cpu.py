@@ -156,6 +156,8 @@ class Plan:
         post: tuple[PlaneOp, ...] = (),
     ) -> None:
         geometry.check()
+        for op in post:
+            op.check()
         check_columns(columns, geometry)
         g = geometry
         check_tensor("weight", weight, (g.filters // g.groups, len(columns)))

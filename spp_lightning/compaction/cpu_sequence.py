@@ -27,7 +27,7 @@ class _NativeLinear(ctypes.Structure):
 
 
 class Linear:
-    """A linear layer's tensors as the kernels read them: where they are, and not what is there.
+    """A linear layer's tensors as the kernels read them.
 
     Args:
         weight: ``(out_features, in_features)``, float32, contiguous, on the CPU.
@@ -36,26 +36,40 @@ class Linear:
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
         self.out_features, self.in_features = weight.shape
-        self.weight, self.bias = weight, bias
-        self._addresses = self._where()
-        self._native = _NativeLinear(*self._addresses, self.in_features, self.out_features)
+        self._tensors = (weight, bias)  # while they are held, nobody else gets their addresses
+        self._native = _NativeLinear(
+            weight.data_ptr(),
+            None if bias is None else bias.data_ptr(),
+            self.in_features,
+            self.out_features,
+        )
         self.address = ctypes.addressof(self._native)
 
-    def is_of(self, weight: Tensor | None, bias: Tensor | None) -> bool:
-        """Whether these are the tensors, and still in their places."""
-        return self.weight is weight and self.bias is bias and self._addresses == self._where()
-
     def __call__(self, x: Tensor) -> Tensor:
-        """Run it on pictures, ``(B, N, H, W)``, contiguous: ``(B, out_features)``."""
+        """Run it on pictures, ``(B, N, H, W)``, float32, contiguous: ``(B, out_features)``.
+
+        Raises:
+            ValueError: If they have other features.
+        """
+        self.check(x.shape)
         out = torch.empty((len(x), self.out_features), dtype=torch.float32)
         library().spp_linear(
             self.address, x.data_ptr(), len(x), torch.get_num_threads(), out.data_ptr()
         )
         return out
 
-    def _where(self) -> tuple[int, int | None]:
-        bias = self.bias
-        return self.weight.data_ptr(), None if bias is None else bias.data_ptr()
+    def check(self, shape: tuple[int, ...]) -> None:
+        """Check that pictures of a shape, ``(B, N, H, W)``, have its features.
+
+        Raises:
+            ValueError: If they have others.
+        """
+        features = math.prod(shape[1:])
+        if features != self.in_features:
+            raise ValueError(
+                f"The linear layer reads {self.in_features} features, but the layers before it make"
+                f" {features} = {' · '.join(map(str, shape[1:]))}."
+            )
 
 
 class _Run:
@@ -95,7 +109,7 @@ class Sequence:
         self.plans, self.linear = plans, linear
         self._forward = library().spp_forward_sequence
         self._runs: dict[tuple[int, ...], _Run | None] = {}  # None: one plan after the other
-        self._threads: dict[tuple[int, ...], int] = {}  # of those; 0: one plan after the other
+        self._threads: dict[tuple[int, ...], int] = {}  # of a run, 0 without one
         if before is not None:
             self._threads.update(before._threads)
 
@@ -154,12 +168,8 @@ class Sequence:
         for plan in self.plans:
             ways.append(plan.way_of(shape, x.dtype, FILTERS, threads))
             shape = ways[-1].out_shape
-        features = math.prod(shape[1:])
-        if self.linear is not None and features != self.linear.in_features:
-            raise ValueError(
-                f"The linear layer reads {self.linear.in_features} features, but for an input of"
-                f" shape {tuple(x.shape)} there are {features} = {' · '.join(map(str, shape[1:]))}."
-            )
+        if self.linear is not None:
+            self.linear.check(shape)
         return ways
 
     def _fastest(self, x: Tensor, residual: Tensor | None) -> int:

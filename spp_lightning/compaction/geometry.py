@@ -131,6 +131,18 @@ class PlaneOp(NamedTuple):
     count_include_pad: bool = True
     alpha: float = 0.0
 
+    def check(self) -> None:
+        """Check that the kernels can compute it.
+
+        Raises:
+            ValueError: If it is a norm whose window isn't square and odd.
+        """
+        height, width = self.kernel_size
+        if self.kind == "local_response_norm" and (height != width or height % 2 == 0):
+            raise ValueError(
+                f"`kernel_size` of a norm must be square and odd, got {self.kernel_size}."
+            )
+
     def __call__(self, x: Tensor) -> Tensor:
         """What it does, in torch: ``(B, N, H, W)`` to ``(B, N, H', W')``."""
         if self.kind == "max_pool":

@@ -80,6 +80,8 @@ class ColumnConv2d(nn.Module):
             if not isinstance(tensor, Tensor):
                 raise ValueError(f"`{name}` must be a tensor, got {tensor!r}.")
         geometry.check()
+        for op in post:
+            op.check()
         cpu.check_columns(columns, geometry)
         shape = (geometry.filters // geometry.groups, len(columns))
         if tuple(weight.shape) != shape:
@@ -243,7 +245,7 @@ class ColumnConv2d(nn.Module):
         return (
             type(residual) is Tensor
             and residual.dtype == x.dtype
-            and _is_plain(residual)
+            and is_plain(residual)
             and not (torch.is_grad_enabled() and residual.requires_grad)
         )
 
@@ -268,7 +270,7 @@ class ColumnConv2d(nn.Module):
             and not (torch.is_grad_enabled() and x.requires_grad)
             and x.dim() == 4
             and x.shape[1] == self.geometry.channels
-            and _is_plain(x)
+            and is_plain(x)
             # Whoever watches or transforms what torch computes must see the operator.
             and not torch.is_autocast_enabled("cpu")
             and not torch._C._len_torch_dispatch_stack()
@@ -315,7 +317,7 @@ class ColumnConv2d(nn.Module):
         return ", ".join(part for part in parts if part)
 
 
-def _is_plain(tensor: Tensor) -> bool:
+def is_plain(tensor: Tensor) -> bool:
     # A negated view's memory holds the opposite of its values.
     return tensor.is_contiguous() and not tensor.is_neg()
 

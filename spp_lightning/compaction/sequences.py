@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
+import weakref
 from collections.abc import Callable
-from typing import Any, TypeGuard
+from typing import Any, NamedTuple, TypeGuard
 
 import torch
 from torch import Tensor, fx, nn
@@ -13,7 +14,7 @@ from torch.nn.modules import module as modules
 from spp_lightning.compaction.channels import times_called
 from spp_lightning.compaction.cpu import Plan
 from spp_lightning.compaction.cpu_sequence import Linear, Sequence
-from spp_lightning.compaction.layer import ColumnConv2d, stamp_of
+from spp_lightning.compaction.layer import ColumnConv2d, is_plain, stamp_of
 from spp_lightning.compaction.tracing import Node, module_of, single_user
 
 __all__ = ["column_sequence", "join", "take_apart"]
@@ -41,28 +42,40 @@ def column_sequence(
     Raises:
         ValueError: If a shape doesn't fit.
     """
-    if not torch.compiler.is_compiling() and _is_own(layers[0]) and layers[0]._takes_at_once(x):
-        sequence = _sequence(x, residual, layers, linear)
-        if sequence is not None:
-            y = sequence.forward(x, residual)
-            return y if linear is None or sequence.linear else _after_flattening(linear, y)
-    for layer in layers[:-1]:
-        x = layer(x)
-    y = layers[-1](x) if residual is None else layers[-1](x, residual)
-    return y if linear is None else _after_flattening(linear, y)
+    at_once = (
+        not torch.compiler.is_compiling() and _is_own(layers[0]) and layers[0]._takes_at_once(x)
+    )
+    sequence = _sequence(x, residual, layers, linear) if at_once else None
+    if sequence is not None and (linear is None or sequence.linear is not None):
+        return sequence.forward(x, residual)
+    if sequence is not None:
+        y = sequence.forward(x, residual)
+    else:
+        for layer in layers[:-1]:
+            x = layer(x)
+        y = layers[-1](x) if residual is None else layers[-1](x, residual)
+    return y if linear is None else _run_linear(linear, y, at_once)
 
 
-def _after_flattening(linear: nn.Module, x: Tensor) -> Tensor:
-    y: Tensor = linear(torch.flatten(x, 1))
+def _run_linear(linear: nn.Module, x: Tensor, at_once: bool) -> Tensor:
+    # By the kernels wherever they can: torch rounds otherwise.
+    tensors = None
+    if at_once and not _is_hooked() and _is_readable(x) and not _needs_grad(x, None):
+        tensors = _tensors_of(linear)
+    y: Tensor = linear(torch.flatten(x, 1)) if tensors is None else Linear(*tensors)(x)
     return y
+
+
+def _is_hooked() -> bool:
+    """Whether somebody wants to see the inputs and outputs of all modules."""
+    return bool(modules._global_forward_hooks or modules._global_forward_pre_hooks)
 
 
 def _sequence(
     x: Tensor, residual: Tensor | None, layers: tuple[ColumnConv2d, ...], linear: nn.Module | None
 ) -> Sequence | None:
     """The layers as one call, if they all can be; with the linear one, if that can be, too."""
-    # Whoever put a hook on a layer must see its input and output.
-    if modules._global_forward_hooks or modules._global_forward_pre_hooks:
+    if _is_hooked():
         return None
     found: _Known | None = layers[0]._known_sequence
     if found is not None and found.fits(x, residual, layers, linear):
@@ -73,31 +86,53 @@ def _sequence(
             return None
         known = layer._known_plan
         plan = layer._plan_at_once(x, residual if layer is last else None)
-        if plan is None or (plans and plans[-1].geometry.filters != plan.geometry.channels):
+        if plan is None or (plans and not _follows(plans[-1], plan)):
             return None
-        are_new = are_new or known is None or known is not layer._known_plan
+        if layer._known_plan is None or layer._known_plan[0] is not plan:
+            return None  # its tensors don't count their changes
+        are_new = are_new or known is not layer._known_plan
         plans.append(plan)
     if are_new or x.dtype != torch.float32:  # weights that change at every call aren't worth it
         return None
-    own = None if linear is None else _read(linear)
-    if len(plans) == 1 and own is None:
+    tensors = None if linear is None else _tensors_of(linear)
+    if len(plans) == 1 and tensors is None:
         return None
+    own = None if tensors is None else Linear(*tensors)
     sequence = Sequence(plans, own, None if found is None else found.sequence)
-    layers[0]._known_sequence = _Known(sequence, layers, linear)
+    layers[0]._known_sequence = _Known(sequence, layers, tensors)
     return sequence
+
+
+def _follows(before: Plan, plan: Plan) -> bool:
+    """Whether the kernels can let a plan read the one before it."""
+    return before.geometry.filters == plan.geometry.channels and plan.geometry.stride[1] == 1
+
+
+class _State(NamedTuple):
+    """What a layer was like when a sequence was made of it."""
+
+    layer: weakref.ref[ColumnConv2d]  # which has the sequence
+    weight: Tensor
+    bias: Tensor | None
+    columns: Tensor
+    stamp: tuple[int, ...]
 
 
 class _Known:
     """A sequence, and what its layers were like when it was made."""
 
     def __init__(
-        self, sequence: Sequence, layers: tuple[ColumnConv2d, ...], linear: nn.Module | None
+        self,
+        sequence: Sequence,
+        layers: tuple[ColumnConv2d, ...],
+        linear: tuple[Tensor, Tensor | None] | None,
     ) -> None:
-        self.sequence, self._linear = sequence, linear
+        self.sequence = sequence
         self._layers = [
-            (layer, layer.__dict__, *tensors, stamp_of(*tensors))
+            _State(weakref.ref(layer), *tensors, stamp_of(*tensors))
             for layer, tensors in ((layer, layer._tensors()) for layer in layers)
         ]
+        self._linear = None if linear is None else _place_of(*linear)
 
     def fits(
         self,
@@ -107,18 +142,15 @@ class _Known:
         linear: nn.Module | None,
     ) -> bool:
         """Whether nothing has changed that decides about it: faster than to look it all up."""
-        if (
-            x.dtype != torch.float32
-            or len(layers) != len(self._layers)
-            or linear is not self._linear
-            or (linear is not None and not self._reads(linear))
-        ):
+        if x.dtype != torch.float32 or len(layers) != len(self._layers):
             return False
-        for layer, known in zip(layers, self._layers, strict=True):
-            expected, own, weight, bias, columns, stamp = known
+        for layer, (expected, weight, bias, columns, stamp) in zip(
+            layers, self._layers, strict=True
+        ):
+            own = layer.__dict__
             parameters = own["_parameters"]
             if not (
-                layer is expected
+                layer is expected()
                 and type(layer) is ColumnConv2d
                 and "forward" not in own
                 and not own["_forward_hooks"]
@@ -130,23 +162,10 @@ class _Known:
                 and not _needs_grad(weight, bias)
             ):
                 return False
-        return residual is None or layers[-1]._adds_at_once(x, residual)
-
-    def _reads(self, linear: nn.Module) -> bool:
-        """Whether the linear layer is read where it was, or can't be, as before."""
-        known = self.sequence.linear
-        if known is None:
-            return _read(linear) is None
-        own = linear.__dict__
-        parameters = own["_parameters"]
-        return (
-            type(linear) is nn.Linear
-            and "forward" not in own
-            and not own["_forward_hooks"]
-            and not own["_forward_pre_hooks"]
-            and known.is_of(parameters.get("weight"), parameters.get("bias"))
-            and not _needs_grad(known.weight, known.bias)
-        )
+        if residual is not None and not layers[-1]._adds_at_once(x, residual):
+            return False
+        tensors = None if linear is None else _tensors_of(linear)
+        return (None if tensors is None else _place_of(*tensors)) == self._linear
 
 
 def _needs_grad(weight: Tensor, bias: Tensor | None) -> bool:
@@ -155,26 +174,39 @@ def _needs_grad(weight: Tensor, bias: Tensor | None) -> bool:
     )
 
 
-def _read(linear: nn.Module) -> Linear | None:
-    """A linear layer's tensors, if it does nothing with them but its own, and needs no gradient."""
+def _tensors_of(linear: nn.Module) -> tuple[Tensor, Tensor | None] | None:
+    """Weight and bias of a linear layer, if the kernels may read them in its place."""
+    own = linear.__dict__
     if (
         type(linear) is not nn.Linear
-        or "forward" in linear.__dict__
-        or linear._forward_hooks
-        or linear._forward_pre_hooks
-        or not isinstance(weight := linear._parameters.get("weight"), Tensor)
+        or "forward" in own
+        or own["_forward_hooks"]
+        or own["_forward_pre_hooks"]
     ):
         return None
-    bias = linear._parameters.get("bias")
-    plain = all(
+    parameters = own["_parameters"]
+    if "weight" not in parameters or "bias" not in parameters:  # they are attributes, or computed
+        return None
+    weight, bias = parameters["weight"], parameters["bias"]
+    if not _is_readable(weight) or (bias is not None and not _is_readable(bias)):
+        return None
+    return None if _needs_grad(weight, bias) else (weight, bias)
+
+
+def _is_readable(tensor: Tensor) -> bool:
+    return (
         type(tensor) in (nn.Parameter, Tensor)
-        and tensor.dtype == torch.float32
+        and tensor.layout is torch.strided
+        and tensor.dtype is torch.float32
         and tensor.is_cpu
-        and tensor.is_contiguous()
-        for tensor in (weight, bias)
-        if tensor is not None
+        and is_plain(tensor)
     )
-    return Linear(weight, bias) if plain and not _needs_grad(weight, bias) else None
+
+
+def _place_of(weight: Tensor, bias: Tensor | None) -> tuple[object, ...]:
+    """Which tensors they are, as long as they live, and where; not what is in them."""
+    place = (id(weight), weight.data_ptr(), weight.shape)
+    return place if bias is None else (*place, id(bias), bias.data_ptr())
 
 
 def _is_own(layer: object) -> TypeGuard[ColumnConv2d]:
@@ -192,21 +224,27 @@ def join(graph: fx.GraphModule) -> None:
             row.append(after)
         _join(graph, row)
     graph.graph.lint()
+    graph.delete_all_unused_submodules()  # what flattened is no more
     graph.graph.on_generate_code(_with_quick_look_ups)
     graph.recompile()
 
 
 _LOOK_UP = re.compile(r"^(\w+) = self\.(\w+)$")
+_QUICK = r'\1 = self._modules["\2"] if "\2" in self._modules else self.\2'
 
 
-def _with_quick_look_ups(_: object) -> Callable[[list[str]], list[str]]:
+def _with_quick_look_ups(
+    others: Callable[[list[str]], list[str]] | None,
+) -> Callable[[list[str]], list[str]]:
     """Lets a graph's code find its modules at once.
 
     As attributes they are looked for in every other place first, which takes several times as long.
     """
-    return lambda lines: [
-        _LOOK_UP.sub(r'\1 = self._modules.get("\2") or self.\2', x) for x in lines
-    ]
+
+    def change(lines: list[str]) -> list[str]:
+        return [_LOOK_UP.sub(_QUICK, line) for line in (others(lines) if others else lines)]
+
+    return change
 
 
 def _layer(graph: fx.GraphModule, node: Node) -> ColumnConv2d | None:

@@ -28,6 +28,7 @@ int32_t pool_size(int32_t size, int32_t kernel, int32_t stride, int32_t padding,
 
 std::shared_ptr<const ChunkWeights> Plan::chunk_weights() const {
   const std::lock_guard<std::mutex> lock(mutex_);
+  if (!chunk_weights_) chunk_weights_ = chunk_weights_in_use_.lock();
   if (chunk_weights_) return chunk_weights_;
   auto made = std::make_shared<ChunkWeights>();
   const int groups = geometry.groups, filters = group_filters(), blocks = group_blocks();
@@ -52,7 +53,9 @@ std::shared_ptr<const ChunkWeights> Plan::chunk_weights() const {
         std::copy_n(from, kBlock, out);
     }
   }
-  return chunk_weights_ = std::move(made);
+  chunk_weights_ = std::move(made);
+  chunk_weights_in_use_ = chunk_weights_;
+  return chunk_weights_;
 }
 
 std::shared_ptr<const Sequence> Plan::by_filters(const Kernels& kernels, const Way& way) const {

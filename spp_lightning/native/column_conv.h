@@ -80,7 +80,6 @@ struct Way {
 struct Kernels;
 class Sequence;
 
-
 struct Plan {
   Geometry geometry;
   std::vector<Source> sources;
@@ -109,8 +108,9 @@ struct Plan {
  private:
   mutable std::mutex mutex_;
   mutable std::shared_ptr<const ChunkWeights> chunk_weights_;
+  mutable std::weak_ptr<const ChunkWeights> chunk_weights_in_use_;  // by who held them when dropped
   mutable std::shared_ptr<const Sequence> by_filters_;
-  mutable const Kernels* kernels_ = nullptr;  // of those
+  mutable const Kernels* kernels_ = nullptr;  // that made them: spp_set_isa may choose others
   mutable Way way_{};
 };
 
@@ -122,7 +122,8 @@ struct Pass : Way {
   void* output;
 };
 
-// A linear layer; the bias may be null. The same layout is declared in cpu.py.
+// A linear layer; the bias may be null. The same layout is declared in
+// cpu_sequence.py.
 struct Linear {
   const float* weight;  // (out_features, in_features)
   const float* bias;
