@@ -20,7 +20,7 @@ import sys
 import tempfile
 from datetime import date
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torchvision
@@ -41,6 +41,7 @@ from spp_lightning import (
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
+Normalize = Literal["mean_image", "mean_std"]
 
 
 class ResNet18(LightningModule):
@@ -61,9 +62,9 @@ class ResNet18(LightningModule):
         return torch.optim.SGD(self.parameters(), 0.02, 0.9, weight_decay=5e-4)
 
 
-def pruned(net: LightningModule, normalize: str, steps: int) -> LightningModule:
+def pruned(net: LightningModule, normalize: Normalize, steps: int) -> LightningModule:
     """A network trained from scratch while it is pruned 4×, and then on."""
-    data = CIFAR10DataModule(ROOT / "data" / "cifar10", normalize=normalize)  # type: ignore[arg-type]
+    data = CIFAR10DataModule(ROOT / "data" / "cifar10", normalize=normalize)
     pruning = SPPCallback(prune_ratio=0.75, interval=2, A=0.1)
     options: dict[str, Any] = {"accelerator": "cpu", "logger": False, "max_epochs": -1}
     options |= {"enable_checkpointing": False, "enable_progress_bar": False}
@@ -90,7 +91,7 @@ def labels(data: CIFAR10DataModule) -> Tensor:
     return torch.cat([batch[1] for batch in data.test_dataloader()])
 
 
-def round_trip(name: str, net: nn.Module, normalize: Any) -> dict[str, Any]:
+def round_trip(name: str, net: nn.Module, normalize: Normalize) -> dict[str, Any]:
     """One row: how many predictions differ, and how large network and file are."""
     data = CIFAR10DataModule(ROOT / "data" / "cifar10", batch_size=500, normalize=normalize)
     data.prepare_data()

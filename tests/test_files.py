@@ -543,7 +543,7 @@ def test_a_norm_is_square_and_odd(kernel, tmp_path):
     graph.output(graph.call_module("layer", (graph.placeholder("x"),)))
     net = fx.GraphModule({"layer": ColumnConv2d.of(nn.Conv2d(3, 4, 3))}, graph)
     net.layer.post = (op,)
-    with pytest.raises(ValueError, match="isn't an operation on planes"):
+    with pytest.raises(ValueError, match="must be square and odd"):
         save_compact(net, tmp_path / "net.spp")
 
 

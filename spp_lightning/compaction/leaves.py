@@ -174,14 +174,10 @@ def _column_conv(
             or any(2 * pad > size for pad, size in zip(op.padding, op.kernel_size, strict=True))
             or not all(type(flag) is bool for flag in (op.ceil_mode, op.count_include_pad))
             or type(op.alpha) is not float
-            or (op.kind == "local_response_norm" and not _is_odd_square(*op.kernel_size))
         ):
             raise ValueError(f"{op} isn't an operation on planes")
+        op.check()
     return ColumnConv2d(g, weight, tensors["columns"], bias, Clamp(*clamp), ops)
-
-
-def _is_odd_square(height: int, width: int) -> bool:
-    return height == width and height % 2 == 1
 
 
 def _are_ints(*numbers: object, least: int) -> bool:

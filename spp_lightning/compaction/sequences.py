@@ -15,7 +15,7 @@ from spp_lightning.compaction.channels import times_called
 from spp_lightning.compaction.cpu import Plan
 from spp_lightning.compaction.cpu_sequence import Linear, Sequence
 from spp_lightning.compaction.layer import ColumnConv2d, is_plain, stamp_of
-from spp_lightning.compaction.tracing import Node, module_of, single_user
+from spp_lightning.compaction.tracing import Node, arguments, calls, module_of, single_user
 
 __all__ = ["column_sequence", "join", "take_apart"]
 
@@ -46,10 +46,10 @@ def column_sequence(
         not torch.compiler.is_compiling() and _is_own(layers[0]) and layers[0]._takes_at_once(x)
     )
     sequence = _sequence(x, residual, layers, linear) if at_once else None
-    if sequence is not None and (linear is None or sequence.linear is not None):
-        return sequence.forward(x, residual)
     if sequence is not None:
         y = sequence.forward(x, residual)
+        if sequence.linear is not None:
+            return y
     else:
         for layer in layers[:-1]:
             x = layer(x)
@@ -82,7 +82,7 @@ def _sequence(
         return found.sequence
     plans, last, are_new = list[Plan](), layers[-1], False
     for layer in layers:
-        if not _is_own(layer) or layer._forward_hooks or layer._forward_pre_hooks:
+        if not _is_untouched(layer, ColumnConv2d):
             return None
         known = layer._known_plan
         plan = layer._plan_at_once(x, residual if layer is last else None)
@@ -151,10 +151,7 @@ class _Known:
             parameters = own["_parameters"]
             if not (
                 layer is expected()
-                and type(layer) is ColumnConv2d
-                and "forward" not in own
-                and not own["_forward_hooks"]
-                and not own["_forward_pre_hooks"]
+                and _is_untouched(layer, ColumnConv2d)
                 and parameters.get("weight") is weight
                 and parameters.get("bias") is bias
                 and own["_buffers"].get("columns") is columns
@@ -168,6 +165,17 @@ class _Known:
         return (None if tensors is None else _place_of(*tensors)) == self._linear
 
 
+def _is_untouched(module: nn.Module, kind: type[nn.Module]) -> bool:
+    """Whether a module computes what its kind does, and nobody wants to see it do so."""
+    own = module.__dict__
+    return (
+        type(module) is kind
+        and "forward" not in own
+        and not own["_forward_hooks"]
+        and not own["_forward_pre_hooks"]
+    )
+
+
 def _needs_grad(weight: Tensor, bias: Tensor | None) -> bool:
     return torch.is_grad_enabled() and (
         weight.requires_grad or (bias is not None and bias.requires_grad)
@@ -176,19 +184,13 @@ def _needs_grad(weight: Tensor, bias: Tensor | None) -> bool:
 
 def _tensors_of(linear: nn.Module) -> tuple[Tensor, Tensor | None] | None:
     """Weight and bias of a linear layer, if the kernels may read them in its place."""
-    own = linear.__dict__
-    if (
-        type(linear) is not nn.Linear
-        or "forward" in own
-        or own["_forward_hooks"]
-        or own["_forward_pre_hooks"]
-    ):
+    if not _is_untouched(linear, nn.Linear):
         return None
-    parameters = own["_parameters"]
+    parameters = linear._parameters
     if "weight" not in parameters or "bias" not in parameters:  # they are attributes, or computed
         return None
     weight, bias = parameters["weight"], parameters["bias"]
-    if not _is_readable(weight) or (bias is not None and not _is_readable(bias)):
+    if weight is None or not _is_readable(weight) or (bias is not None and not _is_readable(bias)):
         return None
     return None if _needs_grad(weight, bias) else (weight, bias)
 
@@ -292,9 +294,9 @@ def _flattens(graph: fx.GraphModule, node: Node) -> bool:
     module = module_of(graph, node)
     if module is not None:
         return type(module) is nn.Flatten and (module.start_dim, module.end_dim) == (1, -1)
-    if node.target not in (torch.flatten, "flatten"):
+    if not calls(node, (torch.flatten,), ("flatten",)):
         return False
-    given = {**dict(zip(("input", "start_dim", "end_dim"), node.args, strict=False)), **node.kwargs}
+    given = arguments(node, ("input", "start_dim", "end_dim"))
     return bool(given.get("start_dim") == 1 and given.get("end_dim", -1) == -1)
 
 

@@ -18,8 +18,10 @@ from spp_lightning.convnet import LRN_ALPHA, LRN_SIZE, local_response_norm
 __all__ = [
     "Node",
     "add_operands",
+    "arguments",
     "as_clamp",
     "as_plane_op",
+    "calls",
     "cat_operands",
     "is_channelwise",
     "module_of",
@@ -176,11 +178,13 @@ def single_user(node: Node) -> Node | None:
     return next(iter(node.users)) if len(node.users) == 1 else None
 
 
-def _arguments(node: Node, names: tuple[str, ...]) -> dict[str, Any]:
+def arguments(node: Node, names: tuple[str, ...]) -> dict[str, Any]:
+    """What a node is called with, by name; `names` are those of the positional arguments."""
     return {**dict(zip(names, node.args, strict=False)), **node.kwargs}
 
 
-def _calls(node: Node, functions: tuple[Callable[..., Any], ...], methods: tuple[str, ...]) -> bool:
+def calls(node: Node, functions: tuple[Callable[..., Any], ...], methods: tuple[str, ...]) -> bool:
+    """Whether a node calls one of the functions, or of the methods."""
     if node.op == "call_function":
         return node.target in functions
     return node.op == "call_method" and node.target in methods
@@ -188,7 +192,7 @@ def _calls(node: Node, functions: tuple[Callable[..., Any], ...], methods: tuple
 
 def add_operands(node: Node) -> tuple[Node, Node] | None:
     """The two tensors of one shape that a node adds, if that is all it does."""
-    if not _calls(node, _ADD, ("add", "add_")) or len(node.args) != 2 or node.kwargs:
+    if not calls(node, _ADD, ("add", "add_")) or len(node.args) != 2 or node.kwargs:
         return None
     first, second = node.args
     if not isinstance(first, Node) or not isinstance(second, Node):
@@ -199,11 +203,11 @@ def add_operands(node: Node) -> tuple[Node, Node] | None:
 
 def cat_operands(node: Node) -> list[Node] | None:
     """The pictures that a node joins channel by channel, if that is what it does."""
-    if not _calls(node, (torch.cat, torch.concat), ()):
+    if not calls(node, (torch.cat, torch.concat), ()):
         return None
-    arguments = _arguments(node, ("tensors", "dim"))
-    tensors = arguments.get("tensors")
-    if arguments.get("dim") not in (1, -3) or not isinstance(tensors, (list, tuple)):
+    given = arguments(node, ("tensors", "dim"))
+    tensors = given.get("tensors")
+    if given.get("dim") not in (1, -3) or not isinstance(tensors, (list, tuple)):
         return None
     nodes = [x for x in tensors if isinstance(x, Node) and len(shape_of(x) or ()) == 4]
     return nodes if len(nodes) == len(tensors) else None
@@ -219,10 +223,10 @@ def is_channelwise(graph: fx.GraphModule, node: Node) -> bool:
         inputs = list(node.all_input_nodes)
         one = len(inputs) == 1 and len(shape_of(inputs[0]) or ()) == 4
         return one and isinstance(module, _CHANNELWISE_MODULES)
-    if _calls(node, _CHANNELWISE_FUNCTIONS, _CHANNELWISE_METHODS):
+    if calls(node, _CHANNELWISE_FUNCTIONS, _CHANNELWISE_METHODS):
         inputs = node.all_input_nodes
         return len(inputs) == 1 and len(shape_of(inputs[0]) or ()) == 4
-    if _calls(node, _ELEMENTWISE, _ELEMENTWISE_METHODS):
+    if calls(node, _ELEMENTWISE, _ELEMENTWISE_METHODS):
         # Numbers may stand beside the pictures; a tensor that is none could hold channels anywhere.
         shapes = [shape_of(x) or () for x in node.all_input_nodes]
         return all(len(x) == 4 and x[1] == shape[1] for x in shapes)
@@ -232,17 +236,15 @@ def is_channelwise(graph: fx.GraphModule, node: Node) -> bool:
 def as_clamp(graph: fx.GraphModule, node: Node) -> Clamp | None:
     """The limits to which a node clamps its input, if that is what it does."""
     module = module_of(graph, node)
-    if type(module) is nn.ReLU or _calls(
-        node, (F.relu, torch.relu, torch.relu_), ("relu", "relu_")
-    ):
+    if type(module) is nn.ReLU or calls(node, (F.relu, torch.relu, torch.relu_), ("relu", "relu_")):
         return Clamp(0.0)
-    if type(module) is nn.ReLU6 or _calls(node, (F.relu6,), ()):
+    if type(module) is nn.ReLU6 or calls(node, (F.relu6,), ()):
         return Clamp(0.0, 6.0)
     if type(module) is nn.Hardtanh:
         return Clamp(float(module.min_val), float(module.max_val))
-    if _calls(node, (F.hardtanh,), ()):
-        arguments = _arguments(node, ("input", "min_val", "max_val"))
-        return Clamp(float(arguments.get("min_val", -1)), float(arguments.get("max_val", 1)))
+    if calls(node, (F.hardtanh,), ()):
+        given = arguments(node, ("input", "min_val", "max_val"))
+        return Clamp(float(given.get("min_val", -1)), float(given.get("max_val", 1)))
     return None
 
 
@@ -250,8 +252,8 @@ def as_plane_op(graph: fx.GraphModule, node: Node) -> PlaneOp | None:
     """The pool or norm that a node computes plane by plane, if that is what it does."""
     module = module_of(graph, node)
     given: dict[str, Any]
-    if _calls(node, (local_response_norm,), ()):
-        given = _arguments(node, ("x", "size", "alpha"))
+    if calls(node, (local_response_norm,), ()):
+        given = arguments(node, ("x", "size", "alpha"))
         size = given.get("size", LRN_SIZE)
         if type(size) is not int or size % 2 == 0:
             return None
@@ -261,12 +263,12 @@ def as_plane_op(graph: fx.GraphModule, node: Node) -> PlaneOp | None:
     if type(module) in (nn.MaxPool2d, nn.AvgPool2d):
         given = vars(module)
         maximum = type(module) is nn.MaxPool2d
-    elif _calls(node, (F.max_pool2d, torch.max_pool2d), ()):
+    elif calls(node, (F.max_pool2d, torch.max_pool2d), ()):
         names = ("input", "kernel_size", "stride", "padding", "dilation", "ceil_mode")
-        given, maximum = _arguments(node, (*names, "return_indices")), True
-    elif _calls(node, (F.avg_pool2d,), ()):
+        given, maximum = arguments(node, (*names, "return_indices")), True
+    elif calls(node, (F.avg_pool2d,), ()):
         names = ("input", "kernel_size", "stride", "padding", "ceil_mode", "count_include_pad")
-        given, maximum = _arguments(node, (*names, "divisor_override")), False
+        given, maximum = arguments(node, (*names, "divisor_override")), False
     else:
         return None
     if (
