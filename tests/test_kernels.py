@@ -209,6 +209,21 @@ CASES = {
         clamp=Clamp(0.0),
         post=(PlaneOp("max_pool", (3, 3), (2, 2), ceil_mode=True), NORM),
     ),
+    "rows in bands, with a pool": Case(
+        Geometry(16, 20, (3, 3), padding=(1, 1)),
+        (71, 72),
+        2,
+        tuple(range(0, 144, 7)),
+        clamp=Clamp(0.0),
+        post=(PlaneOp("max_pool", (2, 2), (2, 2), ceil_mode=True),),
+    ),
+    "rows in bands, with a stride": Case(
+        Geometry(16, 34, (5, 3), (2, 1), (2, 0), (1, 2)),
+        (90, 70),
+        1,
+        tuple(range(0, 240, 3)),
+        residual=True,
+    ),
     "norm of one pixel": Case(EVERY, (1, 1), 1, SOME, post=(NORM,)),
     "kernel and pool not square": Case(
         Geometry(3, 7, (1, 5), (1, 2), (0, 2)),
@@ -358,7 +373,7 @@ import torch
 from spp_lightning.compaction import bench, cpu
 from spp_lightning.compaction.geometry import Geometry, PlaneOp
 
-n, pool = 512, PlaneOp("max_pool", (2, 2), (2, 2))
+n, pool = 512, PlaneOp("max_pool", (3, 3), (2, 2), (1, 1))  # rows in two windows: no bands
 weight, columns = torch.zeros(4, 144), torch.arange(144, dtype=torch.int32)
 plan = cpu.Plan(weight, columns, None, Geometry(16, 4, (3, 3), padding=(1, 1)), post=(pool,))
 torch.set_num_threads(2)
