@@ -139,6 +139,11 @@ def layers_of(*geometries: Geometry, size=(12, 11), post=(), residual=False) -> 
             Geometry(4, 40, (3, 3), (2, 2), (1, 1), groups=2),
             Geometry(40, 60, (3, 3), (2, 1), (3, 3), (2, 2), groups=2),
         ),
+        "more than every thread copies for itself": layers_of(
+            Geometry(5, 20, (3, 3), padding=(1, 1)),
+            Geometry(20, 8, (3, 3), padding=(1, 1)),
+            size=(50, 48),
+        ),
         "a norm first": layers_of(Geometry(3, 5, (3, 3)), Geometry(5, 33, (1, 3)), post=(NORM,)),
     }.items(),
     ids=lambda pair: pair[0],
