@@ -187,11 +187,14 @@ void run_case() {
   g.channels = g.groups * between(1, between(0, 9) ? 4 : 40);
   g.filters = g.groups * between(1, 9);
   const bool in_place = between(0, 1);  // rows of one length: read where they are
+  const bool winograd = between(0, 3) == 0;
+  if (winograd) g.channels = between(1, 20), g.filters = between(1, 70), g.groups = 1;
   int size[2], out[2];
   for (int d = 0; d < 2; ++d) {
     g.kernel[d] = in_place && d ? 2 * between(0, 2) + 1 : between(1, 4);
     g.stride[d] = in_place ? 1 : between(1, 3);
     g.dilation[d] = between(0, 2) ? 1 : between(2, 3);
+    if (winograd) g.kernel[d] = 3, g.stride[d] = g.dilation[d] = 1;
     g.padding[d] = in_place && d ? g.dilation[d] * (g.kernel[d] / 2) : between(0, 5);
     const int reach = g.dilation[d] * (g.kernel[d] - 1) + 1;
     size[d] = std::max(1, reach - 2 * g.padding[d]) + between(0, between(0, 3) ? 12 : 40);
@@ -233,6 +236,7 @@ void run_case() {
 
   // The convolution and its gradients: every product once.
   const Floats grad = normal(outputs);
+  double largest = 1;  // of the sums
   Planes y = planes(static_cast<int>(batch) * g.filters, out[0], out[1]);
   std::vector<double> grad_x(batch * g.channels * in_plane), grad_weight(rows * count);
   std::vector<double> size_x(grad_x.size()), size_weight(grad_weight.size());
@@ -258,6 +262,7 @@ void run_case() {
             size_weight[w] += std::abs(static_cast<double>(x[from]) * grad[at]);
           }
           if (residual) sum += residual[at];
+          largest = std::max(largest, std::abs(sum));
           y.values[at] = std::min<double>(high, std::max<double>(low, sum));
         }
   for (const spp::PostOp& op : post) y = apply(op, y);
@@ -278,6 +283,13 @@ void run_case() {
       spp_forward(plan, &how, x.get(), residual.get(), result.get());
       compare(names[variant], result, y.values, size_y);
     }
+  for (int threads = 1; winograd && threads <= 3; ++threads) {
+    const Floats result = memory(y.values.size());
+    const spp::Way how = way(threads, spp::kWinogradVariant, 0);
+    spp_forward(plan, &how, x.get(), residual.get(), result.get());
+    // Its sums are rounded by their own size, whatever is left of them by the limits.
+    compare("winograd", result, y.values, std::vector<double>(y.values.size(), 5 * largest));
+  }
   run_sequence(plan, way(1, spp::kPanelVariant, 0), g, now, x.get());
   const Floats given = normal(y.values.size());
   for (int threads = 1; threads <= 2; ++threads)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from spp_lightning import native
+from spp_lightning.compaction import winograd
 from spp_lightning.compaction.bench import fastest
 from spp_lightning.compaction.geometry import KINDS, Clamp, Geometry, PlaneOp, size_after
 
@@ -22,7 +23,8 @@ __all__ = ["Plan", "is_available", "plan_for"]
 
 # Vectors of pixels, those of a tile packed first or read where they are, or vectors of filters.
 _VARIANTS = (0, 1, 3)
-_PAIRS, FILTERS = 2, 3  # the former are vectors of pixels packed as pairs of bfloat16
+# Vectors of pixels packed as pairs of bfloat16, vectors of filters, Winograd's minimal filtering.
+_PAIRS, FILTERS, WINOGRAD = 2, 3, 4
 _CHUNK = 16  # filters that lie next to each other for the latter
 SMALL = 20_000_000  # MACs below which one thread may be faster than several
 
@@ -208,7 +210,7 @@ class Plan:
         Returns:
             The output, ``(B, N, H', W')``, of the input's type.
         """
-        # Which variant runs changes the time and nothing else: each adds in the same order.
+        # Which of some variants runs changes the time and nothing else: they add in the same order.
         key = (*x.shape, x.dtype, torch.get_num_threads())
         way = self._ways.get(key)
         if way is None:
@@ -287,6 +289,11 @@ class Plan:
         g = self.geometry
         return g.groups * math.ceil(g.filters // g.groups / _CHUNK) * _CHUNK
 
+    def takes_winograd(self, shape: Sequence[int], dtype: torch.dtype) -> bool:
+        """Whether inputs of a shape and a type are computed by Winograd's minimal filtering."""
+        size = self.geometry.out_size(*shape[2:])
+        return dtype == torch.float32 and winograd.is_faster(self.geometry, self._num_columns, size)
+
     def macs(self, way: Way) -> int:
         """Multiply-accumulate operations of a pass."""
         return math.prod(way.conv_shape) // self.geometry.groups * self._num_columns
@@ -311,10 +318,12 @@ class Plan:
         if x.dtype not in (torch.float32, torch.bfloat16):
             raise ValueError(f"`x` must be float32 or bfloat16, got {x.dtype}.")
         threads = torch.get_num_threads()
-        # Pairs are rounded otherwise, so that they must not depend on the time that they take.
+        # Some are rounded otherwise, so that they must not depend on the time that they take.
         pairs = self._pairs and x.dtype == torch.bfloat16 and self._library.spp_has_pairs()
         variants: tuple[int, ...] = (_PAIRS,) if pairs else _VARIANTS
-        if self.post and self.padded_filters > 2 * self.geometry.filters:
+        if self.takes_winograd(x.shape, x.dtype):
+            variants = (WINOGRAD,)
+        elif self.post and self.padded_filters > 2 * self.geometry.filters:
             variants = tuple(
                 v for v in variants if v != FILTERS
             )  # mostly of lanes without a filter

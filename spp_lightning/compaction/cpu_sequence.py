@@ -180,6 +180,9 @@ class Sequence:
         numbers = (plan.padded_filters * n for plan, n in zip(self.plans, pixels, strict=False))
         if not len(x) or max(numbers, default=0) > _MOST_NUMBERS:
             return 0
+        shapes = [tuple(x.shape), *(way.out_shape for way in ways)]
+        if any(map(Plan.takes_winograd, self.plans, shapes, [x.dtype] * len(shapes))):
+            return 0  # the kernels of a sequence round otherwise
         macs = sum(plan.macs(way) for plan, way in zip(self.plans, ways, strict=True))
         if counts[0] > 1 and macs < SMALL:
             counts.append(1)

@@ -58,8 +58,9 @@ struct ChunkWeights {
 };
 
 // Ways to compute: vectors of pixels, those of a tile under the kept columns packed first; or read in
-// place; or packed as pairs of bfloat16; and vectors of filters.
-constexpr int32_t kPanelVariant = 0, kDirectVariant = 1, kPairsVariant = 2, kFiltersVariant = 3;
+// place; or packed as pairs of bfloat16; vectors of filters; and Winograd's minimal filtering.
+constexpr int32_t kPanelVariant = 0, kDirectVariant = 1, kPairsVariant = 2, kFiltersVariant = 3,
+                  kWinogradVariant = 4;
 
 // How a plan computes inputs of one shape. The same layout is declared in cpu.py.
 struct Way {
@@ -79,6 +80,7 @@ struct Way {
 
 struct Kernels;
 class Sequence;
+struct WinogradWeights;
 
 struct Plan {
   Geometry geometry;
@@ -99,6 +101,7 @@ struct Plan {
   std::shared_ptr<const ChunkWeights> chunk_weights() const;
   std::shared_ptr<const Sequence> by_filters(const Kernels& kernels, const Way& way) const;
   void drop_filters() const;
+  std::shared_ptr<const WinogradWeights> winograd_weights() const;
 
   int32_t group_filters() const { return geometry.filters / geometry.groups; }
   int32_t group_blocks() const { return (group_filters() + kBlock - 1) / kBlock; }
@@ -110,6 +113,7 @@ struct Plan {
   mutable std::shared_ptr<const ChunkWeights> chunk_weights_;
   mutable std::weak_ptr<const ChunkWeights> chunk_weights_in_use_;  // by who held them when dropped
   mutable std::shared_ptr<const Sequence> by_filters_;
+  mutable std::shared_ptr<const WinogradWeights> winograd_weights_;
   mutable const Kernels* kernels_ = nullptr;  // that made them: spp_set_isa may choose others
   mutable Way way_{};
 };

@@ -87,6 +87,7 @@ class Sequence {
 // One set of kernels per instruction set.
 struct Kernels {
   void (*forward)(const Pass&);
+  void (*forward_winograd)(const Pass&);
   Sequence* (*make_sequence)(const Plan* const*, const Way* const*, int);
   void (*linear_batch)(const Linear&, const float* x, int64_t batch, int threads, float* out);
   void (*backward)(const Backward&);

@@ -1,5 +1,6 @@
 // The kernels for x86-64 processors with AVX2 and FMA.
 #include "common.h"
+#include "winograd.h"
 
 #ifdef SPP_X86
 #include <immintrin.h>
@@ -15,6 +16,6 @@
 #ifdef __clang__
 #pragma clang attribute pop
 #endif
-const spp::Kernels spp::kAvx2Kernels = {avx2::forward, avx2::make_sequence, avx2::linear_batch,
-                                        avx2::backward};
+const spp::Kernels spp::kAvx2Kernels = {avx2::forward, avx2::forward_winograd,
+    avx2::make_sequence, avx2::linear_batch, avx2::backward};
 #endif

@@ -1,5 +1,6 @@
 // The kernels for x86-64 processors with AVX-512.
 #include "common.h"
+#include "winograd.h"
 
 #ifdef SPP_X86
 #include <immintrin.h>
@@ -18,6 +19,6 @@
 #ifdef __clang__
 #pragma clang attribute pop
 #endif
-const spp::Kernels spp::kAvx512Kernels = {avx512::forward, avx512::make_sequence, avx512::linear_batch,
-                                          avx512::backward};
+const spp::Kernels spp::kAvx512Kernels = {avx512::forward, avx512::forward_winograd,
+    avx512::make_sequence, avx512::linear_batch, avx512::backward};
 #endif
