@@ -283,13 +283,14 @@ void run_case() {
       spp_forward(plan, &how, x.get(), residual.get(), result.get());
       compare(names[variant], result, y.values, size_y);
     }
-  for (int threads = 1; winograd && threads <= 3; ++threads) {
-    const Floats result = memory(y.values.size());
-    const spp::Way how = way(threads, spp::kWinogradVariant, 0);
-    spp_forward(plan, &how, x.get(), residual.get(), result.get());
-    // Its sums are rounded by their own size, whatever is left of them by the limits.
-    compare("winograd", result, y.values, std::vector<double>(y.values.size(), 5 * largest));
-  }
+  for (const int variant : {spp::kWinograd4Variant, spp::kWinograd2Variant})
+    for (int threads = 1; winograd && threads <= 3; ++threads) {
+      const Floats result = memory(y.values.size());
+      const spp::Way how = way(threads, variant, 0);
+      spp_forward(plan, &how, x.get(), residual.get(), result.get());
+      // Its sums are rounded by their own size, whatever is left of them by the limits.
+      compare("winograd", result, y.values, std::vector<double>(y.values.size(), 5 * largest));
+    }
   run_sequence(plan, way(1, spp::kPanelVariant, 0), g, now, x.get());
   const Floats given = normal(y.values.size());
   for (int threads = 1; threads <= 2; ++threads)

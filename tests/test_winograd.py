@@ -20,11 +20,14 @@ pytestmark = [
 ]
 
 LARGE = Geometry(64, 64, (3, 3), padding=(1, 1))
+SIDES = {4: 1e-5, 2: 2e-6}  # outputs of a tile, per side, and the error they may have
 
 
-def output(made: cpu.Plan, x: Tensor, residual: Tensor | None, threads: int) -> Tensor:
+def output(
+    made: cpu.Plan, x: Tensor, residual: Tensor | None = None, side: int = 4, threads: int = 1
+) -> Tensor:
     """What the kernels give, from memory full of NaN and with guards around the output."""
-    way = made.way_of(x.shape, x.dtype, cpu.WINOGRAD, threads)
+    way = made.way_of(x.shape, x.dtype, cpu.WINOGRAD[side], threads)
     out = guarded(torch.full(way.out_shape, math.nan), SENTINEL)
     if out.numel():
         made._run(x, residual, out, way)
@@ -44,10 +47,11 @@ def check(case: Case) -> None:
     for op in case.post:
         y = op(y)
     made = plan(case, t)
-    first, *others = (output(made, t.x, t.residual, threads) for threads in (1, 2, 3, 5))
-    assert first.shape == y.shape and not first.isnan().any()
-    assert float((first - y).abs().max() if y.numel() else 0) < 1e-5 * scale
-    assert all(torch.equal(first, other) for other in others)
+    for side, error in SIDES.items():
+        first, *others = (output(made, t.x, t.residual, side, n) for n in (1, 2, 3, 5))
+        assert first.shape == y.shape and not first.isnan().any()
+        assert float((first - y).abs().max() if y.numel() else 0) < error * scale
+        assert all(torch.equal(first, other) for other in others)
 
 
 @st.composite
@@ -99,25 +103,27 @@ def test_large_outputs_are_those_of_single_images(isa):
     """They are written past the cache; those of one image here aren't."""
     t = tensors(Case(LARGE._replace(channels=5), (64, 64), 5, tuple(range(45))))
     made = cpu.Plan(t.weight, t.columns, t.bias, LARGE._replace(channels=5), Clamp(0.0))
-    expected = torch.cat([output(made, x[None].contiguous(), None, 1) for x in t.x])
-    assert expected.nbytes > 4 * 2**20 > expected[0].nbytes
-    for threads in (1, 2, 3):
-        out = torch.full(expected.shape, math.nan)  # aligned, as guarded memory isn't
-        made._run(t.x, None, out, made.way_of(t.x.shape, t.x.dtype, cpu.WINOGRAD, threads))
-        assert torch.equal(out, expected)
+    for side, variant in cpu.WINOGRAD.items():
+        expected = torch.cat([output(made, x[None].contiguous(), side=side) for x in t.x])
+        assert expected.nbytes > 4 * 2**20 > expected[0].nbytes
+        for threads in (1, 2, 3):
+            out = torch.full(expected.shape, math.nan)  # aligned, as guarded memory isn't
+            made._run(t.x, None, out, made.way_of(t.x.shape, t.x.dtype, variant, threads))
+            assert torch.equal(out, expected)
 
 
-def test_what_is_no_number_reaches_its_tiles_at_most():
-    t = tensors(Case(Geometry(4, 9, (3, 3), padding=(1, 1)), (12, 20), 2, tuple(range(36))))
-    clean = output(
-        cpu.Plan(t.weight, t.columns, None, LARGE._replace(channels=4, filters=9)), t.x, None, 1
-    )
-    t.x[1, 2, 3, 8] = math.nan  # read by the tiles of rows 0 and 1, columns 1 and 2
-    out = output(
-        cpu.Plan(t.weight, t.columns, None, LARGE._replace(channels=4, filters=9)), t.x, None, 1
-    )
+@pytest.mark.parametrize(
+    ("side", "rows", "cols"), [(4, slice(0, 8), slice(4, 12)), (2, slice(2, 6), slice(6, 10))]
+)
+def test_what_is_no_number_reaches_its_tiles_at_most(side, rows, cols):
+    geometry = LARGE._replace(channels=4, filters=9)
+    t = tensors(Case(geometry, (12, 20), 2, tuple(range(36))))
+    made = cpu.Plan(t.weight, t.columns, None, geometry)
+    clean = output(made, t.x, side=side)
+    t.x[1, 2, 3, 8] = math.nan
+    out = output(made, t.x, side=side)
     reached = torch.zeros(2, 9, 12, 20, dtype=torch.bool)
-    reached[1, :, :8, 4:12] = True
+    reached[1, :, rows, cols] = True  # the tiles that read it
     assert out[1, :, 2:5, 7:10].isnan().all()
     assert torch.equal(out[~reached], clean[~reached])
 
@@ -138,28 +144,34 @@ def made_of(geometry: Geometry, share: float) -> cpu.Plan:
 
 
 @pytest.mark.parametrize(
-    ("change", "share", "size", "expected"),
+    ("change", "share", "size", "side"),
     [
-        ({}, 1.0, 56, True),
-        ({}, 0.5, 56, True),
-        ({}, 0.25, 56, False),
-        ({}, 1.0, 8, False),  # four tiles take all weights
-        ({"channels": 3}, 1.0, 56, False),
-        ({"stride": (1, 2)}, 1.0, 56, False),
-        ({"dilation": (2, 1)}, 1.0, 56, False),
-        ({"groups": 2}, 1.0, 56, False),
-        ({"kernel_size": (3, 5)}, 1.0, 56, False),
+        ({}, 1.0, 56, 4),
+        ({}, 0.5, 56, 4),
+        ({}, 0.25, 56, None),
+        ({"channels": 512, "filters": 512}, 1.0, 7, 2),
+        ({"channels": 512, "filters": 512}, 0.75, 7, None),
+        ({}, 1.0, 4, None),
+        ({"channels": 3}, 1.0, 56, None),
+        ({"stride": (1, 2)}, 1.0, 56, None),
+        ({"dilation": (2, 1)}, 1.0, 56, None),
+        ({"groups": 2}, 1.0, 56, None),
+        ({"kernel_size": (3, 5)}, 1.0, 56, None),
     ],
 )
-def test_it_is_used_where_it_is_faster(change, share, size, expected):
+def test_it_is_used_where_it_is_faster(change, share, size, side):
     geometry = LARGE._replace(**change)
-    x = torch.randn(1, geometry.channels, size, size)
-    assert (variant_of(made_of(geometry, share), x) == cpu.WINOGRAD) is expected
+    variant = variant_of(made_of(geometry, share), torch.randn(1, geometry.channels, size, size))
+    if side is None:
+        assert variant not in cpu.WINOGRAD.values()
+    else:
+        assert variant == cpu.WINOGRAD[side]
 
 
 def test_only_for_float32():
     made = made_of(LARGE, 1.0)
-    assert variant_of(made, torch.randn(1, 64, 56, 56).bfloat16()) != cpu.WINOGRAD
+    x = torch.randn(1, 64, 56, 56).bfloat16()
+    assert variant_of(made, x) not in cpu.WINOGRAD.values()
 
 
 def test_the_choice_depends_on_no_time_and_no_batch(monkeypatch):
@@ -176,7 +188,7 @@ def test_the_choice_depends_on_no_time_and_no_batch(monkeypatch):
 def test_a_sequence_leaves_them_to_their_own_kernels(monkeypatch):
     monkeypatch.setattr(cpu_sequence, "fastest", lambda ways: len(ways) - 1)
     plans = [made_of(LARGE, share) for share in (0.2, 1.0)]
-    small, large = torch.randn(1, 64, 8, 8), torch.randn(1, 64, 56, 56)
+    small, large = torch.randn(1, 64, 4, 4), torch.randn(1, 64, 56, 56)
     sequence = cpu_sequence.Sequence(plans)
     for x in (small, large):
         one_by_one = plans[1].forward(plans[0].forward(x))
@@ -190,15 +202,16 @@ def test_an_unpruned_network_gets_faster_layers():
     layer = next(m for m in compact(net, x).modules() if isinstance(m, ColumnConv2d))
     with torch.no_grad():
         torch.testing.assert_close(layer(x), net(x), rtol=1e-4, atol=1e-5)
-    assert winograd.is_faster(layer.geometry, len(layer.columns), (32, 32))
+    assert winograd.tile_side(layer.geometry, len(layer.columns), (32, 32)) == 4
 
 
-def test_training_differentiates_what_it_computes():
+@pytest.mark.parametrize(("size", "side"), [(24, 4), (14, 2)])
+def test_training_differentiates_what_it_computes(size, side):
     layer = ColumnConv2d.of(nn.Conv2d(32, 48, 3, padding=1), Clamp(0.0))
     conv = nn.Conv2d(32, 48, 3, padding=1).double()
     conv.load_state_dict({"weight": layer.weight.view(48, 32, 3, 3), "bias": layer.bias})
-    x = torch.randn(2, 32, 24, 24)
-    assert winograd.is_faster(layer.geometry, len(layer.columns), (24, 24))
+    x = torch.randn(2, 32, size, size)
+    assert winograd.tile_side(layer.geometry, len(layer.columns), (size, size)) == side
     for step in range(2):  # the weights of the second one are new
         for net, inputs in ((layer, x), (conv, x.double())):
             net.zero_grad()

@@ -23,8 +23,9 @@ __all__ = ["Plan", "is_available", "plan_for"]
 
 # Vectors of pixels, those of a tile packed first or read where they are, or vectors of filters.
 _VARIANTS = (0, 1, 3)
-# Vectors of pixels packed as pairs of bfloat16, vectors of filters, Winograd's minimal filtering.
-_PAIRS, FILTERS, WINOGRAD = 2, 3, 4
+# Vectors of pixels packed as pairs of bfloat16, vectors of filters.
+_PAIRS, FILTERS = 2, 3
+WINOGRAD = {4: 4, 2: 5}  # Winograd's minimal filtering, by the outputs of a tile per side
 _CHUNK = 16  # filters that lie next to each other for the latter
 SMALL = 20_000_000  # MACs below which one thread may be faster than several
 
@@ -289,10 +290,13 @@ class Plan:
         g = self.geometry
         return g.groups * math.ceil(g.filters // g.groups / _CHUNK) * _CHUNK
 
-    def takes_winograd(self, shape: Sequence[int], dtype: torch.dtype) -> bool:
-        """Whether inputs of a shape and a type are computed by Winograd's minimal filtering."""
+    def winograd_variant(self, shape: Sequence[int], dtype: torch.dtype) -> int | None:
+        """Which of :data:`WINOGRAD` computes inputs of a shape and a type, None if another way."""
+        if dtype != torch.float32:
+            return None
         size = self.geometry.out_size(*shape[2:])
-        return dtype == torch.float32 and winograd.is_faster(self.geometry, self._num_columns, size)
+        side = winograd.tile_side(self.geometry, self._num_columns, size)
+        return None if side is None else WINOGRAD[side]
 
     def macs(self, way: Way) -> int:
         """Multiply-accumulate operations of a pass."""
@@ -321,8 +325,9 @@ class Plan:
         # Some are rounded otherwise, so that they must not depend on the time that they take.
         pairs = self._pairs and x.dtype == torch.bfloat16 and self._library.spp_has_pairs()
         variants: tuple[int, ...] = (_PAIRS,) if pairs else _VARIANTS
-        if self.takes_winograd(x.shape, x.dtype):
-            variants = (WINOGRAD,)
+        by_winograd = self.winograd_variant(x.shape, x.dtype)
+        if by_winograd is not None:
+            variants = (by_winograd,)
         elif self.post and self.padded_filters > 2 * self.geometry.filters:
             variants = tuple(
                 v for v in variants if v != FILTERS

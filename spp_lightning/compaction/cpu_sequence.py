@@ -180,8 +180,12 @@ class Sequence:
         numbers = (plan.padded_filters * n for plan, n in zip(self.plans, pixels, strict=False))
         if not len(x) or max(numbers, default=0) > _MOST_NUMBERS:
             return 0
-        shapes = [tuple(x.shape), *(way.out_shape for way in ways)]
-        if any(map(Plan.takes_winograd, self.plans, shapes, [x.dtype] * len(shapes))):
+        shapes = [tuple(x.shape), *(way.out_shape for way in ways[:-1])]
+        chosen = (
+            plan.winograd_variant(shape, x.dtype)
+            for plan, shape in zip(self.plans, shapes, strict=True)
+        )
+        if any(variant is not None for variant in chosen):
             return 0  # the kernels of a sequence round otherwise
         macs = sum(plan.macs(way) for plan, way in zip(self.plans, ways, strict=True))
         if counts[0] > 1 and macs < SMALL:

@@ -6,24 +6,24 @@ import math
 
 from spp_lightning.compaction.geometry import Geometry
 
-__all__ = ["is_faster"]
+__all__ = ["tile_side"]
 
-_SIDE = 4  # outputs of a tile, per side
-_PRODUCTS = 36  # per tile, channel and filter
 _CHUNK = 16  # channels and filters are computed in chunks
 # In products, as measured on AVX-512; narrower vectors take longer for all of it.
 _WEIGHTS = 8  # that the weights of a product take to come from memory, each time
 _TILES = 56  # that they are used for before they are read again, at least
-_TRANSFORMS = 420  # of the inputs or outputs of a tile
-_MARGIN = 0.8  # of the time of the other kernels, since these are more exact
+_TRANSFORMS = {4: 420, 2: 120}  # of the inputs or outputs of a tile
+_MARGIN = 0.8  # of the time of the other kernels
+_MARGIN_OF_LARGE_TILES = 0.9  # of that of tiles of 2×2, which are more exact
 
 
-def is_faster(geometry: Geometry, num_columns: int, size: tuple[int, int]) -> bool:
-    """Whether a layer is computed by Winograd's minimal filtering, its pruned columns being zeros.
+def tile_side(geometry: Geometry, num_columns: int, size: tuple[int, int]) -> int | None:
+    """Outputs per side of the tiles by which Winograd's minimal filtering computes a layer, if so.
 
-    It takes a quarter of the products, whatever is pruned, but is rounded otherwise. That must not
-    depend on how long something took once, nor on batch size or threads: it is decided by a model
-    of the costs, and a layer always gives the same output for the same picture.
+    Tiles of 4×4 take a quarter of the products and those of 2×2 four ninths, whatever is pruned:
+    pruned columns are zeros. Both round otherwise than the other kernels. That must not depend on
+    how long something took once, nor on batch size or threads: it is decided by a model of the
+    costs, and a layer always gives the same output for the same picture.
 
     Args:
         geometry: The convolution.
@@ -31,14 +31,26 @@ def is_faster(geometry: Geometry, num_columns: int, size: tuple[int, int]) -> bo
         size: Height and width of its output.
 
     >>> layer = Geometry(64, 64, (3, 3), padding=(1, 1))
-    >>> [is_faster(layer, kept, (56, 56)) for kept in (576, 288, 144)]
-    [True, True, False]
+    >>> [tile_side(layer, kept, (56, 56)) for kept in (576, 288, 144)]
+    [4, 4, None]
+    >>> tile_side(Geometry(512, 512, (3, 3), padding=(1, 1)), 4608, (7, 7))
+    2
     """
     g = geometry
     if g.kernel_size != (3, 3) or (g.stride, g.dilation, g.groups) != ((1, 1), (1, 1), 1):
-        return False
-    tiles = math.ceil(size[0] / _SIDE) * math.ceil(size[1] / _SIDE)
-    channels, filters = (math.ceil(n / _CHUNK) * _CHUNK for n in (g.channels, g.filters))
+        return None
+    large, small = (_cost(g, side, size) for side in (4, 2))
+    side, cost = (4, large) if large < _MARGIN_OF_LARGE_TILES * small else (2, small)
+    direct = num_columns * g.filters * (math.prod(size) + _WEIGHTS)
+    return side if cost < _MARGIN * direct else None
+
+
+def _cost(geometry: Geometry, side: int, size: tuple[int, int]) -> int:
+    """The time with tiles of so many outputs per side, in products."""
+    tiles = math.prod(math.ceil(n / side) for n in size)
+    channels, filters = (
+        math.ceil(n / _CHUNK) * _CHUNK for n in (geometry.channels, geometry.filters)
+    )
+    places = (side + geometry.kernel_size[0] - 1) ** 2  # products of a tile, channel and filter
     products = tiles + _WEIGHTS * math.ceil(tiles / _TILES)
-    cost = _PRODUCTS * g.channels * filters * products + _TRANSFORMS * tiles * (channels + filters)
-    return cost < _MARGIN * math.prod(size) * num_columns * g.filters
+    return places * channels * filters * products + _TRANSFORMS[side] * tiles * (channels + filters)

@@ -225,9 +225,11 @@ SPP_EXPORT int32_t spp_forward(const void* plan, const spp::Way* way, const void
       of->by_filters(*spp::chosen.kernels, *way)->forward(input, residual, nullptr, output);
       return 1;
     }
-    const auto forward = way->variant == spp::kPairsVariant      ? spp::chosen.pairs
-                         : way->variant == spp::kWinogradVariant ? spp::chosen.kernels->forward_winograd
-                                                                 : spp::chosen.kernels->forward;
+    const bool winograd =
+        way->variant == spp::kWinograd4Variant || way->variant == spp::kWinograd2Variant;
+    const auto forward = way->variant == spp::kPairsVariant ? spp::chosen.pairs
+                         : winograd                         ? spp::chosen.kernels->forward_winograd
+                                                            : spp::chosen.kernels->forward;
     if (forward == nullptr) return 0;
     forward({*way, of, input, residual, output});
     return 1;

@@ -58,9 +58,10 @@ struct ChunkWeights {
 };
 
 // Ways to compute: vectors of pixels, those of a tile under the kept columns packed first; or read in
-// place; or packed as pairs of bfloat16; vectors of filters; and Winograd's minimal filtering.
+// place; or packed as pairs of bfloat16; vectors of filters; and Winograd's minimal filtering, with tiles of
+// 4×4 or 2×2 outputs.
 constexpr int32_t kPanelVariant = 0, kDirectVariant = 1, kPairsVariant = 2, kFiltersVariant = 3,
-                  kWinogradVariant = 4;
+                  kWinograd4Variant = 4, kWinograd2Variant = 5;
 
 // How a plan computes inputs of one shape. The same layout is declared in cpu.py.
 struct Way {
@@ -101,7 +102,7 @@ struct Plan {
   std::shared_ptr<const ChunkWeights> chunk_weights() const;
   std::shared_ptr<const Sequence> by_filters(const Kernels& kernels, const Way& way) const;
   void drop_filters() const;
-  std::shared_ptr<const WinogradWeights> winograd_weights() const;
+  std::shared_ptr<const WinogradWeights> winograd_weights(int side) const;  // of a tile: 2 or 4
 
   int32_t group_filters() const { return geometry.filters / geometry.groups; }
   int32_t group_blocks() const { return (group_filters() + kBlock - 1) / kBlock; }
@@ -113,7 +114,7 @@ struct Plan {
   mutable std::shared_ptr<const ChunkWeights> chunk_weights_;
   mutable std::weak_ptr<const ChunkWeights> chunk_weights_in_use_;  // by who held them when dropped
   mutable std::shared_ptr<const Sequence> by_filters_;
-  mutable std::shared_ptr<const WinogradWeights> winograd_weights_;
+  mutable std::shared_ptr<const WinogradWeights> winograd_weights_[2];
   mutable const Kernels* kernels_ = nullptr;  // that made them: spp_set_isa may choose others
   mutable Way way_{};
 };
