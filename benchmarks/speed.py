@@ -9,6 +9,9 @@ network that was found on the machine: eager PyTorch in NCHW and channels-last, 
 packed before, ``torch.compile`` with frozen weights, and onnxruntime. All contenders run in turns
 in one process; in each turn a call is made that isn't timed, then some that are; the times are
 medians over the turns. Columns are drawn at random, and every output is compared with float64.
+Memory that one contender frees stays with the process: otherwise glibc hands large outputs back to
+the system call by call, or doesn't, depending on who came before, and whoever gets new pages pays
+for them, up to as much time again as for computing.
 
 Parts: ``layers`` (3×3 of VGG and ResNet, batch 1 and 8), ``pointwise`` (1×1), ``networks``,
 ``training`` (a step of the compact ConvNet against one of the dense one), ``bfloat16`` (some layers
@@ -21,6 +24,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import ctypes
 import io
 import json
 import platform
@@ -85,17 +89,30 @@ def main(argv: list[str] | None = None) -> int:
                 write_report(json.loads(file.read_text()), file)
         return 0
     warnings.filterwarnings("ignore")  # of the exporters and of torch.compile
+    kept = keep_freed_memory()
     rows = []
     for threads in options.threads:
         torch.set_num_threads(threads)
         for row in measure(options.only, options.batch, options.rounds, threads):
-            row["context"] = context(options.rounds)
+            row["context"] = context(options.rounds) | {
+                "freed memory": "kept" if kept else "as ever"
+            }
             rows.append(row)
             print(line(row), flush=True)
             if options.save:
                 save(row)
     right = (row["error"] < (0.02 if row["name"].startswith(HALF) else 1e-5) for row in rows)
     return 0 if all(right) else 1
+
+
+def keep_freed_memory() -> bool:
+    """Have malloc keep what is freed for what comes next, where it is glibc's."""
+    trim_threshold, mmap_threshold = -1, -3  # M_TRIM_THRESHOLD and M_MMAP_THRESHOLD of malloc.h
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    most = 2**25  # the largest mmap threshold that there is
+    return mallopt is not None and all(
+        [mallopt(trim_threshold, 2**30), mallopt(mmap_threshold, most)]
+    )
 
 
 def measure(
