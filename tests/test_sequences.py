@@ -142,7 +142,7 @@ def layers_of(*geometries: Geometry, size=(12, 11), post=(), residual=False) -> 
         "more than every thread copies for itself": layers_of(
             Geometry(5, 20, (3, 3), padding=(1, 1)),
             Geometry(20, 8, (3, 3), padding=(1, 1)),
-            size=(50, 48),
+            size=(170, 160),
         ),
         "a norm first": layers_of(Geometry(3, 5, (3, 3)), Geometry(5, 33, (1, 3)), post=(NORM,)),
     }.items(),
