@@ -212,7 +212,7 @@ class Plan:
             The output, ``(B, N, H', W')``, of the input's type.
         """
         # Which of some variants runs changes the time and nothing else: they add in the same order.
-        key = (*x.shape, x.dtype, torch.get_num_threads())
+        key = (x.shape, x.dtype, torch.get_num_threads())
         way = self._ways.get(key)
         if way is None:
             way = self._ways[key] = self._fastest(x, residual)
@@ -309,10 +309,10 @@ class Plan:
 
     def _backward_way(self, x: Tensor, fused: bool) -> Way:
         threads = torch.get_num_threads()
-        key = (*x.shape, threads, fused)
+        key = (x.shape, threads, fused)
         way = self._ways.get(key)
         if way is None:
-            forward = self._ways.get((*x.shape, torch.float32, threads))
+            forward = self._ways.get((x.shape, torch.float32, threads))
             variant = 0 if forward is None else forward.native.variant
             way = self.way_of(x.shape, torch.float32, variant, threads, with_post=fused)
             self._ways[key] = way

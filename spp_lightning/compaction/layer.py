@@ -26,6 +26,8 @@ from spp_lightning.compaction.ops import (
 
 __all__ = ["ColumnConv2d"]
 
+_AT_ONCE = (torch.float32, torch.bfloat16)  # what the CPU kernels read
+
 
 class ColumnConv2d(nn.Module):
     """A convolution without its pruned columns, and with what follows it computed on the way.
@@ -167,14 +169,15 @@ class ColumnConv2d(nn.Module):
         Returns:
             The output, ``(B, N, H', W')`` or ``(N, H', W')``.
         """
-        if x.dim() == 3:
-            batch = None if residual is None else residual[None]
-            return self.forward(x[None], batch)[0]
-        if not torch.compiler.is_compiling() and self._takes_at_once(x):
+        compiling = torch.compiler.is_compiling()
+        if not compiling and self._takes_at_once(x):
             plan = self._plan_at_once(x, residual)
             if plan is not None:
                 return plan.forward(x, residual)
-        if not torch.compiler.is_compiling() and torch.autograd.forward_ad._current_level >= 0:
+        if x.dim() == 3:
+            batch = None if residual is None else residual[None]
+            return self.forward(x[None], batch)[0]
+        if not compiling and torch.autograd.forward_ad._current_level >= 0:
             return self._in_torch(x, residual)  # the operators have no forward derivatives
         shape, post, alphas = self._numbers
         gradients = torch.is_grad_enabled() and self._needs_grad(x, residual)
@@ -210,24 +213,22 @@ class ColumnConv2d(nn.Module):
             return self.weight, self.bias, self.columns
         return weight, self._parameters["bias"], columns
 
-    def _known(self) -> tuple[cpu.Plan | None, tuple[Tensor, Tensor | None, Tensor]]:
-        # The plan that was made last, if it still fits. That takes a microsecond, plan_for ten.
-        if self._known_plan is not None:
-            plan, tensors, stamp = self._known_plan
-            if (
-                tensors[0] is self._parameters.get("weight")
-                and tensors[1] is self._parameters.get("bias")
-                and tensors[2] is self._buffers.get("columns")
-                and stamp == stamp_of(*tensors)
-            ):
-                return plan, tensors
-        return None, self._tensors()
-
     def _plan_at_once(self, x: Tensor, residual: Tensor | None) -> cpu.Plan | None:
         # What computes the layer, if nothing about it needs the operator.
-        plan, tensors = self._known()
-        weight, bias, columns = tensors
-        if weight.dtype != x.dtype or type(weight) not in (nn.Parameter, Tensor):
+        weight, bias, columns = tensors = self._tensors()
+        # The plan that was made last, if it still fits. That takes a microsecond, plan_for ten.
+        known, plan = self._known_plan, None
+        if (
+            known is not None
+            and known[1] is weight
+            and known[2] is bias
+            and known[3] is columns
+            and known[4] == stamp_of(weight, bias, columns)
+        ):
+            plan = known[0]
+        elif type(weight) not in (nn.Parameter, Tensor):
+            return None
+        if weight.dtype != x.dtype:
             return None
         if torch.is_grad_enabled() and (
             weight.requires_grad or (bias is not None and bias.requires_grad)
@@ -238,7 +239,7 @@ class ColumnConv2d(nn.Module):
         if plan is None:
             plan = cpu.plan_for(weight, columns, bias, self.geometry, self.clamp, self.post)
             if not any(t is not None and t.is_inference() for t in tensors):
-                self._known_plan = (plan, tensors, stamp_of(*tensors))
+                self._known_plan = (plan, *tensors, stamp_of(*tensors))
         return plan
 
     def _adds_at_once(self, x: Tensor, residual: Tensor) -> bool:
@@ -266,8 +267,8 @@ class ColumnConv2d(nn.Module):
             type(x) is Tensor
             and not torch._C._is_tracing()  # whose shapes are tensors
             and x.is_cpu
-            and x.dtype in (torch.float32, torch.bfloat16)
-            and not (torch.is_grad_enabled() and x.requires_grad)
+            and x.dtype in _AT_ONCE
+            and not (x.requires_grad and torch.is_grad_enabled())
             and x.dim() == 4
             and x.shape[1] == self.geometry.channels
             and is_plain(x)
@@ -277,7 +278,7 @@ class ColumnConv2d(nn.Module):
             and not torch._C._len_torch_function_stack()
             and torch._C._functorch.peek_interpreter_stack() is None
             and torch.autograd.forward_ad._current_level < 0
-            and cpu.is_available()
+            and (self._known_plan is not None or cpu.is_available())
         )
 
     def to_dense(self) -> nn.Conv2d:
