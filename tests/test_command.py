@@ -82,6 +82,7 @@ def test_a_module_in_the_current_folder(tmp_path, monkeypatch):
         (["nothing.pt", "-o", "net.spp"], 2, "'nothing.pt' does not exist"),
         (["net.pt"], 2, "Missing option '-o'"),
         (["text.pt", "-o", "net.spp"], 1, "text.pt can't be read as a checkpoint"),
+        (["module.pt", "-o", "net.spp"], 1, "it holds a torch.nn.modules.linear.Linear"),
         (["tensor.pt", "-o", "net.spp"], 1, "must hold a checkpoint or a state dict, got Tensor"),
         (["net.pt", "-o", "net.spp", "--model", "ConvNet"], 2, "must be MODULE:CLASS"),
         (["net.pt", "-o", "net.spp", "--model", "no.such:Net"], 2, "No module named 'no'"),
@@ -100,6 +101,7 @@ def test_a_module_in_the_current_folder(tmp_path, monkeypatch):
 def test_errors(words, code, message, checkpoint, tmp_path):
     (tmp_path / "text.pt").write_text("no checkpoint")
     torch.save(torch.ones(2), tmp_path / "tensor.pt")
+    torch.save(nn.Linear(1, 1), tmp_path / "module.pt")
     before = sorted(tmp_path.iterdir())
     result = run(*words)
     assert result.exit_code == code, result.output

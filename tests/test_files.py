@@ -319,6 +319,9 @@ def refused(path, message="`path` .*net.spp"):
 def test_no_file(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"`path` must be a file, but .*net.spp"):
         load_compact(tmp_path / "net.spp")
+    for call in (load_compact, lambda path: save_compact(nn.Identity(), path)):
+        with pytest.raises(ValueError, match="`path` must be a str or a path, got None"):
+            call(None)
 
 
 @pytest.mark.parametrize("share", [0.0, 0.001, 0.02, 0.5, 0.98, 0.9999])

@@ -315,7 +315,7 @@ def test_a_layer_that_changes_its_type():
     with torch.no_grad():
         half = compact(x)
         compact.float()  # the parameters stay the same objects
-        torch.testing.assert_close(compact(x), half, rtol=0.01, atol=0.01)
+        torch.testing.assert_close(compact(x.float()), half.float(), rtol=0.01, atol=0.01)
         assert torch.equal(compact.bfloat16()(x), half)
 
 
@@ -724,6 +724,51 @@ def test_wrong_arguments_of_a_layer():
         for shape in [(1,), (1, 8, 6, 5), (8, 6, 6), (2, 8, 6, 6)]:
             with pytest.raises(ValueError, match="`residual` must be"):
                 layer(torch.zeros(1, 3, 8, 8), torch.zeros(shape))
+
+
+@pytest.mark.parametrize("wrong", [nn.ConvTranspose2d(3, 8, 3), nn.LazyConv2d(8, 3), None])
+def test_layers_that_are_no_convolutions(wrong):
+    with pytest.raises(ValueError, match=r"`conv` must be an nn\.Conv2d with weights"):
+        ColumnConv2d.of(wrong)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"clamp": (1,)},
+        {"clamp": "relu"},
+        {"clamp": None},
+        {"post": ("max_pool",)},
+        {"post": POOL},
+        {"bias": "b"},
+        {"bias": torch.zeros(8, dtype=torch.float64)},
+        {"weight": torch.zeros(8, 2, dtype=torch.int64)},
+    ],
+    ids=str,
+)
+def test_wrong_types_of_a_layer(wrong):
+    given = {"weight": torch.zeros(8, 2), "columns": columns(1, 2)} | wrong
+    with pytest.raises(ValueError, match=f"`{next(iter(wrong))}`.* must be"):
+        ColumnConv2d(Geometry(3, 8, (3, 3)), **given)
+
+
+@pytest.mark.parametrize(
+    "wrong", [None, "x", torch.zeros(1, 3, 8, 8, dtype=torch.float64)], ids=type
+)
+@pytest.mark.parametrize("grad", [False, True])
+def test_wrong_inputs_of_a_layer(wrong, grad):
+    layer, x = ColumnConv2d.of(pruned()), torch.zeros(1, 3, 8, 8)
+    with torch.set_grad_enabled(grad):
+        with pytest.raises(ValueError, match="`x` must be"):
+            layer(wrong)
+        with pytest.raises(ValueError, match="`x` must be on the layer's device, cpu, got meta"):
+            layer(x.to("meta"))
+        if wrong is not None:
+            with pytest.raises(ValueError, match="`residual` must be"):
+                layer(x, wrong)
+        with torch.autocast("cpu"):
+            y = layer(x.double() + 1)
+        torch.testing.assert_close(y, layer(x + 1).to(y.dtype))
 
 
 def test_empty_batches_and_layers():

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from spp_lightning.compaction.bench import difference, measure
 from spp_lightning.compaction.dense import to_dense
-from spp_lightning.compaction.files import load_compact, save_compact
+from spp_lightning.compaction.files import load_compact, save_compact, why
 from spp_lightning.compaction.layer import ColumnConv2d
 from spp_lightning.compaction.transform import compact
 from spp_lightning.layers import is_convolution
@@ -115,7 +115,7 @@ def _load(checkpoint: Path, model_name: str) -> nn.Module:
     except Exception as error:  # torch raises a different one for every way a file can be bad
         raise click.ClickException(
             f"{checkpoint} can't be read as a checkpoint, a file that torch.save has written:"
-            f" {str(error).splitlines()[0]}"
+            f" {why(error)}"
         ) from error
     if not isinstance(content, dict):
         raise click.ClickException(

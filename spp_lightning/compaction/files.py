@@ -7,6 +7,7 @@ import hashlib
 import io
 import json
 import os
+import re
 import secrets
 import zipfile
 from pathlib import Path
@@ -36,7 +37,7 @@ def save_compact(model: nn.Module, path: str | Path) -> None:
 
     Raises:
         ValueError: If ``model`` isn't a compact network, or holds a layer or a function that a
-            file can't hold; or ``path`` is there and isn't a file.
+            file can't hold; or ``path`` isn't a path, or is there and isn't a file.
         FileNotFoundError: If there is no folder for it.
         OSError: If it can't be written.
 
@@ -50,6 +51,7 @@ def save_compact(model: nn.Module, path: str | Path) -> None:
     >>> torch.equal(again(x), net(x))
     True
     """
+    _check_path(path)
     if not isinstance(model, fx.GraphModule):
         raise ValueError(
             "`model` must be a network that `compact` made of a traceable one (a"
@@ -94,8 +96,10 @@ def load_compact(path: str | Path) -> fx.GraphModule:
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ValueError: If it isn't a compact network's, is of another version, or damaged.
+        ValueError: If ``path`` isn't a path, or the file isn't a compact network's, is of another
+            version, or damaged.
     """
+    _check_path(path)
     if not Path(path).is_file():
         raise FileNotFoundError(f"`path` must be a file, but {Path(path).absolute()} isn't one.")
     with torch.device("cpu"):  # whatever the default device is
@@ -105,7 +109,7 @@ def load_compact(path: str | Path) -> fx.GraphModule:
             return rebuild_graph(data, unpack(data["tensors"], payload))
         except Exception as error:  # a wrong file can be wrong in any way
             raise ValueError(
-                f"`path` (={path}) holds no network that can be loaded: {_line(error)}"
+                f"`path` (={path}) holds no network that can be loaded: {why(error)}"
             ) from error
 
 
@@ -119,7 +123,7 @@ def _read(path: str | Path) -> tuple[str, bytes]:
         content: Any = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises a different one for every way a file can be bad
         raise ValueError(
-            f"`path` (={path}) isn't a compact network's file, or is damaged: {_line(error)}"
+            f"`path` (={path}) isn't a compact network's file, or is damaged: {why(error)}"
         ) from error
     if not isinstance(content, dict) or content.get("format") != _FORMAT:
         raise ValueError(
@@ -144,9 +148,18 @@ def _checksum(structure: str, payload: bytes) -> str:
     return hashlib.sha256(structure.encode() + b"\0" + payload).hexdigest()
 
 
-def _line(error: Exception) -> str:
-    first = (str(error).splitlines() or [""])[0]
-    return f"{type(error).__name__}: {first}"
+def _check_path(path: object) -> None:
+    if not isinstance(path, (str, os.PathLike)):
+        raise ValueError(f"`path` must be a str or a path, got {path!r}.")
+
+
+def why(error: Exception) -> str:
+    """Why a file can't be loaded, in one line, of what torch says about it in many."""
+    text = str(error)
+    foreign = re.search(r"Unsupported (?:global|class): GLOBAL (\S+)", text)
+    if foreign:
+        return f"it holds a {foreign[1]}, which isn't read, since that may run code"
+    return f"{type(error).__name__}: {(text.splitlines() or [''])[0]}"
 
 
 def _replace(path: Path, content: memoryview) -> None:

@@ -12,6 +12,7 @@ from spp_lightning.compaction.tracing import (
     add_operands,
     as_clamp,
     as_plane_op,
+    shape_of,
     single_user,
 )
 
@@ -44,6 +45,8 @@ def chain_after(graph: fx.GraphModule, conv: Node) -> Chain:
         if operands is not None and chain.residual is None and fresh and not chain.post:
             first, second = operands
             if first is second or "get_attr" in (first.op, second.op):  # the latter has no batch
+                break
+            if 1 in (shape_of(first) or ())[2:]:  # of larger pictures one may be broadcast
                 break
             chain.residual = second if first is chain.end else first
         # A clamp behind a max pool does the same in front of it.

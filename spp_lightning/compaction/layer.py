@@ -6,8 +6,9 @@ import math
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.nn import functional as F
+from torch.nn.parameter import UninitializedParameter
 
 from spp_lightning.compaction import cpu
 from spp_lightning.compaction.geometry import (
@@ -42,12 +43,12 @@ class ColumnConv2d(nn.Module):
         columns: Which they are, ``(columns,)``, int32, ascending: column (c, i, j) is
             ``(c · kh + i) · kw + j``, c counted over all convolution groups.
         bias: One per filter, ``(filters,)``, or None.
-        clamp: Limits of the output; ReLU is ``(0, inf)``.
+        clamp: Limits of the output, the lower one first; ReLU is ``(0, inf)``.
         post: Operations on the planes of the clamped output.
 
     Raises:
         ValueError: If an argument is of another type, the shapes don't fit, or ``columns`` aren't
-            ascending or don't exist.
+            ascending or don't exist; when it is called, if an input doesn't fit.
 
     >>> conv = nn.Conv2d(3, 8, 3, padding=1)
     >>> with torch.no_grad():
@@ -78,12 +79,15 @@ class ColumnConv2d(nn.Module):
                 f"`geometry` must be a Geometry, got {geometry!r}; to make a layer of an nn.Conv2d,"
                 " call `ColumnConv2d.of(conv)`."
             )
-        for name, tensor in (("weight", weight), ("columns", columns)):
-            if not isinstance(tensor, Tensor):
+        for name, tensor in (("weight", weight), ("columns", columns), ("bias", bias)):
+            if not isinstance(tensor, Tensor) and not (name == "bias" and tensor is None):
                 raise ValueError(f"`{name}` must be a tensor, got {tensor!r}.")
+        if not weight.is_floating_point() or (bias is not None and bias.dtype != weight.dtype):
+            given = weight.dtype if bias is None else f"{weight.dtype} and {bias.dtype}"
+            raise ValueError(f"`weight` and `bias` must be of one floating dtype, got {given}.")
         geometry.check()
-        for op in post:
-            op.check()
+        _check_limits(clamp)
+        _check_post(post)
         cpu.check_columns(columns, geometry)
         shape = (geometry.filters // geometry.groups, len(columns))
         if tuple(weight.shape) != shape:
@@ -94,8 +98,8 @@ class ColumnConv2d(nn.Module):
         if bias is not None and tuple(bias.shape) != (geometry.filters,):
             raise ValueError(f"`bias` must be ({geometry.filters},), got {tuple(bias.shape)}.")
         self.geometry = geometry
-        self.clamp = clamp
-        self.post = post
+        self.clamp = Clamp(*clamp)
+        self.post = tuple(post)
         self.weight = nn.Parameter(weight.detach().clone())
         own = None if bias is None else nn.Parameter(bias.detach().clone())
         self.register_parameter("bias", own)
@@ -114,8 +118,11 @@ class ColumnConv2d(nn.Module):
         """The same convolution as a layer, without the columns that are all 0.
 
         Raises:
-            ValueError: If the layer's padding isn't zeros of one number per side.
+            ValueError: If ``conv`` isn't an ``nn.Conv2d``, has no weights yet, or its padding isn't
+                zeros of one number per side.
         """
+        if not isinstance(conv, nn.Conv2d) or isinstance(conv.weight, UninitializedParameter):
+            raise ValueError(f"`conv` must be an nn.Conv2d with weights, got {conv!r}.")
         geometry = Geometry.of(conv)
         weight, columns = kept_columns(conv.weight.detach(), geometry)
         layer = cls(geometry, weight, columns, conv.bias, clamp, post)
@@ -168,12 +175,19 @@ class ColumnConv2d(nn.Module):
 
         Returns:
             The output, ``(B, N, H', W')`` or ``(N, H', W')``.
+
+        Raises:
+            ValueError: If an input is no tensor, of another shape than the layer's, or on another
+                device, or of another dtype outside autocast.
         """
         compiling = torch.compiler.is_compiling()
         if not compiling and self._takes_at_once(x):
             plan = self._plan_at_once(x, residual)
             if plan is not None:
                 return plan.forward(x, residual)
+        self._check_input("x", x)
+        if residual is not None:
+            self._check_input("residual", residual)
         if x.dim() == 3:
             batch = None if residual is None else residual[None]
             return self.forward(x[None], batch)[0]
@@ -188,6 +202,20 @@ class ColumnConv2d(nn.Module):
         # Step by step, so that the backward pass finds the convolution's output.
         y = column_conv2d(x, self.weight, self.columns, self.bias, shape)
         return self._after_convolution(y, residual)
+
+    def _check_input(self, name: str, x: Tensor) -> None:
+        if not isinstance(x, (Tensor, fx.Proxy)):
+            raise ValueError(f"`{name}` must be a tensor, got {type(x).__name__}.")
+        if x.device != self.weight.device:
+            raise ValueError(
+                f"`{name}` must be on the layer's device, {self.weight.device}, got {x.device}."
+            )
+        other = x.is_floating_point() and x.dtype != self.weight.dtype
+        if other and not torch.is_autocast_enabled(x.device.type):
+            raise ValueError(
+                f"`{name}` must be of the layer's type, {self.weight.dtype}, got {x.dtype};"
+                " convert one of them, or use torch.autocast."
+            )
 
     def _in_torch(self, x: Tensor, residual: Tensor | None) -> Tensor:
         g = self.geometry
@@ -327,3 +355,19 @@ def stamp_of(weight: Tensor, bias: Tensor | None, columns: Tensor) -> tuple[int,
     """What changes when a tensor's values do."""
     counts = (weight._version, weight.data_ptr(), columns._version, columns.data_ptr())
     return counts if bias is None else (*counts, bias._version, bias.data_ptr())
+
+
+def _check_limits(clamp: object) -> None:
+    if (
+        not isinstance(clamp, tuple)
+        or len(clamp) != 2
+        or not all(isinstance(x, (int, float)) for x in clamp)
+    ):
+        raise ValueError(f"`clamp` must be two numbers, such as (0, inf), got {clamp!r}.")
+
+
+def _check_post(post: object) -> None:
+    if not isinstance(post, (tuple, list)) or not all(isinstance(x, PlaneOp) for x in post):
+        raise ValueError(f"`post` must be a tuple of PlaneOps, got {post!r}.")
+    for op in post:
+        op.check()

@@ -28,6 +28,7 @@ __all__ = [
     "shape_of",
     "single_user",
     "trace",
+    "trace_as_it_is",
 ]
 
 Node = fx.Node
@@ -83,16 +84,24 @@ def trace(model: nn.Module, inputs: tuple[Tensor, ...]) -> fx.GraphModule:
     Raises:
         Exception: Whatever the network raises that can't be traced.
     """
-    tracer = _Tracer(autowrap_functions=(local_response_norm,))
-    graph = tracer.trace(model)
-    traced = fx.GraphModule(model, graph, type(model).__name__)
+    traced = trace_as_it_is(model)
     _write_nothing_in_place(traced)
     traced.graph.eliminate_dead_code()
     traced.recompile()
-    traced.eval()
     with torch.no_grad():
         ShapeProp(traced).propagate(*inputs)
     return traced
+
+
+def trace_as_it_is(model: nn.Module) -> fx.GraphModule:
+    """The graph of a network, in evaluation mode, with whatever it writes in place.
+
+    Raises:
+        Exception: Whatever the network raises that can't be traced.
+    """
+    tracer = _Tracer(autowrap_functions=(local_response_norm,))
+    graph = tracer.trace(model)
+    return fx.GraphModule(model, graph, type(model).__name__).eval()
 
 
 _IN_PLACE = {
@@ -101,7 +110,8 @@ _IN_PLACE = {
 } | {torch.relu_: torch.relu, F.relu_: torch.relu, F.elu_: F.elu, F.leaky_relu_: F.leaky_relu}
 _ALIASES = (
     *("view", "reshape", "flatten", "transpose", "permute", "squeeze", "unsqueeze", "chunk"),
-    *("split", "contiguous", "detach", "expand", "narrow", "getitem", "t", "to"),
+    *("split", "contiguous", "detach", "expand", "narrow", "getitem", "t", "to", "unbind"),
+    *("select", "unflatten", "dropout"),
 )
 
 
@@ -119,15 +129,23 @@ def _write_nothing_in_place(graph: fx.GraphModule) -> None:
         written = node.args[0] if node.args else node.kwargs.get("input")
         if not isinstance(written, Node):
             raise ValueError(f"{node.name} writes in place to something that isn't a tensor")
-        if written.op == "placeholder":
-            raise ValueError(f"{node.name} writes in place to the network's input")
-        if _is_alias(graph, written) or any(
-            _is_alias(graph, user) and place[user] < place[node] for user in written.users
-        ):
-            raise ValueError(f"{node.name} writes in place to a part or a view of a tensor")
-        for user in list(written.users):
-            if place[user] > place[node]:
-                user.replace_input_with(written, node)
+        base = _base(graph, written)
+        if base.op in ("placeholder", "get_attr"):
+            owner = "input" if base.op == "placeholder" else f"own tensor {base.target}"
+            raise ValueError(f"{node.name} writes in place to the network's {owner}")
+        later = [user for user in written.users if place[user] > place[node]]
+        same_memory = [base]
+        for tensor in same_memory:  # which grows
+            views = (x for x in tensor.users if place[x] < place[node] and _is_alias(graph, x))
+            same_memory.extend(views)
+            readers = (x for x in tensor.users if place[x] > place[node] and not _asks_shape(x))
+            if tensor is not written and any(readers):
+                raise ValueError(
+                    f"{node.name} writes in place to a part or a view of {base.name}, which is"
+                    " read later by another name"
+                )
+        for user in later:
+            user.replace_input_with(written, node)
     for module in graph.modules():
         if id(module) in modules:
             vars(module)["inplace"] = False  # the network is a copy
@@ -150,6 +168,20 @@ def _made_out_of_place(graph: fx.GraphModule, node: Node) -> bool:
     if node.op == "call_function" and node.target is operator.setitem:
         raise ValueError(f"{node.name} writes to a part of a tensor")
     return False
+
+
+def _base(graph: fx.GraphModule, node: Node) -> Node:
+    """The tensor that a node is a view of, or the node itself."""
+    while _is_alias(graph, node) and node.all_input_nodes:
+        node = node.all_input_nodes[0]
+    return node
+
+
+def _asks_shape(node: Node) -> bool:
+    """Whether a node asks a tensor for something that isn't in its memory."""
+    if node.op == "call_method":
+        return node.target in ("size", "dim", "numel")
+    return node.target is getattr and node.args[1] in ("shape", "ndim", "dtype", "device")
 
 
 def _is_alias(graph: fx.GraphModule, node: Node) -> bool:

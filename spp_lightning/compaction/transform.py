@@ -25,7 +25,7 @@ from spp_lightning.compaction.fusing import Chain, chain_after
 from spp_lightning.compaction.geometry import Clamp, Geometry
 from spp_lightning.compaction.layer import ColumnConv2d
 from spp_lightning.compaction.sequences import join
-from spp_lightning.compaction.tracing import module_of, shape_of, trace
+from spp_lightning.compaction.tracing import module_of, shape_of, trace, trace_as_it_is
 from spp_lightning.masking import is_masked
 
 __all__ = ["compact"]
@@ -47,7 +47,8 @@ def compact(
     rounding, for inputs of any batch size.
 
     Networks that ``torch.fx`` can't trace keep their own ``forward``; their convolutions are
-    replaced one by one, and nothing is fused.
+    replaced one by one, and nothing is fused. Where the whole network is faster dense, its graph
+    comes back with all layers dense. Warnings say so.
 
     Args:
         model: The pruned network; it is left as it was.
@@ -57,11 +58,13 @@ def compact(
             keeps its batch norms, as it should for training it further.
 
     Returns:
-        The compact network, on the device of ``model``.
+        The compact network, on the device of ``model``: a ``torch.fx.GraphModule``, or a network
+        of the class of ``model`` if it can't be traced.
 
     Raises:
         ValueError: If ``model`` isn't a network or is still being pruned, ``example_input`` isn't
-            a tensor or a tuple of tensors, the network fails for it, or ``fold`` isn't a bool.
+            a tensor or a tuple of tensors, one of the two has no values (device "meta"), the
+            network fails for the example, or ``fold`` isn't a bool.
 
     >>> net = nn.Sequential(nn.Conv2d(3, 16, 3, padding=1), nn.ReLU(), nn.Conv2d(16, 8, 3))
     >>> with torch.no_grad():
@@ -116,6 +119,9 @@ def _check(model: nn.Module, inputs: tuple[Tensor, ...]) -> None:
             "`example_input` must be a tensor, a batch of inputs, or a tuple of tensors, got"
             f" {', '.join(wrong) or 'an empty tuple'}."
         )
+    for name, tensors in (("model", model.state_dict().values()), ("example_input", inputs)):
+        if any(isinstance(x, Tensor) and x.is_meta for x in tensors):
+            raise ValueError(f"`{name}` must hold values, but has tensors on the device meta.")
     masked = [name for name, layer in model.named_modules() if is_masked(layer)]
     if masked:
         raise ValueError(
@@ -284,8 +290,8 @@ def _is_surely_faster(graph: fx.GraphModule) -> bool:
 
 
 def _faster(compacted: nn.Module, original: nn.Module, inputs: tuple[Tensor, ...]) -> nn.Module:
-    """The compact network, or a copy of the original one where that is faster."""
-    dense = copy.deepcopy(original).eval()
+    """The compact network, or the original one's graph, as it is, where that is faster."""
+    dense = trace_as_it_is(copy.deepcopy(original).eval())
     with torch.no_grad():
         dense_ms, compact_ms = interleaved_ms(
             [lambda: dense(*inputs), lambda: compacted(*inputs)], _ROUNDS, turn=0
