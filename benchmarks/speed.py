@@ -416,7 +416,6 @@ def summary(rows: list[dict[str, Any]]) -> Iterator[str]:
 def write_report(rows: list[dict[str, Any]], file: Path) -> None:
     """Write the Markdown beside a file of rows."""
     head = "| layer or network | threads | dense | R = 0 | 0.5 | 0.75 | 0.9 | error |"
-    contexts = sorted({json.dumps(x["context"], ensure_ascii=False) for x in rows})
     text = [
         "# Speed of column-pruned convolutions on a CPU",
         "",
@@ -433,9 +432,24 @@ def write_report(rows: list[dict[str, Any]], file: Path) -> None:
         "",
         "`python benchmarks/speed.py --save`; random columns, random weights; float32 where a row",
         "doesn't say otherwise; medians.",
-        *(", ".join(f"{k} {v}" for k, v in json.loads(x).items()) + "." for x in contexts),
+        *context_lines(rows),
     ]
     file.with_suffix(".md").write_text("\n".join(text) + "\n")
+
+
+def context_lines(rows: list[dict[str, Any]]) -> Iterator[str]:
+    """What rows were measured with; where that differs, most rows' first, then which others'."""
+    rows_of: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        text = ", ".join(f"{key} {value}" for key, value in row["context"].items())
+        rows_of.setdefault(text, []).append(row)
+    for i, text in enumerate(sorted(rows_of, key=lambda x: -len(rows_of[x]))):
+        if i == 0:
+            yield f"{text}."
+            continue
+        for threads in sorted({row["threads"] for row in rows_of[text]}):
+            names = [row["name"] for row in rows_of[text] if row["threads"] == threads]
+            yield f"\n{'; '.join(names)} (threads: {threads}): {text}."
 
 
 if __name__ == "__main__":

@@ -310,10 +310,11 @@ def content(tmp_path_factory):
     return path.read_bytes()
 
 
-def refused(path, message="`path` .*net.spp"):
-    with pytest.raises(ValueError, match=message) as caught:
+def refusal(path):
+    """What is said of a file that isn't loaded, behind its path."""
+    with pytest.raises(ValueError, match=r"^`path` \(=") as caught:
         load_compact(path)
-    assert str(path) in str(caught.value)
+    return str(caught.value).removeprefix(f"`path` (={path}) ")
 
 
 def test_no_file(tmp_path):
@@ -327,7 +328,7 @@ def test_no_file(tmp_path):
 @pytest.mark.parametrize("share", [0.0, 0.001, 0.02, 0.5, 0.98, 0.9999])
 def test_truncated(share, content, tmp_path):
     (tmp_path / "net.spp").write_bytes(content[: int(share * len(content))])
-    refused(tmp_path / "net.spp")
+    assert "is cut short" in refusal(tmp_path / "net.spp")
 
 
 def test_flipped_bits_never_pass(content, tmp_path):
@@ -357,24 +358,34 @@ class Evil:
 
 
 @pytest.mark.parametrize(
-    "foreign",
-    [torch.ones(3), {"conv1.weight": torch.ones(2)}, checkpoint(), [1, 2], nn.Linear(2, 2), Evil()],
-    ids=["tensor", "state dict", "checkpoint", "list", "pickled network", "pickled command"],
+    ("foreign", "message"),
+    [
+        *((torch.ones(3), "another file of torch"), ([1, 2], "another file of torch")),
+        ({"conv1.weight": torch.ones(2)}, "another file of torch"),
+        (checkpoint(), "another file of torch"),
+        (nn.Linear(2, 2), "it holds a torch.nn.modules.linear.Linear, which isn't read"),
+        (Evil(), "it holds a posix.system, which isn't read"),
+    ],
+    ids=["tensor", "list", "state dict", "checkpoint", "pickled network", "pickled command"],
 )
-def test_foreign_files_of_torch(foreign, tmp_path, capfd):
+def test_foreign_files_of_torch(foreign, message, tmp_path, capfd):
     torch.save(foreign, tmp_path / "net.spp")
-    refused(tmp_path / "net.spp")
+    assert message in refusal(tmp_path / "net.spp")
     assert "evil" not in capfd.readouterr().out
 
 
 @pytest.mark.parametrize(
     "foreign",
-    [os.urandom(2000), b"PK\x03\x04" + bytes(500), pickle.dumps({"format": "x"}), b"text\n" * 50],
-    ids=["random", "zip", "pickle", "text"],
+    [
+        *(os.urandom(2000), b"PK\x03\x04" + bytes(500), pickle.dumps({"format": "x"})),
+        *(b"text\n" * 50, b"", b"GIF89a"),
+    ],
+    ids=["random", "zip", "pickle", "text", "nothing", "picture"],
 )
 def test_foreign_files(foreign, tmp_path):
     (tmp_path / "net.spp").write_bytes(foreign)
-    refused(tmp_path / "net.spp")
+    said = refusal(tmp_path / "net.spp")
+    assert said.startswith("must be a file that `save_compact` wrote; it is none of torch's")
 
 
 def rewritten(content, path, change=None, **parts):
@@ -398,7 +409,7 @@ def test_rewriting_alone_is_fine(content, tmp_path):
 @pytest.mark.parametrize(
     ("parts", "message"),
     [
-        ({"version": 2}, "of version 2 .* reads version 1"),
+        ({"version": 2}, "is of version 2 of the format; this spp_lightning reads version 1."),
         ({"format": "other"}, "must be a file that `save_compact` wrote"),
         ({"payload": None}, "parts of it are missing"),
         ({"checksum": "0"}, "its checksum is wrong"),
@@ -407,7 +418,7 @@ def test_rewriting_alone_is_fine(content, tmp_path):
 )
 def test_wrong_parts(parts, message, content, tmp_path):
     rewritten(content, tmp_path / "net.spp", **parts)
-    refused(tmp_path / "net.spp", message)
+    assert message in refusal(tmp_path / "net.spp")
 
 
 def node(op, target, *args, **kwargs):
@@ -525,16 +536,8 @@ INJECTION = "x'); import os; os.system('echo evil') #"
 )
 def test_structures_that_are_wrong_or_mean_harm(change, content, tmp_path, capfd):
     rewritten(content, tmp_path / "net.spp", change)
-    with pytest.raises(ValueError, match="holds no network that can be loaded: ") as caught:
-        load_compact(tmp_path / "net.spp")
-    assert "net.spp" in str(caught.value)
+    assert refusal(tmp_path / "net.spp").startswith("holds no network that can be loaded: ")
     assert "evil" not in capfd.readouterr().out
-
-
-@pytest.mark.parametrize("text", [b"", b"hello", b"GIF89a"], ids=["nothing", "text", "picture"])
-def test_a_file_that_is_none_of_torch(text, tmp_path):
-    (tmp_path / "net.spp").write_bytes(text)
-    refused(tmp_path / "net.spp", "`path` .* must be a file that `save_compact` wrote; it is none")
 
 
 @pytest.mark.parametrize("kernel", [(2, 2), (3, 5)])

@@ -7,6 +7,7 @@ import hashlib
 import io
 import json
 import os
+import pickle
 import re
 import secrets
 import zipfile
@@ -156,9 +157,11 @@ def _check_path(path: object) -> None:
 def why(error: Exception) -> str:
     """Why a file can't be loaded, in one line, of what torch says about it in many."""
     text = str(error)
-    foreign = re.search(r"Unsupported (?:global|class): GLOBAL (\S+)", text)
-    if foreign:
-        return f"it holds a {foreign[1]}, which isn't read, since that may run code"
+    if isinstance(error, pickle.UnpicklingError):  # whose text advises to trust the file
+        found = re.search(r"GLOBAL (\S+)", text)
+        if found is None:
+            return "what it holds can't be read as tensors and plain data"
+        return f"it holds a {found[1]}, which isn't read, since that may run code"
     return f"{type(error).__name__}: {(text.splitlines() or [''])[0]}"
 
 

@@ -112,6 +112,21 @@ class Clamp(NamedTuple):
     low: float = -math.inf
     high: float = math.inf
 
+    @classmethod
+    def of(cls, limits: object) -> Clamp:
+        """The limits that a pair of numbers, (low, high), stands for.
+
+        Raises:
+            ValueError: If it isn't one.
+        """
+        if (
+            not isinstance(limits, tuple)
+            or len(limits) != 2
+            or not all(type(x) is float or type(x) is int for x in limits)
+        ):
+            raise ValueError(f"`clamp` must be two numbers, such as (0, inf), got {limits!r}.")
+        return cls(*limits)
+
 
 class PlaneOp(NamedTuple):
     """An operation on each plane of a convolution's output.

@@ -79,14 +79,14 @@ class ColumnConv2d(nn.Module):
                 f"`geometry` must be a Geometry, got {geometry!r}; to make a layer of an nn.Conv2d,"
                 " call `ColumnConv2d.of(conv)`."
             )
-        for name, tensor in (("weight", weight), ("columns", columns), ("bias", bias)):
-            if not isinstance(tensor, Tensor) and not (name == "bias" and tensor is None):
+        given = {"weight": weight, "columns": columns} | ({} if bias is None else {"bias": bias})
+        for name, tensor in given.items():
+            if not isinstance(tensor, Tensor):
                 raise ValueError(f"`{name}` must be a tensor, got {tensor!r}.")
         if not weight.is_floating_point() or (bias is not None and bias.dtype != weight.dtype):
-            given = weight.dtype if bias is None else f"{weight.dtype} and {bias.dtype}"
-            raise ValueError(f"`weight` and `bias` must be of one floating dtype, got {given}.")
+            dtypes = weight.dtype if bias is None else f"{weight.dtype} and {bias.dtype}"
+            raise ValueError(f"`weight` and `bias` must be of one floating dtype, got {dtypes}.")
         geometry.check()
-        _check_limits(clamp)
         _check_post(post)
         cpu.check_columns(columns, geometry)
         shape = (geometry.filters // geometry.groups, len(columns))
@@ -98,7 +98,7 @@ class ColumnConv2d(nn.Module):
         if bias is not None and tuple(bias.shape) != (geometry.filters,):
             raise ValueError(f"`bias` must be ({geometry.filters},), got {tuple(bias.shape)}.")
         self.geometry = geometry
-        self.clamp = Clamp(*clamp)
+        self.clamp = Clamp.of(clamp)
         self.post = tuple(post)
         self.weight = nn.Parameter(weight.detach().clone())
         own = None if bias is None else nn.Parameter(bias.detach().clone())
@@ -355,15 +355,6 @@ def stamp_of(weight: Tensor, bias: Tensor | None, columns: Tensor) -> tuple[int,
     """What changes when a tensor's values do."""
     counts = (weight._version, weight.data_ptr(), columns._version, columns.data_ptr())
     return counts if bias is None else (*counts, bias._version, bias.data_ptr())
-
-
-def _check_limits(clamp: object) -> None:
-    if (
-        not isinstance(clamp, tuple)
-        or len(clamp) != 2
-        or not all(isinstance(x, (int, float)) for x in clamp)
-    ):
-        raise ValueError(f"`clamp` must be two numbers, such as (0, inf), got {clamp!r}.")
 
 
 def _check_post(post: object) -> None:

@@ -151,7 +151,6 @@ def _column_conv(
     # The kernels rely on these numbers: nothing of them may come from a file unchecked.
     g = Geometry(*geometry)
     counts = (g.channels, g.filters, g.groups, *g.kernel_size, *g.stride, *g.dilation)
-    weight, bias = tensors["weight"], tensors.get("bias")
     if (
         not _are_ints(*counts, least=1)
         or not _are_ints(*g.padding, least=0)
@@ -160,10 +159,6 @@ def _column_conv(
         or g.filters % g.groups
     ):
         raise ValueError(f"{g} isn't the geometry of a convolution")
-    if not weight.is_floating_point() or (bias is not None and bias.dtype != weight.dtype):
-        raise ValueError("a convolution's weight and bias must be of one floating dtype")
-    if not all(type(x) is float or type(x) is int for x in clamp):
-        raise ValueError(f"{clamp!r} aren't limits")
     ops = tuple(PlaneOp(*op) for op in post)
     for op in ops:
         if (
@@ -177,7 +172,9 @@ def _column_conv(
         ):
             raise ValueError(f"{op} isn't an operation on planes")
         op.check()
-    return ColumnConv2d(g, weight, tensors["columns"], bias, Clamp(*clamp), ops)
+    return ColumnConv2d(
+        g, tensors["weight"], tensors["columns"], tensors.get("bias"), Clamp.of(clamp), ops
+    )
 
 
 def _are_ints(*numbers: object, least: int) -> bool:

@@ -44,7 +44,7 @@ def compact(
     reads any more are removed with the filters that make them; batch norms, additions, ReLUs and
     pools that follow a convolution are computed together with it. Layers that are faster dense
     stay dense. The result is in evaluation mode and computes what ``model.eval()`` computes, up to
-    rounding, for inputs of any batch size.
+    rounding, for batches and pictures of any size that the network takes.
 
     Networks that ``torch.fx`` can't trace keep their own ``forward``; their convolutions are
     replaced one by one, and nothing is fused. Where the whole network is faster dense, its graph
