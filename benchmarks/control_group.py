@@ -286,7 +286,14 @@ def ranks_agree(contender: str, folder: Path) -> Cell:
     if not (folder / "rank1.pt").is_file():
         options = ["--accelerator=cpu", "--devices=2", "--strategy=ddp", "--main-port=29583"]
         script = [__file__, "--ranks", str(folder)]
-        command = [sys.executable, "-m", "spp_lightning.launcher", "run", *options, *script]
+        command = [
+            sys.executable,
+            "-m",
+            "spp_lightning.training.launcher",
+            "run",
+            *options,
+            *script,
+        ]
         environment = os.environ | {"OMP_NUM_THREADS": "1"}
         subprocess.run(command, check=True, capture_output=True, env=environment)
     ours, theirs = (torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in (0, 1))

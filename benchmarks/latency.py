@@ -22,7 +22,7 @@ from reproduction.schedules import SCHEDULES
 from reproduction.training import Run, context
 
 from spp_lightning import compact
-from spp_lightning.compaction.bench import interleaved_ms
+from spp_lightning.compaction.timing import interleaved_ms
 
 ROOT = Path(__file__).resolve().parents[1]
 BATCHES = (64, 1)

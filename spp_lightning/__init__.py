@@ -1,18 +1,22 @@
 """Structured Probabilistic Pruning for PyTorch Lightning."""
 
-from spp_lightning.callback import SPPCallback
-from spp_lightning.compaction import (
-    ColumnConv2d,
-    compact,
-    load_compact,
-    save_compact,
-    to_dense,
-)
-from spp_lightning.convnet import ConvNet
-from spp_lightning.data import CIFAR10DataModule, DigitsDataModule
-from spp_lightning.launch_env import launcher_options
-from spp_lightning.macs import count_macs
-from spp_lightning.pruner import SPPPruner
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from spp_lightning.compaction.file.container import load_compact, save_compact
+    from spp_lightning.compaction.graph.to_dense import to_dense
+    from spp_lightning.compaction.layers.column_conv import ColumnConv2d
+    from spp_lightning.compaction.macs import count_macs
+    from spp_lightning.compaction.pipeline import compact
+    from spp_lightning.data.cifar10 import CIFAR10DataModule
+    from spp_lightning.data.digits import DigitsDataModule
+    from spp_lightning.method.pruner import SPPPruner
+    from spp_lightning.models.convnet import ConvNet
+    from spp_lightning.training.callback import SPPCallback
+    from spp_lightning.training.launcher import launcher_options
 
 __all__ = [
     "CIFAR10DataModule",
@@ -28,3 +32,31 @@ __all__ = [
     "save_compact",
     "to_dense",
 ]
+
+# Each name is loaded when it is first used: running a compact network needs no Lightning.
+_HOMES = {
+    "CIFAR10DataModule": "data.cifar10",
+    "ColumnConv2d": "compaction.layers.column_conv",
+    "ConvNet": "models.convnet",
+    "DigitsDataModule": "data.digits",
+    "SPPCallback": "training.callback",
+    "SPPPruner": "method.pruner",
+    "compact": "compaction.pipeline",
+    "count_macs": "compaction.macs",
+    "launcher_options": "training.launcher",
+    "load_compact": "compaction.file.container",
+    "save_compact": "compaction.file.container",
+    "to_dense": "compaction.graph.to_dense",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *_HOMES]

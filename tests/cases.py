@@ -7,9 +7,9 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from spp_lightning.compaction import cpu
-from spp_lightning.compaction.geometry import Clamp, Geometry, PlaneOp
-from spp_lightning.convnet import LRN_ALPHA
+from spp_lightning.compaction.epilogue import LRN_ALPHA, Clamp, PlaneOp
+from spp_lightning.compaction.geometry import Geometry
+from spp_lightning.compaction.kernels.cpu import plan as cpu
 
 SENTINEL = 12345.0
 ROOM = 512  # floats of a guard on each side

@@ -9,8 +9,10 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
-from spp_lightning import moves, native
-from spp_lightning.compaction import cpu
+from spp_lightning import native
+from spp_lightning.compaction.kernels.cpu import library
+from spp_lightning.compaction.kernels.cpu import plan as cpu
+from spp_lightning.method import ordering
 
 TARGETS = [21, 54]  # to prune of TinyModule's 27 and 72 columns at 4x
 
@@ -106,16 +108,16 @@ def any_way():
 @pytest.fixture(params=["base", "avx2", "avx512"])
 def isa(request):
     """Each instruction set that this machine has."""
-    library, best = cpu.library(), cpu.instruction_set()
-    if not library.spp_set_isa(request.param.encode()):
+    functions, best = library.library(), library.instruction_set()
+    if not functions.spp_set_isa(request.param.encode()):
         pytest.skip(f"no {request.param} here")
     yield request.param
-    library.spp_set_isa(best.encode())
+    functions.spp_set_isa(best.encode())
 
 
 def look_for_library():
     """Look anew for the C++ library, where a test has hidden or shown it."""
-    for cached in (native.library, moves._library, cpu.library):
+    for cached in (native.library, ordering._library, library.library):
         cached.cache_clear()
 
 

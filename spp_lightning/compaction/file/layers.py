@@ -1,0 +1,182 @@
+"""Layers as plain data: their class, what they were made with, and their tensors; and back."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.lazy import LazyModuleMixin
+
+from spp_lightning.compaction.epilogue import KINDS, Clamp, PlaneOp
+from spp_lightning.compaction.file.tensors import TensorStore
+from spp_lightning.compaction.file.values import decode, encode
+from spp_lightning.compaction.geometry import Geometry
+from spp_lightning.compaction.layers.column_conv import ColumnConv2d
+
+__all__ = ["describe", "rebuild"]
+
+
+def describe(module: nn.Module, store: TensorStore) -> dict[str, Any]:
+    """A layer as plain data; its tensors are added to ``store``.
+
+    Raises:
+        ValueError: If it is neither a ColumnConv2d nor one of torch.nn's own layers, or more than
+            what the class can be made with.
+
+    >>> describe(nn.MaxPool2d(3, 2), TensorStore())["arguments"]["stride"]
+    2
+    """
+    kind = type(module)
+    if kind is not ColumnConv2d and _layer_class(kind.__name__) is not kind:
+        raise ValueError(
+            "it must be a ColumnConv2d or a layer of torch.nn that holds no other ones, got"
+            f" {kind.__module__}.{kind.__qualname__}"
+        )
+    if module._forward_hooks or module._forward_pre_hooks:
+        raise ValueError("it has forward hooks, which can't be saved; remove them first")
+    if isinstance(module, ColumnConv2d):
+        post = tuple(tuple(op) for op in module.post)
+        values: dict[str, Any] = {
+            "geometry": tuple(module.geometry),
+            "clamp": tuple(module.clamp),
+            "post": post,
+        }
+    else:
+        values = _constructor_arguments(module)
+    description = {
+        "class": kind.__name__,
+        "arguments": {name: encode(value) for name, value in values.items()},
+        "tensors": {name: store.add(tensor) for name, tensor in _tensors(module).items()},
+    }
+    try:
+        rebuilt = rebuild(description, store.tensors)
+    except Exception as error:  # a class may refuse what it has made of its arguments
+        raise ValueError(f"{kind.__name__} can't be made anew: {error}") from error
+    _compare(module, rebuilt)
+    return description
+
+
+def rebuild(description: dict[str, Any], tensors: Sequence[Tensor]) -> nn.Module:
+    """The layer that :func:`describe` described, in evaluation mode.
+
+    Args:
+        description: Plain data.
+        tensors: Those that it refers to; the layer holds these, not copies.
+
+    Raises:
+        ValueError: If it isn't a layer that :func:`describe` describes.
+    """
+    name = description["class"]
+    values = {key: decode(value) for key, value in description["arguments"].items()}
+    own = {key: tensors[index] for key, index in description["tensors"].items()}
+    if name == ColumnConv2d.__name__:
+        module: nn.Module = _column_conv(own, **values)
+    else:
+        kind = _layer_class(name)
+        if kind is None:
+            raise ValueError(f"{name!r} isn't a layer that a file may name")
+        with torch.device("meta"):  # draws no random numbers; the tensors come from the file
+            module = kind(**values)
+    expected = _tensors(module)
+    signature = {
+        key: (tuple(tensor.shape), isinstance(tensor, nn.Parameter))
+        for key, tensor in expected.items()
+    }
+    found = {key: (tuple(x.shape), isinstance(x, nn.Parameter)) for key, x in own.items()}
+    if signature != found or next(module.children(), None) is not None:
+        raise ValueError(f"a layer {name} has the tensors {signature}, got {found}")
+    for key, tensor in own.items():
+        setattr(module, key, tensor)
+    return module.eval()
+
+
+def _layer_class(name: str) -> type[nn.Module] | None:
+    found = vars(nn).get(name)
+    if (
+        isinstance(found, type)
+        and issubclass(found, nn.Module)
+        and not issubclass(found, LazyModuleMixin)
+        and found is not nn.Module
+    ):
+        return found
+    return None
+
+
+def _constructor_arguments(module: nn.Module) -> dict[str, Any]:
+    values = {}
+    for name, parameter in inspect.signature(type(module)).parameters.items():
+        variable = parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
+        if variable or name in ("device", "dtype"):  # the latter are those of the tensors
+            continue
+        if name in module._parameters:  # such as `bias`, which says whether there is one
+            values[name] = module._parameters[name] is not None
+        elif hasattr(module, name):
+            values[name] = getattr(module, name)
+        elif parameter.default is parameter.empty:
+            raise ValueError(
+                f"it doesn't tell what its argument `{name}` was, so {type(module).__name__} can't"
+                " be saved"
+            )
+    return values
+
+
+def _compare(module: nn.Module, rebuilt: nn.Module) -> None:
+    common = vars(nn.Module())
+    expected = {name: value for name, value in vars(rebuilt).items() if name not in common}
+    own = vars(copy.copy(module))  # without what a layer only remembers
+    different = sorted(name for name in expected if own.get(name) != expected[name])
+    if different or module.extra_repr() != rebuilt.extra_repr():
+        raise ValueError(
+            f"made anew from its arguments, it differs in {', '.join(different) or 'its text'}"
+        )
+
+
+def _tensors(module: nn.Module) -> dict[str, Tensor]:
+    return {
+        name: tensor
+        for name, tensor in (*module._parameters.items(), *module._buffers.items())
+        if tensor is not None
+    }
+
+
+def _column_conv(
+    tensors: dict[str, Tensor],
+    geometry: tuple[Any, ...],
+    clamp: tuple[float, float],
+    post: tuple[tuple[Any, ...], ...],
+) -> ColumnConv2d:
+    # The kernels rely on these numbers: nothing of them may come from a file unchecked.
+    g = Geometry(*geometry)
+    counts = (g.channels, g.filters, g.groups, *g.kernel_size, *g.stride, *g.dilation)
+    if (
+        not _are_ints(*counts, least=1)
+        or not _are_ints(*g.padding, least=0)
+        or {len(pair) for pair in g[2:6]} != {2}
+        or g.channels % g.groups
+        or g.filters % g.groups
+    ):
+        raise ValueError(f"{g} isn't the geometry of a convolution")
+    ops = tuple(PlaneOp(*op) for op in post)
+    for op in ops:
+        if (
+            op.kind not in KINDS
+            or {len(op.kernel_size), len(op.stride), len(op.padding)} != {2}
+            or not _are_ints(*op.kernel_size, *op.stride, least=1)
+            or not _are_ints(*op.padding, least=0)
+            or any(2 * pad > size for pad, size in zip(op.padding, op.kernel_size, strict=True))
+            or not all(type(flag) is bool for flag in (op.ceil_mode, op.count_include_pad))
+            or type(op.alpha) is not float
+        ):
+            raise ValueError(f"{op} isn't an operation on planes")
+        op.check()
+    return ColumnConv2d(
+        g, tensors["weight"], tensors["columns"], tensors.get("bias"), Clamp.of(clamp), ops
+    )
+
+
+def _are_ints(*numbers: object, least: int) -> bool:
+    return all(type(x) is int and least <= x < 2**31 for x in numbers)

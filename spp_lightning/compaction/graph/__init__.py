@@ -1,0 +1,1 @@
+"""Passes over a traced network, one per file."""

@@ -1,0 +1,154 @@
+"""Which channels of a network's tensors are read at all, and a network without the others.
+
+A channel whose columns are pruned in every layer that reads it need not be computed: its filter
+goes, and its place in the norms and additions on the way. Layers that add or join tensors tie
+their channels together; the ties make classes of tensors that keep the same channels.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, fx, nn
+
+from spp_lightning.compaction.graph.patterns import cat_operands, is_channelwise
+from spp_lightning.compaction.graph.query import (
+    Node,
+    convolution_like,
+    module_of,
+    set_module,
+    shape_of,
+    times_called,
+)
+
+__all__ = ["remove_channels"]
+
+
+def remove_channels(graph: fx.GraphModule) -> dict[str, int]:
+    """Remove every channel that no layer reads.
+
+    Args:
+        graph: A traced network, changed in place; its modules are replaced, not changed.
+
+    Returns:
+        Removed output channels, by name of the convolution.
+    """
+    kept = _kept_channels(graph)
+    removed = {}
+    with torch.no_grad():
+        for node in graph.graph.nodes:
+            module = module_of(graph, node)
+            if node not in kept or module is None:
+                continue
+            after = kept[node]
+            if type(module) is nn.BatchNorm2d:
+                set_module(graph, str(node.target), _slice_norm(module, after))
+            elif type(module) is nn.Conv2d and _is_depthwise(module):
+                count = int(after.sum())
+                smaller = convolution_like(module, count, count, count, module.bias is not None)
+                _copy(smaller, module, after, None)
+                set_module(graph, str(node.target), smaller)
+            elif type(module) is nn.Conv2d and module.groups == 1:
+                before = kept.get(node.args[0])
+                if before is None:
+                    before = after.new_ones(module.in_channels)
+                if bool(before.all()) and bool(after.all()):
+                    continue
+                sizes = int(before.sum()), int(after.sum())
+                smaller = convolution_like(module, *sizes, 1, module.bias is not None)
+                _copy(smaller, module, after, before)
+                set_module(graph, str(node.target), smaller)
+                if sizes[1] < module.out_channels:
+                    removed[str(node.target)] = module.out_channels - sizes[1]
+    graph.recompile()
+    return removed
+
+
+def _kept_channels(graph: fx.GraphModule) -> dict[Node, Tensor]:
+    """Per 4-d tensor, which of its channels some layer reads; ``(channels,)``, bool."""
+    nodes = [node for node in graph.graph.nodes if len(shape_of(node) or ()) == 4]
+    parent = {node: node for node in nodes}
+
+    def root(node: Node) -> Node:
+        while parent[node] is not node:
+            node = parent[node]
+        return node
+
+    cats: list[tuple[Node, list[Node]]] = []
+    free: set[Node] = set()  # nodes that can do with fewer output channels
+    for node in nodes:
+        module = module_of(graph, node)
+        once = module is None or times_called(graph, node.target) == 1
+        parts = cat_operands(node)
+        if parts is not None:
+            cats.append((node, parts))
+            free.add(node)
+        elif once and type(module) is nn.Conv2d and module.groups == 1:
+            free.add(node)
+        elif is_channelwise(graph, node) or (
+            once
+            and (
+                type(module) is nn.BatchNorm2d
+                or (type(module) is nn.Conv2d and _is_depthwise(module))
+            )
+        ):
+            free.add(node)
+            for operand in node.all_input_nodes:
+                parent[root(operand)] = root(node)
+
+    masks = {root(node): torch.zeros((shape_of(node) or ())[1], dtype=torch.bool) for node in nodes}
+    for node in graph.graph.nodes:
+        module = module_of(graph, node)
+        if node in parent and node not in free:
+            masks[root(node)][:] = True
+        if node in free and type(module) is nn.Conv2d and not _is_depthwise(module):
+            used = module.weight.detach().abs().amax((0, 2, 3)) != 0
+            masks[root(node.args[0])] |= used.cpu()
+        elif node not in free:
+            for operand in node.all_input_nodes:
+                if operand in parent:
+                    masks[root(operand)][:] = True
+    for mask in masks.values():
+        if not mask.any():
+            mask[0] = True  # a tensor must have a channel
+    _spread_through_cats(cats, masks, root)
+    return {node: masks[root(node)] for node in nodes}
+
+
+def _spread_through_cats(
+    cats: list[tuple[Node, list[Node]]], masks: dict[Node, Tensor], root: object
+) -> None:
+    changed = True
+    while changed:
+        changed = False
+        for node, parts in cats:
+            whole = masks[root(node)]  # type: ignore[operator]
+            start = 0
+            for part in parts:
+                mask = masks[root(part)]  # type: ignore[operator]
+                view = whole[start : start + len(mask)]
+                if not torch.equal(view, mask):
+                    view |= mask
+                    mask |= view
+                    changed = True
+                start += len(mask)
+
+
+def _is_depthwise(conv: nn.Conv2d) -> bool:
+    return conv.groups > 1 and conv.groups == conv.in_channels == conv.out_channels
+
+
+def _copy(to: nn.Conv2d, conv: nn.Conv2d, filters: Tensor, channels: Tensor | None) -> None:
+    weight = conv.weight[filters.to(conv.weight.device)]
+    to.weight.copy_(weight if channels is None else weight[:, channels.to(weight.device)])
+    if to.bias is not None and conv.bias is not None:
+        to.bias.copy_(conv.bias[filters.to(conv.bias.device)])
+
+
+def _slice_norm(norm: nn.BatchNorm2d, kept: Tensor) -> nn.BatchNorm2d:
+    smaller = nn.BatchNorm2d(
+        int(kept.sum()), norm.eps, norm.momentum, norm.affine, norm.track_running_stats
+    ).train(norm.training)
+    for name, value in norm.state_dict().items():
+        own = smaller.state_dict()[name]
+        own.copy_(value[kept.to(value.device)] if value.dim() else value)
+    return smaller.to(next(iter(norm.state_dict().values())).device)

@@ -1,0 +1,88 @@
+"""What the nodes of a traced network are: their modules, shapes, arguments and readers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import fx, nn
+
+__all__ = [
+    "Node",
+    "arguments",
+    "calls",
+    "convolution_like",
+    "module_of",
+    "set_module",
+    "shape_of",
+    "single_user",
+    "times_called",
+]
+
+
+Node = fx.Node
+
+
+def module_of(graph: fx.GraphModule, node: Any) -> nn.Module | None:
+    """The module that a node calls, if it calls one."""
+    if not isinstance(node, Node) or node.op != "call_module":
+        return None
+    return graph.get_submodule(str(node.target))
+
+
+def shape_of(node: Any) -> tuple[int, ...] | None:
+    """The shape of a node's output for the example input; None if it isn't a tensor."""
+    meta = node.meta.get("tensor_meta") if isinstance(node, Node) else None
+    shape = getattr(meta, "shape", None)
+    return None if shape is None else tuple(shape)
+
+
+def single_user(node: Node) -> Node | None:
+    """The only node that reads a node, or None."""
+    return next(iter(node.users)) if len(node.users) == 1 else None
+
+
+def arguments(node: Node, names: tuple[str, ...]) -> dict[str, Any]:
+    """What a node is called with, by name; `names` are those of the positional arguments."""
+    return {**dict(zip(names, node.args, strict=False)), **node.kwargs}
+
+
+def calls(node: Node, functions: tuple[Callable[..., Any], ...], methods: tuple[str, ...]) -> bool:
+    """Whether a node calls one of the functions, or of the methods."""
+    if node.op == "call_function":
+        return node.target in functions
+    return node.op == "call_method" and node.target in methods
+
+
+def times_called(graph: fx.GraphModule, target: object) -> int:
+    """How often a layer is called, or one of its tensors is read by itself."""
+    return sum(
+        (node.op == "call_module" and node.target == target)
+        or (node.op == "get_attr" and str(node.target).startswith(f"{target}."))
+        for node in graph.graph.nodes
+    )
+
+
+def set_module(network: nn.Module, name: str, module: nn.Module) -> None:
+    """Put a module in the place of another one of a network."""
+    parent, _, child = name.rpartition(".")
+    setattr(network.get_submodule(parent), child, module)
+
+
+def convolution_like(
+    conv: nn.Conv2d, channels: int, filters: int, groups: int, bias: bool
+) -> nn.Conv2d:
+    """A convolution of other sizes, and of everything else as ``conv``; its weights are not set."""
+    return nn.Conv2d(
+        channels,
+        filters,
+        conv.kernel_size,  # type: ignore[arg-type]
+        conv.stride,  # type: ignore[arg-type]
+        conv.padding,  # type: ignore[arg-type]
+        conv.dilation,  # type: ignore[arg-type]
+        groups,
+        bias,
+        conv.padding_mode,
+        conv.weight.device,
+        conv.weight.dtype,
+    ).train(conv.training)

@@ -1,0 +1,144 @@
+"""to_dense(): a compact network as an ordinary one, for runtimes that don't have its kernels."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.nn import functional as F
+
+from spp_lightning.compaction.epilogue import Clamp, PlaneOp, local_response_norm
+from spp_lightning.compaction.graph.join import take_apart
+from spp_lightning.compaction.layers.column_conv import ColumnConv2d
+
+__all__ = ["to_dense"]
+
+_Call = tuple[Callable[..., Tensor], tuple[Any, ...], dict[str, Any]]
+
+
+def to_dense(model: nn.Module) -> nn.Module:
+    """Make an ordinary network of a compact one: convolutions with zeros in the pruned columns.
+
+    What a compact layer computes on the way (additions, clamps, pools) becomes functions of torch
+    again. The result runs wherever torch does, and can be exported; ``torch.onnx.export`` knows
+    all of it. It computes what the compact network computes, up to rounding.
+
+    Args:
+        model: A compact network, or any network with compact layers in it; left as it was.
+
+    Returns:
+        The ordinary network, with the names, the mode and the device of ``model``. Channels that
+        ``compact()`` removed stay removed.
+
+    Raises:
+        ValueError: If ``model`` isn't a network.
+
+    >>> conv = nn.Conv2d(3, 8, 3, padding=1)
+    >>> net = nn.Sequential(ColumnConv2d.of(conv, Clamp(0.0)), nn.Flatten())
+    >>> dense = to_dense(net)
+    >>> isinstance(dense[0], nn.Conv2d) and torch.equal(dense[0].weight, conv.weight)
+    True
+    >>> x = torch.randn(2, 3, 8, 8)
+    >>> torch.allclose(dense(x), net(x), atol=1e-5)
+    True
+    """
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"`model` must be a network, an instance of nn.Module, got {model!r}.")
+    if isinstance(model, ColumnConv2d):
+        return _DenseConv2d(model)
+    model = copy.deepcopy(model)
+    for graph in [module for module in model.modules() if isinstance(module, fx.GraphModule)]:
+        _write_out(graph)
+    made: dict[ColumnConv2d, nn.Module] = {}  # a layer in two places stays one
+    for parent in list(model.modules()):
+        for name, layer in parent._modules.items():
+            if isinstance(layer, ColumnConv2d):
+                parent._modules[name] = made[layer] = made.get(layer) or _DenseConv2d(layer)
+    return model
+
+
+class _DenseConv2d(nn.Conv2d):
+    """A convolution and what follows it, for networks without a graph to write that into."""
+
+    def __init__(self, layer: ColumnConv2d) -> None:
+        conv = _convolution(layer)
+        g = layer.geometry
+        super().__init__(*g[:6], groups=g.groups, bias=conv.bias is not None, device="meta")
+        self.weight, self.bias = conv.weight, conv.bias
+        self.calls = _calls(layer)
+        self.train(layer.training)
+
+    def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
+        y = super().forward(input)
+        if residual is not None:
+            y = y + residual
+        for function, args, kwargs in self.calls:
+            y = function(y, *args, **kwargs)
+        return y
+
+
+def _write_out(model: fx.GraphModule) -> None:
+    """Replace a graph's compact layers by convolutions, and by nodes for what follows them."""
+    take_apart(model)
+    graph = model.graph
+    layers = {
+        node: layer
+        for node in graph.nodes
+        if node.op == "call_module"
+        and isinstance(layer := model.get_submodule(node.target), ColumnConv2d)
+    }
+    made: dict[ColumnConv2d, nn.Conv2d] = {}
+    for node, layer in layers.items():
+        if layer not in made:
+            made[layer] = _convolution(layer)
+        parent, _, name = node.target.rpartition(".")
+        setattr(model.get_submodule(parent), name, made[layer])
+        inputs = {**dict(zip(("x", "residual"), node.args, strict=False)), **node.kwargs}
+        with graph.inserting_before(node):
+            y = graph.call_module(node.target, (inputs["x"],))
+            if inputs.get("residual") is not None:
+                y = graph.call_function(torch.add, (y, inputs["residual"]))
+            for function, args, kwargs in _calls(layer):
+                y = graph.call_function(function, (y, *args), kwargs)
+        node.replace_all_uses_with(y)
+        graph.erase_node(node)
+    graph.lint()
+    model.recompile()
+
+
+def _convolution(layer: ColumnConv2d) -> nn.Conv2d:
+    conv = layer.to_dense()
+    conv.weight.requires_grad_(layer.weight.requires_grad)
+    if conv.bias is not None and layer.bias is not None:
+        conv.bias.requires_grad_(layer.bias.requires_grad)
+    return conv
+
+
+def _calls(layer: ColumnConv2d) -> list[_Call]:
+    """What a layer does behind the addition: functions, and their arguments behind the first."""
+    calls: list[_Call] = []
+    if layer.clamp == (0, math.inf):
+        calls.append((F.relu, (), {}))
+    elif layer.clamp != Clamp():
+        calls.append((torch.clamp, tuple(layer.clamp), {}))
+    return calls + [_plane_call(op) for op in layer.post]
+
+
+def _plane_call(op: PlaneOp) -> _Call:
+    sizes = (op.kernel_size, op.stride, op.padding)
+    if op.kind == "max_pool":
+        return F.max_pool2d, sizes, {"ceil_mode": op.ceil_mode}
+    if op.kind == "avg_pool":
+        return (
+            F.avg_pool2d,
+            sizes,
+            {
+                "ceil_mode": op.ceil_mode,
+                "count_include_pad": op.count_include_pad,
+            },
+        )
+    return local_response_norm, (op.kernel_size[0], op.alpha), {}

@@ -1,0 +1,1 @@
+"""What computes a layer: C++ kernels on CPUs, Triton kernels on GPUs."""

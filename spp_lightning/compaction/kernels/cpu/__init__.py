@@ -1,0 +1,1 @@
+"""The C++ kernels seen from Python."""

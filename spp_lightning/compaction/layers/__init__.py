@@ -1,0 +1,1 @@
+"""Modules and the operator that compute kept columns only."""

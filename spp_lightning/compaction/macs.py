@@ -1,0 +1,96 @@
+"""MACs: the multiply-accumulate operations of a network's layers for one input."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from spp_lightning.compaction.layers.column_conv import ColumnConv2d
+from spp_lightning.method.groups import WeightGroups, weight_of
+from spp_lightning.method.selection import is_convolution
+
+__all__ = ["count_macs"]
+
+
+def count_macs(model: nn.Module, example_input: Any) -> dict[str, int]:
+    """Multiply-accumulate operations for an input of every convolution and linear layer.
+
+    Weights in columns or filters that are 0 throughout don't count: the numbers are those of a
+    network that skips them, as a compact one does. One MAC is one multiplication and one addition;
+    biases, norms and pools aren't counted.
+
+    Args:
+        model: The network. It is run once in evaluation mode, and left as it was.
+        example_input: A batch of one input, or a tuple of the positional arguments for one.
+
+    Returns:
+        MACs for the input, by name of the layers that it passes; a layer that it passes twice
+        counts twice.
+
+    Raises:
+        ValueError: If ``example_input`` is None.
+
+    >>> net = nn.Sequential(nn.Conv2d(6, 5, 3, padding=1), nn.Flatten(), nn.Linear(80, 10))
+    >>> count_macs(net, torch.zeros(1, 6, 4, 4)) == {"0": 5 * 6 * 3 * 3 * 4 * 4, "2": 80 * 10}
+    True
+    >>> net[0].weight.data[:, :4] = 0
+    >>> count_macs(net, torch.zeros(1, 6, 4, 4))["0"]
+    1440
+    """
+    layers = {
+        name: layer
+        for name, layer in model.named_modules()
+        if is_convolution(layer) or isinstance(layer, (nn.Linear, ColumnConv2d))
+    }
+    positions: dict[str, int] = {}
+
+    def note(name: str) -> Any:
+        def hook(layer: nn.Module, inputs: Any, output: Tensor) -> None:
+            positions[name] = positions.get(name, 0) + _times_applied(layer, inputs[0], output)
+
+        return hook
+
+    if example_input is None:
+        raise ValueError(
+            "`example_input` must be an input batch, got None; give one, such as"
+            " torch.zeros(1, 3, 32, 32)."
+        )
+    arguments = example_input if isinstance(example_input, tuple) else (example_input,)
+    modes = {module: module.training for module in model.modules()}
+    hooks = [layer.register_forward_hook(note(name)) for name, layer in layers.items()]
+    try:
+        model.eval()
+        with torch.no_grad():
+            model(*arguments)
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for module, training in modes.items():
+            module.training = training
+    return {name: count * _kept_weights(layers[name]) for name, count in positions.items()}
+
+
+def _times_applied(layer: nn.Module, x: Tensor, output: Tensor) -> int:
+    """How often a convolution or linear layer applies its weight, batch included."""
+    if isinstance(layer, ColumnConv2d):  # whose output may be pooled already
+        height, width = x.shape[-2:]
+        return (len(x) if x.dim() == 4 else 1) * math.prod(layer.geometry.out_size(height, width))
+    dims = weight_of(layer).dim() - 2  # of the kernel
+    if dims:
+        batch = output.shape[0] if output.dim() == dims + 2 else 1
+        return batch * math.prod(output.shape[-dims:])
+    return math.prod(output.shape[:-1])
+
+
+def _kept_weights(layer: nn.Module) -> int:
+    """Weights that are neither in a column of zeros nor in a filter of zeros."""
+    if isinstance(layer, ColumnConv2d):
+        return layer.weight.numel()
+    weight = weight_of(layer).detach()
+    groups = WeightGroups.of(layer).conv_groups if is_convolution(layer) else 1
+    nonzero = weight.unflatten(0, (groups, -1)).flatten(2) != 0
+    columns, filters = nonzero.any(1).sum(1), nonzero.any(2).sum(1)
+    return int((columns * filters).sum())

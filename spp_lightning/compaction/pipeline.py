@@ -1,0 +1,205 @@
+"""compact(): a pruned network as one that computes the same several times faster."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+
+import torch
+from torch import Tensor, fx, nn
+from torch.fx.passes.shape_prop import ShapeProp
+from torch.utils._pytree import tree_leaves
+
+from spp_lightning.compaction.graph.channels import remove_channels
+from spp_lightning.compaction.graph.fold import absorb_constants, fold_batch_norms
+from spp_lightning.compaction.graph.join import join
+from spp_lightning.compaction.graph.replace import (
+    _SURELY_FASTER,
+    _hooks,
+    _replace_convolutions,
+    _replace_one_by_one,
+)
+from spp_lightning.compaction.graph.trace import trace, trace_as_it_is
+from spp_lightning.compaction.layers.column_conv import ColumnConv2d
+from spp_lightning.compaction.timing import interleaved_ms
+from spp_lightning.method.masks import is_masked
+
+__all__ = ["compact"]
+
+
+def compact(
+    model: nn.Module, example_input: Tensor | tuple[Tensor, ...], fold: bool = True
+) -> nn.Module:
+    """Make a pruned network fast: store and compute only the columns that pruning kept.
+
+    Every convolution with pruned columns becomes a :class:`ColumnConv2d`; channels that no layer
+    reads any more are removed with the filters that make them; batch norms, additions, ReLUs and
+    pools that follow a convolution are computed together with it. Layers that are faster dense
+    stay dense. The result is in evaluation mode and computes what ``model.eval()`` computes, up to
+    rounding, for batches and pictures of any size that the network takes.
+
+    Networks that ``torch.fx`` can't trace keep their own ``forward``; their convolutions are
+    replaced one by one, and nothing is fused. Where the whole network is faster dense, its graph
+    comes back with all layers dense. Warnings say so.
+
+    Args:
+        model: The pruned network; it is left as it was.
+        example_input: A batch of the size that is to be fast, on the network's device; or a tuple
+            of the positional arguments, if the network takes several.
+        fold: Whether batch norms are folded into the convolutions before them. Without, the network
+            keeps its batch norms, as it should for training it further.
+
+    Returns:
+        The compact network, on the device of ``model``: a ``torch.fx.GraphModule``, or a network
+        of the class of ``model`` if it can't be traced.
+
+    Raises:
+        ValueError: If ``model`` isn't a network or is still being pruned, ``example_input`` isn't
+            a tensor or a tuple of tensors, one of the two has no values (device "meta"), the
+            network fails for the example, or ``fold`` isn't a bool.
+
+    >>> net = nn.Sequential(nn.Conv2d(3, 16, 3, padding=1), nn.ReLU(), nn.Conv2d(16, 8, 3))
+    >>> with torch.no_grad():
+    ...     _ = net[2].weight[:, 4:].zero_()  # reads 4 of the first layer's 16 channels
+    >>> fast = compact(net, torch.zeros(1, 3, 32, 32))
+    >>> len(fast.get_submodule("0").bias)  # which makes no others any more
+    4
+    >>> x = torch.randn(5, 3, 32, 32)
+    >>> torch.allclose(fast(x), net(x), atol=1e-5)
+    True
+    """
+    inputs = example_input if isinstance(example_input, tuple) else (example_input,)
+    _check(model, inputs)
+    if not isinstance(fold, bool):
+        raise ValueError(f"`fold` must be True or False, got {fold!r}.")
+    original, model = model, copy.deepcopy(model).eval()
+    if inputs[0].is_cpu:
+        model.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
+        inputs = tuple(x.contiguous() for x in inputs)
+    try:
+        hooked = [name or "the network" for name, module in model.named_modules() if _hooks(module)]
+        if hooked:
+            raise ValueError(f"it has forward hooks, at {', '.join(hooked)}")
+        graph = trace(model, inputs)
+    except Exception as error:  # whatever a network may raise that can't be traced
+        return _one_by_one(original, f"can't be traced ({type(error).__name__}: {error})")
+    if fold:
+        fold_batch_norms(graph)
+        absorb_constants(graph)
+    remove_channels(graph)
+    with torch.no_grad():
+        ShapeProp(graph).propagate(*inputs)
+    _drop_layouts(graph)
+    _replace_convolutions(graph)
+    if inputs[0].is_cpu:
+        join(graph)
+    if not any(parameter.requires_grad for parameter in original.parameters()):
+        graph.requires_grad_(False)
+    if not _same(graph, original, inputs):
+        return _one_by_one(original, "computes something else when it is traced")
+    return graph if _is_surely_faster(graph) else _faster(graph, original, inputs)
+
+
+def _check(model: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+    if not isinstance(model, nn.Module):
+        raise ValueError(
+            f"`model` must be a network, an instance of nn.Module, got {type(model).__name__}."
+        )
+    wrong = [type(x).__name__ for x in inputs if not isinstance(x, Tensor)]
+    if wrong or not inputs:
+        raise ValueError(
+            "`example_input` must be a tensor, a batch of inputs, or a tuple of tensors, got"
+            f" {', '.join(wrong) or 'an empty tuple'}."
+        )
+    for name, tensors in (("model", model.state_dict().values()), ("example_input", inputs)):
+        if any(isinstance(x, Tensor) and x.is_meta for x in tensors):
+            raise ValueError(f"`{name}` must hold values, but has tensors on the device meta.")
+    masked = [name for name, layer in model.named_modules() if is_masked(layer)]
+    if masked:
+        raise ValueError(
+            f"`model` is still being pruned (layers {', '.join(masked)}); call `fold()` of the"
+            " pruner first, or let the fit end."
+        )
+    training = {module: module.training for module in model.modules()}
+    try:
+        with torch.no_grad():
+            model.eval()(*inputs)
+    except Exception as error:
+        given = "; ".join(f"{tuple(x.shape)}, {x.dtype}, on {x.device}" for x in inputs)
+        raise ValueError(
+            f"`example_input` (={given}) must be an input of `model`, but the network fails for it:"
+            f" {error}"
+        ) from error
+    finally:
+        for module, mode in training.items():
+            module.training = mode
+
+
+def _one_by_one(original: nn.Module, reason: str) -> nn.Module:
+    model = copy.deepcopy(original).eval()
+    names = ", ".join(_replace_one_by_one(model)) or "none"
+    warnings.warn(
+        f"The network {reason.splitlines()[0]}, so nothing in it is fused and no channels are"
+        f" removed; these layers are made compact one by one: {names}.",
+        stacklevel=3,
+    )
+    return model
+
+
+def _same(compacted: nn.Module, original: nn.Module, inputs: tuple[Tensor, ...]) -> bool:
+    """Whether two networks agree on a random input; they do unless tracing lost something."""
+    generator = torch.Generator(inputs[0].device).manual_seed(0)
+    random = [
+        torch.randn(x.shape, generator=generator, device=x.device).to(x.dtype)
+        if x.is_floating_point()
+        else x
+        for x in inputs
+    ]
+    with torch.no_grad():
+        expected = tree_leaves(copy.deepcopy(original).eval()(*random))
+        found = tree_leaves(compacted(*random))
+    exact = all(x.dtype in (torch.float32, torch.float64) for x in random)
+    tolerance = 1e-3 if exact else 0.1
+    return len(expected) == len(found) and all(
+        not isinstance(a, Tensor)
+        or (a.shape == b.shape and bool((a - b).norm() <= tolerance * a.norm() + 1e-30))
+        or not bool(a.isfinite().all())
+        for a, b in zip(expected, found, strict=True)
+    )
+
+
+def _drop_layouts(graph: fx.GraphModule) -> None:
+    """Remove orders to lay out tensors as channels-last: they don't change what is computed."""
+    for node in list(graph.graph.nodes):
+        if node.op != "call_method":
+            continue
+        channels_last = node.kwargs == {"memory_format": torch.channels_last}
+        if node.target in ("contiguous", "to") and len(node.args) == 1 and channels_last:
+            node.replace_all_uses_with(node.args[0])
+            graph.graph.erase_node(node)
+    graph.recompile()
+
+
+def _is_surely_faster(graph: fx.GraphModule) -> bool:
+    layers = [layer for layer in graph.modules() if isinstance(layer, ColumnConv2d)]
+    kept = sum(layer.weight.numel() for layer in layers)
+    dense = sum(x.geometry.num_columns * x.geometry.filters // x.geometry.groups for x in layers)
+    return bool(layers) and kept <= _SURELY_FASTER * dense
+
+
+def _faster(compacted: nn.Module, original: nn.Module, inputs: tuple[Tensor, ...]) -> nn.Module:
+    """The compact network, or the original one's graph, as it is, where that is faster."""
+    dense = trace_as_it_is(copy.deepcopy(original).eval())
+    with torch.no_grad():
+        dense_ms, compact_ms = interleaved_ms(
+            [lambda: dense(*inputs), lambda: compacted(*inputs)], turn=0
+        )
+    if compact_ms <= dense_ms:
+        return compacted
+    warnings.warn(
+        "The network has too few pruned columns for a compact one to be faster:"
+        f" {dense_ms:.3f} ms dense, {compact_ms:.3f} ms compact for the example"
+        " input. It stays dense.",
+        stacklevel=3,
+    )
+    return dense

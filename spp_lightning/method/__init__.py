@@ -1,0 +1,1 @@
+"""The published method, in torch alone."""

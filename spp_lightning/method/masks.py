@@ -1,0 +1,126 @@
+"""Masks that act through the weight a layer uses, without renaming its parameter.
+
+A masked layer's class is a subclass made on the fly in which ``weight`` is a property: whatever
+the layer's ``forward`` reads is the parameter times the mask. The parameter itself stays where it
+is, under its name: ``state_dict``, ``parameters`` and optimizers never see the mask, and a copy or
+a pickle of a masked layer is a plain layer. A masked layer also notes how many output positions it
+computes, for counting MACs; a hook would do that as well, but taking it off makes a compiled
+network compile again.
+"""
+
+from __future__ import annotations
+
+import copy
+import copyreg
+import math
+from functools import cache
+from typing import Any, Literal, cast
+
+import torch
+from torch import Tensor, nn
+
+from spp_lightning.method.groups import WeightGroups, weight_of
+
+__all__ = ["Masking", "is_masked", "mask_layer", "output_positions", "unmask_layer"]
+
+Masking = Literal["sample", "scale"]
+
+_NEW: Any = vars(copyreg)["__newobj__"]
+_RECONSTRUCT: Any = vars(copyreg)["_reconstructor"]
+_ATTRIBUTES = ("_spp_sampled", "_spp_alive", "_spp_positions")
+
+
+def mask_layer(layer: nn.Module, groups: WeightGroups, sampled: Tensor, alive: Tensor) -> None:
+    """Let a layer use its weight through masks, until :func:`unmask_layer`.
+
+    Args:
+        layer: A layer with a parameter ``weight``; its class changes to a subclass of its class.
+        groups: The layer's weight groups.
+        sampled: Mask in training mode, ``(groups,)``, bool, True = kept, or a factor per group.
+            Changes in place act.
+        alive: Mask in evaluation mode, likewise.
+
+    Raises:
+        ValueError: If the layer is masked already.
+    """
+    if is_masked(layer):
+        raise ValueError(f"`layer` (={layer}) is masked already; a layer takes one mask at a time.")
+    # Without convolution groups a mask broadcasts against the weight as it is.
+    shape = groups.mask_shape[1:] if groups.conv_groups == 1 else groups.mask_shape
+    attributes: tuple[Tensor | int, ...] = (sampled.view(shape), alive.view(shape), 0)
+    for name, value in zip(_ATTRIBUTES, attributes, strict=True):
+        setattr(layer, name, value)
+    cls: Any = type(layer)
+    layer.__class__ = _masked_class(cls)
+
+
+def unmask_layer(layer: nn.Module) -> None:
+    """Give a masked layer its class back and forget the masks; its parameters stay as they are."""
+    if is_masked(layer):
+        layer.__class__ = type(layer).__mro__[1]
+        for name in _ATTRIBUTES:
+            delattr(layer, name)
+
+
+def is_masked(layer: nn.Module) -> bool:
+    """Whether a layer uses its weight through a mask."""
+    return "_spp_masked_class" in vars(type(layer))
+
+
+def output_positions(layer: nn.Module) -> int:
+    """Output positions that a masked layer computes for one input; 0 before its first pass.
+
+    A pass of a compiled network doesn't count.
+    """
+    return int(vars(layer)["_spp_positions"])
+
+
+def _masked_weight(layer: Any) -> Tensor:
+    weight: Tensor = weight_of(layer)
+    mask: Tensor = layer._spp_sampled if layer.training else layer._spp_alive
+    if mask.device != weight.device:  # the network was moved; the pruner follows at its next step
+        mask = mask.to(weight.device)
+    if mask.dtype != torch.bool:
+        mask = mask.to(weight.dtype)
+    if mask.dim() == weight.dim():
+        if mask.shape[1:] == weight.shape[1:] and not weight.is_contiguous():
+            # Channels-last, say. A mask in another order than the weight makes the product, forward
+            # and backward, several times slower than this copy of one filter's size.
+            mask = torch.empty_like(weight[:1], dtype=mask.dtype).copy_(mask)
+        return weight * mask
+    return (weight.unflatten(0, (mask.shape[0], -1)) * mask).flatten(0, 1)
+
+
+def _forward(layer: Any, *args: Any, **kwargs: Any) -> Any:
+    output = super(type(layer), layer).forward(*args, **kwargs)
+    if not torch.compiler.is_compiling() and layer._spp_positions == 0:
+        kernel_dims = weight_of(layer).dim() - 2
+        layer._spp_positions = math.prod(output.shape[-kernel_dims:])
+    return output
+
+
+def _reduce_as_plain(layer: nn.Module, protocol: Any) -> Any:
+    plain = copy.copy(layer.__dict__)
+    for name in _ATTRIBUTES:
+        plain.pop(name)
+    twin: nn.Module = object.__new__(type(layer).__mro__[1])
+    twin.__dict__.update(plain)
+    reduced: Any = twin.__reduce_ex__(protocol)
+    make, args, *rest = reduced
+    if make is _NEW:  # pickle insists that it makes an object of the layer's own class
+        make, args = _RECONSTRUCT, (*args, object, None)
+    return (make, args, *rest)
+
+
+@cache
+def _masked_class(cls: type[nn.Module]) -> type[nn.Module]:
+    members = {
+        "weight": property(_masked_weight),
+        "forward": _forward,
+        "__reduce_ex__": _reduce_as_plain,
+        "__module__": cls.__module__,
+        "__qualname__": cls.__qualname__,
+        "__doc__": cls.__doc__,
+        "_spp_masked_class": True,
+    }
+    return cast(type[nn.Module], type(cls.__name__, (cls,), members))

@@ -1,0 +1,1 @@
+"""Networks that the examples and benchmarks train."""

@@ -1,0 +1,205 @@
+"""ConvNet: the small CIFAR-10 network of Caffe's ``cifar10_full``, as a LightningModule."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torchmetrics.classification import MulticlassAccuracy
+
+from spp_lightning.compaction.epilogue import local_response_norm
+
+__all__ = ["ConvNet"]
+
+TEMPERATURE = 4.0  # of a teacher's answers
+
+
+class ConvNet(LightningModule):
+    """Three 5×5 convolutions and a linear layer: 32×32 colour pictures to class scores.
+
+    The inputs are pixels in 0…255 minus the training set's mean picture, ``(B, 3, 32, 32)``; the
+    outputs are logits, ``(B, num_classes)``. A batch for training, validation or testing is
+    ``(pictures, labels)``. Logs ``train_loss``, ``val_loss``, ``val_acc``, ``test_loss`` and
+    ``test_acc`` (accuracies in [0, 1]).
+
+    Args:
+        num_classes: Number of classes.
+        lr: Learning rate of the convolutions' weights; the biases of conv1, conv2 and ip1 learn at
+            twice this rate.
+        momentum: Momentum of SGD.
+        weight_decay: Weight decay of the convolutions, weights and biases. ip1's weight decays 250
+            times as fast, its bias not at all.
+        milestones: Optimizer steps at which the learning rate is multiplied by ``gamma``.
+        gamma: Factor of the learning rate at each milestone.
+        weights: A checkpoint of a ConvNet (Lightning's, or a plain state dict) to start from.
+        teacher: A checkpoint of a ConvNet whose answers are learned besides the labels, such as
+            the network before pruning. It isn't part of this network, nor of its checkpoints.
+        distillation: Share of the teacher in the training loss, in [0, 1].
+        channels_last: Keep weights and activations in channels-last order, the faster one on CPUs
+            and on GPUs with tensor cores. Shapes and results do not depend on it.
+
+    Raises:
+        FileNotFoundError: If there is no file ``weights`` or ``teacher``.
+        ValueError: If the file ``weights`` or ``teacher`` does not hold this network, or
+            ``distillation`` is outside [0, 1].
+
+    Source: the method's paper trains Caffe's ``cifar10_full`` (Wang et al., BMVC 2018). The
+    teacher: Hinton, Vinyals, Dean, Distilling the knowledge in a neural network, 2015, at a
+    temperature of 4.
+
+    >>> net = ConvNet()
+    >>> net(torch.zeros(2, 3, 32, 32)).shape
+    torch.Size([2, 10])
+    >>> [tuple(layer.weight.shape) for layer in (net.conv1, net.conv2, net.conv3)]
+    [(32, 3, 5, 5), (32, 32, 5, 5), (64, 32, 5, 5)]
+    """
+
+    def __init__(
+        self,
+        num_classes: int = 10,
+        lr: float = 0.001,
+        momentum: float = 0.9,
+        weight_decay: float = 0.004,
+        milestones: Sequence[int] = (60_000, 65_000),
+        gamma: float = 0.1,
+        weights: str | Path | None = None,
+        teacher: str | Path | None = None,
+        distillation: float = 0.7,
+        channels_last: bool = True,
+    ) -> None:
+        super().__init__()
+        if not 0 <= distillation <= 1:
+            raise ValueError(f"`distillation` must be in [0, 1], got {distillation!r}.")
+        # A checkpoint holds its weights itself: it must load where these files are gone.
+        self.save_hyperparameters(ignore=["weights", "teacher"])
+        self.channels_last = channels_last
+        self.conv1 = nn.Conv2d(3, 32, 5, padding=2)
+        self.conv2 = nn.Conv2d(32, 32, 5, padding=2)
+        self.conv3 = nn.Conv2d(32, 64, 5, padding=2)
+        self.ip1 = nn.Linear(64 * 4 * 4, num_classes)
+        self._initialise()
+        self.val_acc = MulticlassAccuracy(num_classes, average="micro")
+        self.test_acc = MulticlassAccuracy(num_classes, average="micro")
+        self.example_input_array = torch.zeros(1, 3, 32, 32)
+        if weights is not None:
+            self.load_state_dict(_read_weights(Path(weights), self, "weights"))
+        self._teacher: list[ConvNet] = []  # a list, since it isn't a part of this network
+        if teacher is not None:
+            net = ConvNet(num_classes, channels_last=channels_last)
+            net.load_state_dict(_read_weights(Path(teacher), net, "teacher"))
+            self._teacher.append(net.eval().requires_grad_(False))
+        if channels_last:
+            self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+    def _initialise(self) -> None:
+        deviations = {"conv1": 1e-4, "conv2": 0.01, "conv3": 0.01, "ip1": 0.01}
+        for name, std in deviations.items():
+            nn.init.normal_(self.get_parameter(f"{name}.weight"), std=std)
+            nn.init.zeros_(self.get_parameter(f"{name}.bias"))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Class scores of pictures.
+
+        Args:
+            x: Pixels minus the mean picture, ``(B, 3, 32, 32)``.
+
+        Returns:
+            Logits, ``(B, num_classes)``.
+        """
+        if self.channels_last:
+            x = x.contiguous(memory_format=torch.channels_last)
+        x = local_response_norm(F.relu(F.max_pool2d(self.conv1(x), 3, 2, ceil_mode=True)))
+        x = local_response_norm(F.avg_pool2d(F.relu(self.conv2(x)), 3, 2, ceil_mode=True))
+        x = F.avg_pool2d(F.relu(self.conv3(x)), 3, 2, ceil_mode=True)
+        return self.ip1(x.flatten(1))
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:  # noqa: D102
+        pictures, labels = batch
+        logits = self(pictures)
+        loss = F.cross_entropy(logits, labels)
+        for teacher in self._teacher:
+            share = self.hparams["distillation"]
+            loss = (1 - share) * loss + share * _distance(logits, teacher(pictures))
+        self.log("train_loss", loss)
+        return loss
+
+    def on_fit_start(self) -> None:  # noqa: D102
+        for teacher in self._teacher:
+            teacher.to(self.device)
+
+    def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:  # noqa: D102
+        self._evaluate(batch, "val", self.val_acc)
+
+    def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:  # noqa: D102
+        self._evaluate(batch, "test", self.test_acc)
+
+    def predict_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        """Predicted classes of a batch, ``(B,)``."""
+        return self(batch[0]).argmax(1)
+
+    def _evaluate(
+        self, batch: tuple[Tensor, Tensor], stage: str, accuracy: MulticlassAccuracy
+    ) -> None:
+        pictures, labels = batch
+        logits = self(pictures)
+        accuracy(logits, labels)
+        self.log(f"{stage}_loss", F.cross_entropy(logits, labels), sync_dist=True)
+        self.log(f"{stage}_acc", accuracy, prog_bar=True)
+
+    def configure_optimizers(self) -> Any:
+        """SGD with the network's own multipliers, and a learning rate that falls in steps."""
+        hp = self.hparams
+        lr, decay = hp["lr"], hp["weight_decay"]
+        convs = (self.conv1, self.conv2, self.conv3)
+        groups = [
+            {"params": [conv.weight for conv in convs] + [self.conv3.bias]},
+            {"params": [self.conv1.bias, self.conv2.bias], "lr": 2 * lr},
+            {"params": [self.ip1.weight], "weight_decay": 250 * decay},
+            {"params": [self.ip1.bias], "lr": 2 * lr, "weight_decay": 0.0},
+        ]
+        optimizer = torch.optim.SGD(groups, lr, hp["momentum"], weight_decay=decay)
+        scheduler = torch.optim.lr_scheduler.MultiStepLR(
+            optimizer, list(hp["milestones"]), hp["gamma"]
+        )
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": scheduler, "interval": "step"},
+        }
+
+
+def _distance(logits: Tensor, answers: Tensor) -> Tensor:
+    """Kullback-Leibler divergence from a teacher's answers, of the size of a cross-entropy."""
+    soft, target = (F.log_softmax(x.float() / TEMPERATURE, 1) for x in (logits, answers))
+    divergence = F.kl_div(soft, target, reduction="batchmean", log_target=True)
+    return TEMPERATURE**2 * divergence
+
+
+def _read_weights(path: Path, net: nn.Module, argument: str) -> dict[str, Tensor]:
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"`{argument}` must be a checkpoint file, but {path.absolute()} isn't a file. Train the"
+            f" network that is to be pruned first, and point `{argument}` at its checkpoint."
+        )
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises a different one for every way a file can be bad
+        raise ValueError(
+            f"`{argument}` (={path}) can't be read as a checkpoint: {error}"
+        ) from error
+    state = content.get("state_dict", content) if isinstance(content, dict) else {}
+    expected = {name: value.shape for name, value in net.state_dict().items()}
+    found = {name: getattr(value, "shape", None) for name, value in state.items()}
+    if expected != found:
+        wrong = sorted(
+            name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name)
+        )
+        raise ValueError(
+            f"`{argument}` (={path}) must hold this network, but these entries are missing,"
+            f" unknown or of another shape: {', '.join(wrong)}."
+        )
+    return dict(state)

@@ -1,0 +1,1 @@
+"""The method wired to the events of a Lightning Trainer."""

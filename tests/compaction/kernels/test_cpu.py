@@ -1,0 +1,414 @@
+"""The CPU kernels against float64 convolutions: values, gradients, and memory that isn't theirs."""
+
+import math
+import subprocess
+import sys
+import threading
+
+import pytest
+import torch
+from cases import (
+    NORM,
+    SENTINEL,
+    Case,
+    Tensors,
+    cases,
+    guarded,
+    intact,
+    plan,
+    tensors,
+)
+from hypothesis import given, settings
+from torch import Tensor
+from torch.nn import functional as F
+
+from spp_lightning import native
+from spp_lightning.compaction import timing
+from spp_lightning.compaction.epilogue import Clamp, PlaneOp
+from spp_lightning.compaction.geometry import Geometry, dense_weight
+from spp_lightning.compaction.kernels.cpu import library
+from spp_lightning.compaction.kernels.cpu import plan as cpu
+
+BUILT = native.library() is not None
+pytestmark = [
+    pytest.mark.skipif(not BUILT, reason="built without the kernels"),
+    pytest.mark.usefixtures("any_way"),
+]
+
+THREADS = (1, 2, 3, 5)
+
+
+def dense(case: Case, t: Tensors, dtype=torch.float64) -> Tensor:
+    """What the kernels should give, computed by torch."""
+    g = case.geometry
+    full = dense_weight(t.weight.to(dtype), t.columns, g)
+    bias = None if t.bias is None else t.bias.to(dtype)
+    y = F.conv2d(t.x.to(dtype), full, bias, g.stride, g.padding, g.dilation, g.groups)
+    if t.residual is not None:
+        y = y + t.residual.to(dtype)
+    y = y.clamp(*case.clamp)
+    for op in case.post:
+        y = op(y)
+    return y
+
+
+def way(case: Case, x: Tensor, out: Tensor, variant: int, threads: int) -> cpu.Way:
+    g = case.geometry
+    conv_shape = (len(x), g.filters, *g.out_size(x.shape[2], x.shape[3]))
+    return cpu.Way.of(x.shape, x.dtype, conv_shape, tuple(out.shape), variant, threads)
+
+
+def outputs(case: Case, t: Tensors, variants=cpu._VARIANTS):
+    """What each variant and number of threads gives, from memory full of NaN."""
+    made = plan(case, t)
+    shape = made.forward(t.x, t.residual).shape
+    for variant in variants:
+        for threads in THREADS:
+            out = guarded(torch.full(shape, math.nan, dtype=case.dtype), SENTINEL)
+            if out.numel():
+                made._run(t.x, t.residual, out, way(case, t.x, out, variant, threads))
+            assert intact(out), f"variant {variant}, {threads} threads"
+            yield out
+
+
+def error(y: Tensor, expected: Tensor, size: Tensor | None = None) -> float:
+    """The greatest difference, by the greatest value, or by that of ``size``."""
+    if not y.numel():
+        return 0.0
+    assert not y.isnan().any()
+    scale = float((expected if size is None else size).abs().max())
+    return float((y - expected).abs().max()) / max(scale, 1e-3)
+
+
+def check_forward(case: Case) -> None:
+    t = tensors(case)
+    expected = dense(case, t)
+    first, *others = outputs(case, t)
+    assert first.shape == expected.shape
+    assert error(first, expected) < 1e-5
+    assert all(torch.equal(first, other) for other in others)
+
+
+def check_bfloat16(case: Case) -> None:
+    """Outputs are rounded once, at the end; pairs of columns don't round otherwise than others."""
+    t = tensors(case._replace(dtype=torch.bfloat16))
+    expected = dense(case, t)
+    scale = max(float(expected.abs().max()), 1e-3) if expected.numel() else 1.0
+    pairs = [(cpu._PAIRS,)] if cpu.library().spp_has_pairs() else []
+    for variants in (cpu._VARIANTS, *pairs):
+        first, *others = outputs(case._replace(dtype=torch.bfloat16), t, variants)
+        assert first.dtype == torch.bfloat16 and first.shape == expected.shape
+        assert not first.isnan().any()
+        rounded = 2**-8 * expected.abs() + 1e-5 * scale
+        assert bool(((first - expected).abs() <= rounded).all())
+        assert all(torch.equal(first, other) for other in others)
+
+
+def check_backward(case: Case) -> None:
+    """Of the convolution alone, and of all that is fused with it."""
+    t, g = tensors(case._replace(residual=False)), case.geometry
+    check_gradients(case._replace(clamp=Clamp(), post=()), t, t.grad, t.grad.double(), False, 1e-6)
+    # The kernels' own output, so that both take the same pixels for the greatest.
+    y = cpu.Plan(t.weight, t.columns, t.bias, g).forward(t.x).double().requires_grad_()
+    low, high = case.clamp
+    out = torch.where((y > low) & (y < high), y, y.detach().clamp(low, high))  # 0 at the limits
+    for op in case.post:
+        out = op(out)
+    given = guarded(
+        torch.randn(out.shape, generator=torch.Generator().manual_seed(case.seed + 1)), math.nan
+    )
+    (expected,) = torch.autograd.grad(out, y, given.double())
+    check_gradients(case, t, given, expected, True, 2e-5)
+
+
+def check_gradients(
+    case: Case, t: Tensors, grad: Tensor, conv_grad: Tensor, fused: bool, tolerance: float
+) -> None:
+    g = case.geometry
+
+    def gradients(x, weight, grad):
+        x, weight = (y.double().requires_grad_() for y in (x, weight))
+        full = dense_weight(weight, t.columns, g)
+        y = F.conv2d(x, full, None, g.stride, g.padding, g.dilation, g.groups)
+        return (*torch.autograd.grad(y, (x, weight), grad), grad.sum((0, 2, 3)))
+
+    expected = gradients(t.x, t.weight, conv_grad)
+    # Products may cancel each other out; they are rounded by their sizes.
+    sizes = gradients(t.x.abs(), t.weight.abs(), conv_grad.abs())
+    made, results = plan(case, t), []
+    for threads in THREADS:
+        of_all = [
+            guarded(torch.full(y.shape, math.nan), SENTINEL)
+            for y in (t.x, t.weight, torch.empty(g.filters))
+        ]
+        how = way(case, t.x, grad, threads % 2, threads)
+        pointers = (y.data_ptr() for y in (t.weight, t.x, grad))
+        assert made._library.spp_backward(
+            *(made.handle, how.address, *pointers, fused), *(y.data_ptr() for y in of_all)
+        )
+        for y, value, size in zip(of_all, expected, sizes, strict=True):
+            assert intact(y)
+            assert error(y, value, size) < tolerance
+        # Each alone is the same, and where one isn't wanted nothing is written.
+        for i, y in enumerate(of_all if threads == 1 else ()):
+            alone = [torch.full_like(y, math.nan) if n == i else None for n in range(3)]
+            made._library.spp_backward(
+                *(made.handle, how.address),
+                *(x.data_ptr() for x in (t.weight, t.x, grad)),
+                fused,
+                *(None if x is None else x.data_ptr() for x in alone),
+            )
+            assert torch.equal(alone[i], y)
+        results.append(of_all[0])
+    assert all(torch.equal(results[0], other) for other in results)
+
+
+@settings(deadline=None, max_examples=250, derandomize=True)
+@given(cases())
+def test_outputs_are_a_dense_convolutions_whatever_the_variant_and_threads(case):
+    check_forward(case)
+
+
+@settings(deadline=None, max_examples=150, derandomize=True)
+@given(cases())
+def test_bfloat16_is_rounded_once(case):
+    check_bfloat16(case)
+
+
+@settings(deadline=None, max_examples=150, derandomize=True)
+@given(cases())
+def test_gradients_are_a_dense_convolutions(case):
+    check_backward(case)
+
+
+EVERY = Geometry(4, 9, (3, 3), (1, 1), (1, 1))
+SOME = tuple(range(0, 36, 5))
+CASES = {
+    "read in place": Case(EVERY, (9, 21), 2, SOME),
+    "one pixel": Case(EVERY, (1, 1), 1, SOME),
+    "one row": Case(EVERY, (1, 67), 2, SOME),
+    "one column": Case(EVERY, (67, 1), 2, SOME),
+    "stride": Case(EVERY._replace(stride=(2, 3)), (13, 11), 5, SOME),
+    "padding wider than the kernel": Case(EVERY._replace(padding=(7, 6)), (2, 3), 2, SOME),
+    "padding above and below only": Case(Geometry(3, 5, (3, 1), padding=(4, 0)), (5, 9), 2, (1, 8)),
+    "dilation beyond the picture": Case(
+        EVERY._replace(padding=(9, 9), dilation=(9, 9)), (4, 5), 1, SOME
+    ),
+    "more columns than a panel": Case(
+        Geometry(40, 5, (3, 3), (1, 1), (1, 1)), (7, 9), 2, tuple(range(360))
+    ),
+    "more columns than a panel, in parts": Case(
+        Geometry(70, 33, (3, 3), (2, 2), (1, 1)), (7, 9), 1, tuple(range(630)), residual=True
+    ),
+    "a filter per group": Case(
+        Geometry(6, 6, (3, 3), padding=(1, 1), groups=6), (8, 8), 2, (3, 30)
+    ),
+    "wide residual and clamp": Case(EVERY, (12, 48), 1, SOME, True, True, Clamp(0.0, 6.0)),
+    "pools": Case(
+        EVERY,
+        (16, 17),
+        3,
+        SOME,
+        clamp=Clamp(0.0),
+        post=(PlaneOp("max_pool", (3, 3), (2, 2), ceil_mode=True), NORM),
+    ),
+    "rows in bands, with a pool": Case(
+        Geometry(16, 20, (3, 3), padding=(1, 1)),
+        (151, 72),
+        1,
+        tuple(range(0, 144, 7)),
+        clamp=Clamp(0.0),
+        post=(PlaneOp("max_pool", (2, 2), (2, 2), ceil_mode=True),),
+    ),
+    "rows in bands, with a stride": Case(
+        Geometry(16, 34, (5, 3), (2, 1), (2, 0), (1, 2)),
+        (90, 70),
+        1,
+        tuple(range(0, 240, 3)),
+        residual=True,
+    ),
+    "norm of one pixel": Case(EVERY, (1, 1), 1, SOME, post=(NORM,)),
+    "kernel and pool not square": Case(
+        Geometry(3, 7, (1, 5), (1, 2), (0, 2)),
+        (6, 30),
+        2,
+        (0, 4, 9),
+        post=(PlaneOp("avg_pool", (2, 4), (3, 1), (1, 2), True, False),),
+    ),
+}
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
+def test_every_instruction_set(case, isa):
+    assert library.instruction_set() == isa
+    check_forward(case)
+    check_bfloat16(case)
+    check_backward(case)
+
+
+def test_an_unknown_instruction_set_is_refused():
+    best = library.instruction_set()
+    assert not cpu.library().spp_set_isa(b"abacus")
+    assert library.instruction_set() == best
+
+
+@pytest.mark.parametrize("variant", cpu._VARIANTS)
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize(
+    "post",
+    [
+        (),
+        (PlaneOp("max_pool", (3, 3), (2, 2), (1, 1)),),
+        (PlaneOp("avg_pool", (2, 2), (2, 2)),),
+        (NORM,),
+    ],
+    ids=["", "max_pool", "avg_pool", "norm"],
+)
+def test_what_is_no_number_goes_where_torch_takes_it(post, value, variant, isa):
+    case = Case(EVERY, (10, 19), 2, SOME, clamp=Clamp(-4.0), post=post)
+    for pixel in [(0, 0, 0, 0), (1, 3, 9, 18), (0, 2, 4, 15), (1, 1, 5, 0)]:
+        t = tensors(case)
+        t.x[pixel] = value
+        # Kept columns only: a dense layer would multiply it by the zeros of pruned ones, too.
+        patches = F.unfold(t.x.double(), 3, padding=1)[:, t.columns.long()]
+        expected = (t.weight.double() @ patches + t.bias[:, None]).unflatten(2, case.size)
+        expected = expected.clamp(*case.clamp)
+        for op in post:
+            expected = op(expected)
+        assert value == -math.inf or not expected.isfinite().all()
+        out = torch.zeros(expected.shape)
+        plan(case, t)._run(t.x, None, out, way(case, t.x, out, variant, 1))
+        assert torch.equal(out.isnan(), expected.isnan())
+        assert torch.equal(out.isinf(), expected.isinf())
+        finite = expected.isfinite()
+        torch.testing.assert_close(out[finite].double(), expected[finite], rtol=1e-5, atol=1e-5)
+
+
+def test_large_outputs_are_those_of_single_images(isa):
+    """They are written past the cache; those of one image here aren't."""
+    g = Geometry(3, 64, (3, 3), padding=(1, 1))
+    t = tensors(Case(g, (64, 64), 5, SOME[:5]))
+    made = cpu.Plan(t.weight, t.columns, t.bias, g, Clamp(0.0))
+    expected = torch.cat([made.forward(x[None].contiguous()) for x in t.x])
+    assert expected.nbytes > 4 * 2**20 > expected[0].nbytes
+    for variant in cpu._VARIANTS:
+        for threads in THREADS:
+            out = torch.full(expected.shape, math.nan)  # aligned, as guarded memory isn't
+            made._run(t.x, None, out, made.way_of(t.x.shape, t.x.dtype, variant, threads))
+            assert torch.equal(out, expected)
+
+
+def test_gradients_dont_depend_on_what_was_computed_before(isa):
+    case = Case(EVERY, (6, 5), 16, SOME, post=(PlaneOp("max_pool", (3, 3), (2, 2)), NORM))
+    t = tensors(case)
+    made, every = plan(case, t), (True, True, True)
+    pooled = torch.randn_like(made.forward(t.x))
+    for fused, grad in ((False, t.grad), (True, pooled)):
+        alone = made.backward(grad[:1], t.weight, t.x[:1], every, fused)
+        # Memory is kept from call to call: what is left in it is NaN now.
+        made.backward(grad * math.nan, t.weight, t.x * math.nan, every, fused)
+        made.forward(t.x * math.nan)
+        again = made.backward(grad[:1], t.weight, t.x[:1], every, fused)
+        assert all(torch.equal(*both) for both in zip(alone, again, strict=True))
+        assert all(not y.isnan().any() for y in again)
+
+
+def test_several_python_threads_run_one_plan():
+    case = Case(EVERY, (20, 21), 3, SOME, post=(PlaneOp("max_pool", (2, 2), (2, 2)),))
+    t = tensors(case)
+    made, inputs = plan(case, t), [t.x + i for i in range(4)]
+    expected, wrong = [made.forward(x) for x in inputs], []
+
+    def work(i):
+        for n in range(30):
+            choice = (n % 2, 1 + n % 3)
+            out = torch.full_like(expected[i], math.nan)
+            made._run(inputs[i], None, out, way(case, inputs[i], out, *choice))
+            if not torch.equal(out, expected[i]):
+                wrong.append(choice)
+
+    workers = [threading.Thread(target=work, args=(i,)) for i in range(4)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert not wrong
+
+
+def test_torch_says_how_many_threads(monkeypatch):
+    monkeypatch.setattr(cpu, "fastest", timing.fastest)
+    case = Case(EVERY, (20, 21), 3, SOME)
+    t = tensors(case)
+    made, seen, run = plan(case, t), set(), cpu.Plan._run
+    monkeypatch.setattr(
+        cpu.Plan, "_run", lambda self, *args: (seen.add(args[-1].native.threads), run(self, *args))
+    )
+    before = torch.get_num_threads()
+    try:
+        for threads in (3, 1):
+            seen.clear()
+            torch.set_num_threads(threads)
+            made.forward(t.x)
+            assert seen == {threads, 1}  # small: one thread may be faster
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_the_way_is_chosen_once_per_size(monkeypatch):
+    case = Case(EVERY, (8, 8), 2, SOME)
+    t = tensors(case)
+    made, sizes, choose = plan(case, t), [], cpu.Plan._fastest
+
+    def fastest(self, x, *args):
+        sizes.append(tuple(x.shape))
+        return choose(self, x, *args)
+
+    monkeypatch.setattr(cpu.Plan, "_fastest", fastest)
+    for x in (t.x, t.x, t.x[:1], t.x):
+        made.forward(x)
+    assert sizes == [(2, 4, 8, 8), (1, 4, 8, 8)]
+
+
+# Takes most of what it may allocate beforehand; then nothing is left for the kernels' own memory.
+_WITHOUT_MEMORY = """
+import itertools, resource
+import torch
+from spp_lightning.compaction import timing
+from spp_lightning.compaction.kernels.cpu import plan as cpu
+from spp_lightning.compaction.epilogue import PlaneOp
+from spp_lightning.compaction.geometry import Geometry
+
+n, pool = 512, PlaneOp("max_pool", (3, 3), (2, 2), (1, 1))  # rows in two windows: no bands
+weight, columns = torch.zeros(4, 144), torch.arange(144, dtype=torch.int32)
+plan = cpu.Plan(weight, columns, None, Geometry(16, 4, (3, 3), padding=(1, 1)), post=(pool,))
+torch.set_num_threads(2)
+plan.forward(torch.zeros(2, 16, 8, 8))  # starts the threads
+pictures, grads = torch.zeros(2, 16, n, n), torch.zeros(2, 4, n, n)
+pooled, out = torch.zeros(2, 4, n // 2, n // 2), torch.zeros(2, 4, n // 2, n // 2)
+with open("/proc/self/statm") as file:
+    used = int(file.read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (used + 2**20, used + 2**20))
+for variant, threads, batch in itertools.product((0, 1, 3, 4, 5), (1, 2), (1, 2)):
+    torch.set_num_threads(threads)
+    x, grad = pictures[:batch], grads[:batch]
+    way = cpu.Way.of(x.shape, x.dtype, (batch, 4, n, n), (), variant, threads)
+    for run in (
+        lambda: plan._run(x, None, out, way),
+        lambda: plan.backward(grad, weight, x, (False, True, False), False),
+        lambda: plan.backward(pooled[:batch], weight, x, (False, True, False), True),
+    ):
+        try:
+            run()
+        except MemoryError as error:
+            print(error)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="limits a process's memory as Linux does")
+def test_running_out_of_memory_is_an_error():
+    command = [sys.executable, "-c", _WITHOUT_MEMORY]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    gradient = "There is no memory left for the gradient of a convolution.\n"
+    expected = "There is no memory left to compute a convolution.\n" + 2 * gradient
+    assert done.stdout == 20 * expected, done.stderr

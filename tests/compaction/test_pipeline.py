@@ -1,0 +1,491 @@
+"""compact(): the same function, without what pruning left over."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import torchvision
+from torch import Tensor, fx, nn
+from torch.nn import functional as F
+
+from spp_lightning import ConvNet, SPPPruner, compact, count_macs, load_compact, save_compact
+from spp_lightning.compaction import ColumnConv2d, pipeline
+
+
+def prune(net: nn.Module, ratio: float, seed: int = 0) -> nn.Module:
+    """Set random columns of every convolution to 0, except depthwise ones."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for layer in net.modules():
+            if isinstance(layer, nn.Conv2d) and layer.weight.shape[1] > 1:
+                matrix = layer.weight.flatten(1)
+                out = torch.rand(matrix.shape[1], generator=generator) < ratio
+                layer.weight.copy_(matrix.masked_fill(out, 0).view(layer.weight.shape))
+            if isinstance(layer, nn.BatchNorm2d):
+                layer.running_mean.normal_(generator=generator)
+                layer.running_var.uniform_(0.5, 2, generator=generator)
+                layer.weight.uniform_(0.2, 0.6, generator=generator)
+                layer.bias.normal_(generator=generator)
+    return net.eval()
+
+
+def check_same(net: nn.Module, fast: nn.Module, x: Tensor) -> None:
+    """The outputs for a batch, and for another batch size, agree with float64."""
+    for batch in (x, torch.cat([x, 2 * x])):
+        with torch.no_grad():
+            expected = copy.deepcopy(net).double().eval()(batch.double())
+            found = fast(batch)
+        assert found.shape == expected.shape
+        assert float((found - expected).abs().max() / expected.abs().max()) < 1e-5
+
+
+def columns(fast: nn.Module) -> dict[str, int]:
+    """Stored columns of the compact layers."""
+    named = fast.named_modules()
+    return {name: len(x.columns) for name, x in named if isinstance(x, ColumnConv2d)}
+
+
+def operations(fast: nn.Module) -> list[str]:
+    """What is computed outside of modules."""
+    nodes = fast.graph.nodes
+    calls = [x for x in nodes if x.op in ("call_function", "call_method")]
+    return [getattr(x.target, "__name__", str(x.target)) for x in calls]
+
+
+NETWORKS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
+    "ConvNet": (ConvNet, (3, 3, 32, 32)),
+    "vgg11": (lambda: torchvision.models.vgg11().features, (1, 3, 64, 64)),
+    "resnet18": (torchvision.models.resnet18, (2, 3, 64, 64)),
+    "resnext": (
+        lambda: torchvision.models.ResNet(
+            torchvision.models.resnet.Bottleneck, [1, 1, 1, 1], groups=4, width_per_group=16
+        ),
+        (1, 3, 64, 64),
+    ),
+    "densenet": (
+        lambda: torchvision.models.DenseNet(8, (2, 2), 16),
+        (1, 3, 64, 64),
+    ),
+    "squeezenet": (torchvision.models.squeezenet1_1, (1, 3, 64, 64)),
+    "mobilenet": (torchvision.models.mobilenet_v3_small, (1, 3, 64, 64)),
+    "shufflenet": (torchvision.models.shufflenet_v2_x0_5, (1, 3, 64, 64)),
+}
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_networks_compute_the_same(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    # A busy machine might find a compact network slower, and say so.
+    monkeypatch.setattr(pipeline, "interleaved_ms", lambda *_, **__: [1.0, 0.5])
+    torch.manual_seed(0)
+    make, shape = NETWORKS[name]
+    net, x = prune(make(), 0.75), torch.randn(shape)
+    before = copy.deepcopy(net.state_dict())
+    kinds = [type(module) for module in net.modules()]
+    fast = compact(net, x)
+    assert columns(fast)
+    check_same(net, fast, x)
+    assert not any(module.training for module in fast.modules())
+    # The network itself is left as it was.
+    assert [type(module) for module in net.modules()] == kinds
+    assert all(torch.equal(value, before[key]) for key, value in net.state_dict().items())
+
+
+def test_the_paper_net_becomes_three_layers_and_a_linear_one() -> None:
+    fast = compact(prune(ConvNet(), 0.75), torch.randn(2, 3, 32, 32))
+    assert operations(fast) == ["column_sequence"]
+    kinds = [type(module) for module in fast.children()]
+    assert kinds == [ColumnConv2d, ColumnConv2d, ColumnConv2d, nn.Linear]
+
+
+def test_residual_blocks_become_convolutions_alone() -> None:
+    torch.manual_seed(0)
+    net = prune(torchvision.models.resnet18(), 0.75)
+    fast = compact(net, torch.randn(1, 3, 64, 64))
+    assert {*operations(fast)} == {
+        "column_sequence",
+        "flatten",
+    }  # no addition, no ReLU, no norm is left
+    kinds = {type(x) for x in fast.modules() if not list(x.children())}
+    assert kinds == {ColumnConv2d, nn.AdaptiveAvgPool2d, nn.Linear}
+
+
+def test_channels_that_nobody_reads_go_with_their_filters() -> None:
+    """Where a channel is read by two layers, or added to another one, both decide."""
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.norm = nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8)
+            self.b = nn.Conv2d(3, 8, 3, padding=1)
+            self.depthwise = nn.Conv2d(8, 8, 3, padding=1, groups=8)
+            self.read = nn.Conv2d(8, 4, 1)
+            self.too = nn.Conv2d(8, 4, 1)
+            self.join = nn.Conv2d(12, 5, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = F.silu(self.norm(self.a(x)) + self.b(x))
+            z = self.depthwise(y)
+            both = torch.cat([self.read(z), torch.sigmoid(self.too(y)), self.read(z)], 1)
+            return self.join(both)
+
+    torch.manual_seed(0)
+    net = prune(Net(), 0)
+    with torch.no_grad():
+        net.read.weight[:, [0, 1, 2]] = 0
+        net.too.weight[:, [0, 1, 5]] = 0
+        net.join.weight[:, 5] = 0  # channel 1 of `too`
+    x = torch.randn(2, 3, 12, 12)
+    fast = compact(net, x)
+    check_same(net, fast, x)
+    shapes = {
+        name: module.geometry if isinstance(module, ColumnConv2d) else module
+        for name, module in fast.named_modules()
+    }
+    filters = {
+        name: shapes[name].filters
+        if hasattr(shapes[name], "filters")
+        else shapes[name].out_channels
+        for name in ("a", "b", "depthwise", "read", "too", "join")
+    }
+    # 0 and 1 are read by neither. The layer that is called twice is left as it is, and reads all.
+    assert filters == {"a": 8, "b": 8, "depthwise": 8, "read": 4, "too": 3, "join": 5}
+
+    class Once(Net):
+        def forward(self, x: Tensor) -> Tensor:
+            y = F.silu(self.norm(self.a(x)) + self.b(x))
+            return self.join(torch.cat([self.read(self.depthwise(y)), self.too(y), x, x[:, :1]], 1))
+
+    torch.manual_seed(0)
+    once = prune(Once(), 0)
+    once.load_state_dict(net.state_dict())
+    fast = compact(once, x)
+    check_same(once, fast, x)
+    sizes = {name: len(fast.get_submodule(name).bias) for name in ("a", "b", "depthwise", "too")}
+    assert sizes == {"a": 6, "b": 6, "depthwise": 6, "too": 3}
+
+
+def test_pruned_filters_go_where_what_they_leave_is_a_number() -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        *(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 8, 3, padding=1), nn.ReLU()),
+        *(nn.Conv2d(8, 6, 1), nn.ReLU(), nn.Conv2d(6, 4, 3)),
+    ).eval()
+    with torch.no_grad():
+        net[0].weight[:4], net[0].bias[:4] = 0, -1.0  # 0 behind the ReLU
+        net[2].weight[2:5], net[2].bias[2:5] = 0, 3.0  # read without padding: goes into a bias
+        net[4].weight[1], net[4].bias[1] = 0, 2.0
+    x = torch.randn(2, 3, 9, 9)
+    fast = compact(net, x)
+    check_same(net, fast, x)
+    assert [len(fast.get_submodule(str(i)).bias) for i in (0, 2, 4, 6)] == [4, 5, 5, 4]
+
+
+def test_what_the_callback_prunes() -> None:
+    """A network fresh from the pruner, in training mode and with each kind of weight group."""
+    for granularity, ratio in (("column", 0.75), ("channel", 0.5), ("filter", 0.5)):
+        torch.manual_seed(0)
+        net = nn.Sequential(
+            nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(8, 8, 3)
+        )
+        x = torch.randn(2, 3, 16, 16)
+        pruner = SPPPruner(net, prune_ratio=ratio, granularity=granularity, interval=1, A=0.25)
+        with pytest.raises(ValueError, match="`model` is still being pruned"):
+            compact(net, x)
+        step = 0
+        while not pruner.finished:
+            pruner.step(step)
+            step += 1
+        pruner.fold()
+        assert net.training
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # a network this small may be faster dense
+            fast = compact(net, x)
+        assert net.training
+        check_same(net, fast, x)
+
+
+def test_what_is_changed_in_place_or_laid_out_anew() -> None:
+    """A residual that an addition overwrites is read later; a layout that a view needs stays."""
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1)
+            self.third = nn.Conv2d(8, 8, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = x.contiguous(memory_format=torch.channels_last)
+            kept = torch.sigmoid(self.first(x))
+            kept += self.second(kept)
+            y = F.relu(self.third(kept), inplace=True) + kept
+            y = y.transpose(1, 2).contiguous(memory_format=torch.contiguous_format)
+            return y.view(x.shape[0], -1)
+
+    torch.manual_seed(0)
+    net, x = prune(Net(), 0.7), torch.randn(2, 3, 10, 10)
+    before = torch.get_rng_state()
+    fast = compact(net, x)
+    assert torch.equal(torch.get_rng_state(), before)  # nobody's random numbers are used up
+    check_same(net, fast, x)
+
+
+class InPlace(nn.Module):
+    """Layers that read a tensor which is overwritten after that, or before."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind = kind
+        self.a, self.b = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1)
+        self.d, self.relu = nn.Conv2d(8, 8, 1), nn.ReLU(inplace=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.a(x)
+        if self.kind == "shortcut read before":
+            shortcut = self.d(y)
+            return self.b(F.relu(y, inplace=True)) + shortcut
+        if self.kind == "sum":
+            z = self.b(y)
+            kept = y
+            y += z
+            return self.d(y) + self.b(kept)
+        if self.kind == "after it was read":
+            z = self.b(y)
+            y.relu_()
+            return z + y
+        if self.kind == "module as a statement":
+            self.relu(y)
+            return self.b(y)
+        if self.kind == "methods as statements":
+            y.mul_(2)
+            y.add_(1)
+            return self.b(y)
+        if self.kind.startswith("a view"):
+            shape = y.shape
+            flat = y.flatten(2)
+            self.relu(flat)
+            return self.b(y if self.kind == "a view, and then its base" else flat.view(shape))
+        y.view(len(y.shape), -1)  # a view of what is written to
+        y[:, 0] = 1
+        return self.b(y)
+
+
+KINDS = ("shortcut read before", "sum", "after it was read", "module as a statement")
+
+
+OTHERS = ("methods as statements", "a view", "a view, and then its base", "a part")
+
+
+@pytest.mark.parametrize("kind", [*KINDS, *OTHERS])
+@pytest.mark.filterwarnings("ignore:The network")
+def test_writing_in_place(kind: str) -> None:
+    torch.manual_seed(0)
+    net, x = prune(InPlace(kind), 0.7), torch.randn(2, 3, 10, 10)
+    fast = compact(net, x)
+    assert columns(fast)
+    # That a sum was made in place is lost when it is traced, and noticed when it is compared.
+    assert isinstance(fast, fx.GraphModule) == (kind not in ("sum", *OTHERS[2:]))
+    check_same(net, fast, x)
+    assert net.relu.inplace
+
+
+class Siamese(nn.Module):
+    """Two pictures of different sizes, through shared and separate layers, joined."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Sequential(nn.Conv2d(3, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU())
+        self.second = nn.Sequential(nn.Conv2d(1, 16, 3, stride=2, padding=1), nn.ReLU())
+        self.joined = nn.Conv2d(32, 8, 3)
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        return self.joined(torch.cat([self.first(x), self.second(y)], 1)).flatten(1)
+
+
+class Gate(nn.Module):
+    """Adds one number per picture and channel to its pictures."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv2d(8, 16, 3, padding=1), nn.Conv2d(8, 16, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.relu(self.a(x) + self.b(F.adaptive_avg_pool2d(x, 1)))
+
+
+def test_an_example_of_one_pixel_stands_for_any_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pipeline, "interleaved_ms", lambda *_, **__: [1.0, 0.5])
+    net = prune(Gate(), 0.75)
+    fast = compact(net, torch.randn(1, 8, 1, 1))
+    assert len(columns(fast)) == 2
+    for size in ((1, 8, 1, 1), (3, 8, 9, 7)):
+        check_same(net, fast, torch.randn(size))
+
+
+def test_a_network_of_two_inputs(tmp_path: Path) -> None:
+    net = prune(Siamese(), 0.75)
+    x, y = torch.randn(2, 3, 16, 16), torch.randn(2, 1, 32, 32)
+    fast = compact(net, (x, y))
+    assert all(isinstance(fast.get_submodule(name), ColumnConv2d) for name in ("first.0", "joined"))
+    save_compact(fast, tmp_path / "net.spp")
+    with torch.no_grad():
+        expected = copy.deepcopy(net).double()(x.double(), y.double())
+        for made in (fast, load_compact(tmp_path / "net.spp")):
+            assert float((made(x, y) - expected).abs().max() / expected.abs().max()) < 1e-5
+    with pytest.raises(ValueError, match=r"`example_input` .* tuple of tensors, got int\."):
+        compact(net, (x, 3))
+
+
+def test_hooks_are_kept() -> None:
+    net, x = prune(ConvNet(), 0.75), torch.randn(2, 3, 32, 32)
+    net.conv1.register_forward_hook(lambda module, inputs, output: 2 * output)
+    with pytest.warns(UserWarning, match="forward hooks, at conv1.*one by one: conv2, conv3"):
+        fast = compact(net, x)
+    check_same(net, fast, x)
+
+
+def test_what_tracing_loses_is_noticed() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(3, 8, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.conv(x) * (1 + torch.rand(()))  # one number for ever, in a trace
+
+    net, x = prune(Net(), 0.7), torch.randn(2, 3, 9, 9)
+    with pytest.warns(UserWarning, match="computes something else when it is traced"):
+        compact(net, x)
+
+
+@pytest.mark.parametrize("ratio", [0.0, 0.75])
+@pytest.mark.filterwarnings("ignore:The network has too few")
+def test_outputs_of_any_kind_and_tensors_without_a_batch(ratio: float) -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 3)
+            self.place = nn.Parameter(torch.randn(1, 8, 12, 12))
+
+        def forward(self, x: Tensor) -> dict[str, Tensor]:
+            y = self.a(x) + self.place
+            return {"first": y, "second": self.b(F.relu(y))}
+
+    torch.manual_seed(0)
+    net = prune(Net(), ratio).requires_grad_(False)
+    fast = compact(net, torch.randn(1, 3, 12, 12))
+    x = torch.randn(4, 3, 12, 12)
+    for name, value in net(x).items():
+        torch.testing.assert_close(fast(x)[name], value, rtol=1e-4, atol=1e-5)
+    assert not any(parameter.requires_grad for parameter in fast.parameters())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_another_default_dtype(dtype: torch.dtype) -> None:
+    net, x = prune(ConvNet(), 0.75), torch.randn(8, 3, 32, 32)
+    fast = compact(net, x)
+    torch.set_default_dtype(dtype)
+    try:
+        check_same(net, fast, torch.randn(9, 3, 32, 32, dtype=torch.float32))
+        fast(x).sum().backward()
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def test_macs_of_compact_networks() -> None:
+    net, x = prune(ConvNet(), 0.75), torch.randn(1, 3, 32, 32)
+    assert count_macs(compact(net, x), x) == count_macs(net, x)
+
+
+def test_what_cannot_be_traced_is_replaced_layer_by_layer() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 4, 3, padding="same")
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.first(x)
+            return self.second(y) if y.sum() > -1e9 else y
+
+    net, x = prune(Net(), 0.5), torch.randn(2, 3, 9, 9)
+    with pytest.warns(UserWarning, match="can't be traced.*one by one: first, second"):
+        fast = compact(net, x)
+    assert set(columns(fast)) == {"first", "second"}
+    check_same(net, fast, x)
+
+
+def test_layers_that_cannot_be_compact_stay_and_are_named() -> None:
+    net = nn.Sequential(
+        nn.Conv2d(3, 8, 3, padding=1, padding_mode="reflect"), nn.ReLU(), nn.Conv2d(8, 4, 3)
+    )
+    prune(net, 0.6)
+    x = torch.randn(2, 3, 24, 24)
+    with pytest.warns(UserWarning, match="0 .*padding_mode"):
+        fast = compact(net, x)
+    check_same(net, fast, x)
+    assert set(columns(fast)) == {"2"}
+
+
+def test_training_goes_on_with_norms() -> None:
+    """With its norms, a compact network takes the steps of the masked dense one."""
+    torch.manual_seed(0)
+    net = prune(
+        nn.Sequential(
+            *(nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.MaxPool2d(2)),
+            *(nn.Conv2d(8, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU()),
+        ),
+        0.7,
+    )
+    x = torch.randn(4, 3, 16, 16)
+    with pytest.raises(ValueError, match="`fold` must be True or False, got 'no'"):
+        compact(net, x, fold="no")
+    fast = compact(net, x, fold=False)
+    assert sum(isinstance(module, nn.BatchNorm2d) for module in fast.modules()) == 2
+    kept = {k: (v != 0).any(0, keepdim=True) for k, v in net.named_parameters() if v.dim() == 4}
+    for model in (net.train(), fast.train()):
+        optimizer = torch.optim.SGD(model.parameters(), 0.05, 0.9)
+        for _ in range(5):
+            optimizer.zero_grad()
+            model(x).square().mean().backward()
+            optimizer.step()
+            with torch.no_grad():
+                for name, value in model.named_parameters():
+                    if value.dim() == 4:
+                        value.mul_(kept[name])
+    check_same(net.eval(), fast.eval(), x)
+
+
+def test_nothing_to_gain_is_a_warning(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A network in which every layer is faster dense comes back as it is, and can be saved."""
+    net = prune(nn.Sequential(nn.Conv2d(8, 8, 3), nn.Flatten(), nn.Linear(32, 2)), 0.2)
+    assert 0 < len(ColumnConv2d.of(net[0]).columns) < 72
+    x = torch.randn(1, 8, 4, 4)
+    times = {"dense": 1.0, "compact": 2.0}
+    monkeypatch.setattr(pipeline, "interleaved_ms", lambda *_, **__: [*times.values()])
+    with pytest.warns(UserWarning, match=r"1\.000 ms dense, 2\.000 ms compact .* stays dense"):
+        fast = compact(net, x)
+    assert columns(fast) == {}
+    save_compact(fast, tmp_path / "net.spp")
+    again = load_compact(tmp_path / "net.spp")
+    assert torch.equal(fast(x), net(x)) and torch.equal(again(x), net(x))
+    times["compact"] = 0.5
+    assert columns(compact(net, x)) == {"0": len(ColumnConv2d.of(net[0]).columns)}
+
+
+@pytest.mark.parametrize(
+    ("model", "example", "message"),
+    [
+        (None, torch.zeros(1), "`model` must be a network"),
+        (nn.Conv2d(3, 4, 3), None, "`example_input` must be a tensor"),
+        (nn.Conv2d(3, 4, 3), torch.zeros(1, 2, 8, 8), "`example_input`.*fails for it"),
+        (nn.Conv2d(3, 4, 3, device="meta"), torch.zeros(1, 3, 8, 8), "`model` must hold values"),
+        (nn.Conv2d(3, 4, 3), torch.zeros(1, 3, 8, 8, device="meta"), "`example_input` must hold"),
+    ],
+)
+def test_bad_arguments(model: nn.Module, example: Tensor, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        compact(model, example)
