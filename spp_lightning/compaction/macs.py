@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from spp_lightning.compaction.layers.column_conv import ColumnConv2d
+from spp_lightning.compaction.geometry import Geometry
 from spp_lightning.method.groups import WeightGroups, weight_of
 from spp_lightning.method.selection import is_convolution
 
@@ -43,7 +43,7 @@ def count_macs(model: nn.Module, example_input: Any) -> dict[str, int]:
     layers = {
         name: layer
         for name, layer in model.named_modules()
-        if is_convolution(layer) or isinstance(layer, (nn.Linear, ColumnConv2d))
+        if is_convolution(layer) or isinstance(layer, nn.Linear) or _geometry_of(layer)
     }
     positions: dict[str, int] = {}
 
@@ -73,11 +73,17 @@ def count_macs(model: nn.Module, example_input: Any) -> dict[str, int]:
     return {name: count * _kept_weights(layers[name]) for name, count in positions.items()}
 
 
+def _geometry_of(layer: nn.Module) -> Geometry | None:
+    """The convolution of a compact layer, whose class stands above this module; None of others."""
+    geometry = getattr(layer, "geometry", None)
+    return geometry if isinstance(geometry, Geometry) else None
+
+
 def _times_applied(layer: nn.Module, x: Tensor, output: Tensor) -> int:
     """How often a convolution or linear layer applies its weight, batch included."""
-    if isinstance(layer, ColumnConv2d):  # whose output may be pooled already
+    if geometry := _geometry_of(layer):  # whose output may be pooled already
         height, width = x.shape[-2:]
-        return (len(x) if x.dim() == 4 else 1) * math.prod(layer.geometry.out_size(height, width))
+        return (len(x) if x.dim() == 4 else 1) * math.prod(geometry.out_size(height, width))
     dims = weight_of(layer).dim() - 2  # of the kernel
     if dims:
         batch = output.shape[0] if output.dim() == dims + 2 else 1
@@ -87,9 +93,9 @@ def _times_applied(layer: nn.Module, x: Tensor, output: Tensor) -> int:
 
 def _kept_weights(layer: nn.Module) -> int:
     """Weights that are neither in a column of zeros nor in a filter of zeros."""
-    if isinstance(layer, ColumnConv2d):
-        return layer.weight.numel()
     weight = weight_of(layer).detach()
+    if _geometry_of(layer):
+        return weight.numel()
     groups = WeightGroups.of(layer).conv_groups if is_convolution(layer) else 1
     nonzero = weight.unflatten(0, (groups, -1)).flatten(2) != 0
     columns, filters = nonzero.any(1).sum(1), nonzero.any(2).sum(1)
