@@ -134,12 +134,12 @@ def importance(
 
 
 def weight_mask(
-    kept: list[bool], shape: tuple[int, ...], conv_groups: int = 1, granularity: str = "column"
+    factors: list[float], shape: tuple[int, ...], conv_groups: int = 1, granularity: str = "column"
 ) -> np.ndarray:
     mask = np.zeros(shape)
-    for keep, group in zip(kept, members(shape, conv_groups, granularity), strict=True):
+    for factor, group in zip(factors, members(shape, conv_groups, granularity), strict=True):
         for spot in group:
-            mask[spot] = float(keep)
+            mask[spot] = float(factor)
     return mask
 
 

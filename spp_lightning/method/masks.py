@@ -27,18 +27,18 @@ Masking = Literal["sample", "scale"]
 
 _NEW: Any = vars(copyreg)["__newobj__"]
 _RECONSTRUCT: Any = vars(copyreg)["_reconstructor"]
-_ATTRIBUTES = ("_spp_sampled", "_spp_alive", "_spp_positions")
+_ATTRIBUTES = ("_spp_sampled", "_spp_expected", "_spp_positions")
 
 
-def mask_layer(layer: nn.Module, groups: WeightGroups, sampled: Tensor, alive: Tensor) -> None:
+def mask_layer(layer: nn.Module, groups: WeightGroups, sampled: Tensor, expected: Tensor) -> None:
     """Let a layer use its weight through masks, until :func:`unmask_layer`.
 
     Args:
         layer: A layer with a parameter ``weight``; its class changes to a subclass of its class.
         groups: The layer's weight groups.
-        sampled: Mask in training mode, ``(groups,)``, bool, True = kept, or a factor per group.
-            Changes in place act.
-        alive: Mask in evaluation mode, likewise.
+        sampled: Mask in training mode, ``(groups,)``: bool, True = kept, or a float factor per
+            group. The layer follows in-place changes.
+        expected: Mask in evaluation mode, likewise.
 
     Raises:
         ValueError: If the layer is masked already.
@@ -47,7 +47,7 @@ def mask_layer(layer: nn.Module, groups: WeightGroups, sampled: Tensor, alive: T
         raise ValueError(f"`layer` (={layer}) is masked already; a layer takes one mask at a time.")
     # Without convolution groups a mask broadcasts against the weight as it is.
     shape = groups.mask_shape[1:] if groups.conv_groups == 1 else groups.mask_shape
-    attributes: tuple[Tensor | int, ...] = (sampled.view(shape), alive.view(shape), 0)
+    attributes: tuple[Tensor | int, ...] = (sampled.view(shape), expected.view(shape), 0)
     for name, value in zip(_ATTRIBUTES, attributes, strict=True):
         setattr(layer, name, value)
     cls: Any = type(layer)
@@ -77,7 +77,7 @@ def output_positions(layer: nn.Module) -> int:
 
 def _masked_weight(layer: Any) -> Tensor:
     weight: Tensor = weight_of(layer)
-    mask: Tensor = layer._spp_sampled if layer.training else layer._spp_alive
+    mask: Tensor = layer._spp_sampled if layer.training else layer._spp_expected
     if mask.device != weight.device:  # the network was moved; the pruner follows at its next step
         mask = mask.to(weight.device)
     if mask.dtype != torch.bool:

@@ -64,7 +64,8 @@ class SPPPruner:
 
     The masks act from the construction on, until :meth:`fold`. The network's parameters keep their
     names and values meanwhile: ``state_dict`` is that of the unpruned network. In training mode
-    the mask drawn last acts, in evaluation mode only the groups pruned so far are out.
+    the mask drawn last acts. In evaluation mode the expected mask acts, as in dropout: every group
+    is multiplied by 1 − p, so pruned groups are exactly 0.
 
     All state lies on the network's device; only :meth:`update` reads from it, once. While the masks
     act, a layer's attribute ``weight`` is the masked weight: read it, but write to the parameter
@@ -182,9 +183,9 @@ class SPPPruner:
         # float64 keeps sums of Δ exact enough to be the same on every machine; MPS has none.
         dtype = torch.float32 if device.type == "mps" else torch.float64
         self._probability = torch.zeros(start, dtype=dtype, device=device)
-        acting = torch.bool if masking == "sample" else torch.float32
-        self._sampled = torch.ones(start, dtype=acting, device=device)
         self._alive = torch.ones(start, dtype=torch.bool, device=device)
+        self._expected = torch.ones(start, dtype=torch.float32, device=device)
+        self._sampled = self._expected if masking == "scale" else self._alive.clone()
         self._generator = torch.Generator(device)
         self._attached = False
         self.attach()
@@ -268,7 +269,7 @@ class SPPPruner:
             layer.num_pruned = layer.groups.count - num_alive
             layer.num_recovered = 0 if layer.finished else num_recovered
         self._probability.copy_(new)
-        self._alive.copy_(alive)
+        self._refresh_masks()
         self._finished = all(layer.finished for layer in self._layers)
         self.num_updates += 1
         self._last_update = self._step
@@ -286,9 +287,7 @@ class SPPPruner:
         self._check_attached()
         self._step = step
         if not (self._finished and self._settled):
-            if self.settings.masking == "scale":
-                torch.sub(1, self._probability, out=self._sampled)
-            else:
+            if self.settings.masking == "sample":
                 seed = self.settings.seed
                 sample_masks(self._probability, seed, step, self._generator, self._sampled)
             self._settled = self._finished  # every p is 0 or 1 now: the masks are the same for ever
@@ -333,8 +332,8 @@ class SPPPruner:
                     " the other pruner first."
                 )
             for layer in self._layers:
-                sampled, alive = self._sampled[layer.span], self._alive[layer.span]
-                mask_layer(layer.module, layer.groups, sampled, alive)
+                sampled, expected = self._sampled[layer.span], self._expected[layer.span]
+                mask_layer(layer.module, layer.groups, sampled, expected)
             self._attached = True
             self._follow_device()
 
@@ -461,7 +460,7 @@ class SPPPruner:
             layer.num_pruned = int((values >= 1).sum())
             layer.num_recovered = 0
             self._probability[layer.span] = values.to(self._probability)
-        torch.lt(self._probability, 1, out=self._alive)
+        self._refresh_masks()
         self._finished = all(layer.finished for layer in self._layers)
         self._settled = False
         self.num_updates = counters["num_updates"]
@@ -484,6 +483,11 @@ class SPPPruner:
                 tensors = _tensors_like(layer.weight, optimizers)
                 layer.groups.zero(self._alive[layer.span], *tensors)
 
+    def _refresh_masks(self) -> None:
+        """Make the masks that follow from p alone."""
+        torch.lt(self._probability, 1, out=self._alive)
+        torch.sub(1, self._probability, out=self._expected)
+
     def _check_attached(self) -> None:
         if not self._attached:
             raise RuntimeError("The masks are folded; call `attach()` to go on pruning.")
@@ -499,10 +503,13 @@ class SPPPruner:
         if self._layers[0].weight.device == self._probability.device:
             return
         device = self._device()
-        buffers = [x.to(device) for x in (self._probability, self._sampled, self._alive)]
         attached = self._attached
         self._unmask()
-        self._probability, self._sampled, self._alive = buffers
+        self._probability = self._probability.to(device)
+        self._alive = self._alive.to(device)
+        self._expected = self._expected.to(device)
+        scaled = self.settings.masking == "scale"
+        self._sampled = self._expected if scaled else self._sampled.to(device)
         self._generator = torch.Generator(device)
         if attached:
             self.attach()

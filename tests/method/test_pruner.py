@@ -201,14 +201,13 @@ def test_forward_and_gradient(layer, function, granularity):
     parameter = layer.weight
     value = parameter.detach().clone()
     pruner = SPPPruner(nn.Sequential(layer), granularity=granularity, layers=["0"])
-    p = torch.full_like(pruner.probability["0"], 0.5)
-    p[0] = 1.0
-    set_probability(pruner, _0=p)
+    p = 1 - torch.arange(len(pruner.probability["0"]), dtype=torch.float64) % 4 / 4
+    set_probability(pruner, _0=p)  # 1, 3/4, 1/2, 1/4, 1, …
     pruner.step(1)
 
-    def mask(kept):
-        kept = reference.weight_mask(kept, value.shape, layer.groups, granularity)
-        return torch.from_numpy(kept)
+    def mask(factors):
+        mask = reference.weight_mask(factors, value.shape, layer.groups, granularity)
+        return torch.from_numpy(mask)
 
     def plain(x, weight):
         options = (layer.stride, layer.padding, layer.dilation, layer.groups)
@@ -228,7 +227,27 @@ def test_forward_and_gradient(layer, function, granularity):
     assert torch.equal(parameter.detach(), value * kept_for_good)
 
     layer.eval()
+    assert torch.equal(layer.weight, value * mask((1 - p).tolist()))
+    assert torch.equal(layer(x), plain(x, value * mask((1 - p).tolist())))
+    pruner.fold()
     assert torch.equal(layer(x), plain(x, value * kept_for_good))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_evaluation_follows_every_update_and_ends_with_whole_weights(dtype):
+    net = nn.Sequential(nn.Conv2d(3, 4, 3, dtype=dtype)).eval()
+    parameter, pruner = net[0].weight, SPPPruner(net, A=0.4, interval=1)
+    factors = []
+    for step in range(60):
+        pruner.step(step)
+        p = pruner.probability["0"]
+        factor = (1 - p).float().to(dtype).view(3, 3, 3)
+        assert torch.equal(net[0].weight, parameter * factor)
+        assert not net[0].weight[:, (p == 1).view(3, 3, 3)].any()
+        factors.append(tuple(factor.flatten().tolist()))
+    assert pruner.finished and len(set(factors)) == pruner.num_updates
+    assert torch.equal(net[0].weight, parameter)  # the kept groups are at p = 0 again
+    assert zero_groups(net[0], "column") == 21
 
 
 def test_masked_weight_keeps_its_value_but_for_momentum_and_decay():
@@ -314,7 +333,7 @@ def test_what_is_written_to_a_pruned_group_has_no_effect():
         next(net.parameters())[:, pruned] = 5.0
     assert torch.equal(net(x), before)
     pruner.fold()
-    assert torch.equal(net(x), before)
+    assert not net[0].weight[:, pruned].any()
 
 
 # --- the network stays what it is ---
@@ -454,7 +473,7 @@ def test_masks_are_out_with_probability_p():
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
-def test_scaling_acts_with_one_minus_p_in_training_alone(dtype):
+def test_scaling_acts_with_one_minus_p_in_training_and_evaluation(dtype):
     layer = nn.Conv2d(3, 4, 2, dtype=dtype)
     value = layer.weight.detach().clone()
     pruner = SPPPruner(nn.Sequential(layer), masking="scale")
@@ -466,7 +485,7 @@ def test_scaling_acts_with_one_minus_p_in_training_alone(dtype):
     layer.weight.sum().backward()
     assert torch.equal(layer._parameters["weight"].grad, factors.expand(4, 3, 2, 2))
     layer.eval()
-    assert torch.equal(layer.weight, value * (p < 1).view(1, 3, 2, 2))
+    assert torch.equal(layer.weight, value * factors)
 
 
 def test_scaling_ends_on_the_exact_count():
@@ -803,6 +822,22 @@ def test_wrong_state(change, message):
 
 
 # --- torch.compile ---
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_compiled_evaluation_follows_the_updates(backend):
+    net = small_net().eval()
+    pruner = SPPPruner(net, A=0.5, interval=1)
+    x, outputs = torch.randn(2, 3, 8, 8), []
+    torch._dynamo.reset()
+    with torch._dynamo.config.patch(error_on_recompile=True), torch.no_grad():
+        compiled = torch.compile(net, fullgraph=True, backend=backend)
+        for step in range(20):
+            pruner.step(step)
+            outputs.append(compiled(x))
+            torch.testing.assert_close(outputs[-1], net(x))
+    torch._dynamo.reset()
+    assert pruner.finished and not torch.allclose(outputs[0], outputs[3])
 
 
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])

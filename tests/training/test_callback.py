@@ -114,22 +114,26 @@ def test_averaged_weights_are_pruned_too(tiny, averaging, first):
     assert zero_columns(tiny.conv2) == target(72)
 
 
-def test_validation_sees_only_the_pruned_groups_out(tiny):
+@pytest.mark.parametrize("averaged", [False, True], ids=["weights", "EMA"])
+def test_validation_sees_the_expected_mask(tiny, averaged):
+    """Weights, or their running average where a callback validates that, times 1 − p."""
     seen = []
     tiny.validation_step = lambda batch, batch_idx: None
 
     class Watch(SPPCallback):
         def on_validation_batch_end(self, trainer, pl_module, outputs, batch, *_):
-            alive = {n: p < 1 for n, p in self.pruner.probability.items()}
-            masked = pl_module.conv2.weight
-            assert torch.equal(masked, masked * alive["conv2"].view(1, 8, 3, 3))
-            seen.append((zero_columns(pl_module.conv2), self.pruner.num_pruned["conv2"]))
+            p, masked = self.pruner.probability["conv2"], pl_module.conv2.weight
+            factor = (1 - p).float().view(1, 8, 3, 3)
+            assert torch.equal(masked, pl_module.conv2._parameters["weight"] * factor)
+            between = int(((p > 0) & (p < 1)).sum())
+            seen.append((zero_columns(pl_module.conv2), self.pruner.num_pruned["conv2"], between))
 
-    trainer = make_trainer(Watch(interval=1), max_steps=80, num_sanity_val_steps=1)
+    callbacks = [Watch(interval=1), *([EMAWeightAveraging(decay=0.9)] if averaged else [])]
+    trainer = make_trainer(*callbacks, max_steps=80, num_sanity_val_steps=1)
     trainer.fit(tiny, tiny_data(), tiny_data())
-    assert all(zero == pruned for zero, pruned in seen)
-    assert seen[0] == (0, 0)
-    assert 0 < seen[len(seen) // 2][1] < seen[-1][1] == target(72)
+    assert all(zero == pruned for zero, pruned, _ in seen)
+    assert seen[0] == (0, 0, 0) and seen[-1] == (54, 54, 0)
+    assert 0 < seen[len(seen) // 2][1] < 54 and seen[len(seen) // 2][2] > 0
 
 
 # --- steps ---
