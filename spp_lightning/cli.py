@@ -1,10 +1,12 @@
-"""The ``spp-lightning`` command: from a checkpoint to a compact network's file."""
+"""The ``spp-lightning`` command: compact files from checkpoints, and what is in them."""
 
 from __future__ import annotations
 
 import copy
 import importlib
 import io
+import json
+import math
 import os
 import sys
 from pathlib import Path
@@ -12,7 +14,6 @@ from typing import Any
 
 import click
 import torch
-from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
 from spp_lightning.compaction.file.container import load_compact, save_compact, why
@@ -46,6 +47,15 @@ def _shape(_: click.Context, __: click.Parameter, text: str | None) -> tuple[int
     return tuple(int(x) for x in parts)
 
 
+_input_shape = click.option(
+    "--input-shape",
+    callback=_shape,
+    metavar="C,H,W",
+    help="Shape of one input, such as 3,32,32.",
+)
+_as_json = click.option("--json", "as_json", is_flag=True, help="Print JSON, for programs.")
+
+
 @main.command("compact")
 @click.argument("checkpoint", type=click.Path(exists=True, dir_okay=False, path_type=Path))
 @click.option(
@@ -53,7 +63,7 @@ def _shape(_: click.Context, __: click.Parameter, text: str | None) -> tuple[int
     required=True,
     metavar="FILE",
     type=click.Path(dir_okay=False, path_type=Path),
-    help="Where the compact network is written to.",
+    help="Where to write the compact network.",
 )
 @click.option(
     "--model",
@@ -63,18 +73,14 @@ def _shape(_: click.Context, __: click.Parameter, text: str | None) -> tuple[int
     metavar="MODULE:CLASS",
     help="The network's class, or a function that makes it. Modules in the current folder count.",
 )
-@click.option(
-    "--input-shape",
-    callback=_shape,
-    metavar="C,H,W",
-    help="Shape of one input.  [default: that of the network's example_input_array]",
-)
+@_input_shape
 @click.option(
     "--bench",
     is_flag=True,
-    help="Time the network and the compact one, for batches of 1 and 64, on the CPU.",
+    help="Time the network and the compact one on the CPU, for batches of 1 and 64.",
 )
-@click.option("--threads", type=click.IntRange(1), help="Threads to compute with.")
+@click.option("--threads", type=click.IntRange(1), help="Number of threads to compute with.")
+@_as_json
 def compact_command(
     checkpoint: Path,
     output: Path,
@@ -82,14 +88,16 @@ def compact_command(
     input_shape: tuple[int, ...] | None,
     bench: bool,
     threads: int | None,
+    as_json: bool,
 ) -> None:
     """Make the pruned network in CHECKPOINT compact, and write it to a small file.
 
-    CHECKPOINT is Lightning's, or a plain state dict. The file is read in Python by
-    spp_lightning.load_compact(FILE), without the network's class.
+    CHECKPOINT is a checkpoint of Lightning or a plain state dict. Python reads the file with
+    spp_lightning.load_compact(FILE), without the network's class. Without --input-shape the
+    network's example_input_array tells the shape of its inputs.
 
-    Fails if the compact network computes something else (by more than 0.0001 of the largest output)
-    or, with --bench, if it is slower (by more than 5 %).
+    Exits with 1 if the compact network computes something else (a difference of more than 0.0001 of
+    the largest output), or with --bench if it is slower (by more than 5 %).
     """
     if threads is not None:
         torch.set_num_threads(threads)
@@ -99,16 +107,45 @@ def compact_command(
     try:
         save_compact(compact(model, example), output)
         fast = load_compact(output)  # what is measured is what others will load
-        problems = _report(model, fast, example, output)
+        report = _compare(model, fast, example, output)
     except (ValueError, OSError) as error:
         raise click.ClickException(str(error)) from error
+    if not report["compact_convolutions"]:
+        click.echo("No convolution is compact: is this a pruned network's checkpoint?", err=True)
+    if not as_json:
+        click.echo(_told(report))
     if bench:
-        problems += _bench(model, fast, shape)
+        report["bench"] = _bench(model, fast, shape)
+        if not as_json:
+            click.echo(_told_times(report["bench"]))
+    if as_json:
+        click.echo(json.dumps(report, indent=2))
+    problems = _problems(report)
     if problems:
         raise click.ClickException(" ".join(problems))
 
 
+@main.command("inspect")
+@click.argument("file", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@_input_shape
+@_as_json
+def inspect_command(file: Path, input_shape: tuple[int, ...] | None, as_json: bool) -> None:
+    """Tell what is in a compact network's FILE: its layers and the columns they keep.
+
+    With --input-shape the MACs of every layer are counted, too. Exits with 1 if FILE isn't a
+    compact network's, or takes no such input.
+    """
+    try:
+        network = load_compact(file)
+    except (ValueError, OSError) as error:
+        raise click.ClickException(str(error)) from error
+    contents = _contents(file, network, input_shape)
+    click.echo(json.dumps(contents, indent=2) if as_json else _told_contents(contents))
+
+
 def _load(checkpoint: Path, model_name: str) -> nn.Module:
+    from lightning.pytorch import LightningModule  # slow to import, and `inspect` needs none
+
     make = _find(model_name)
     try:
         content = torch.load(checkpoint, map_location="cpu", weights_only=True)
@@ -184,49 +221,150 @@ def _default_shape(model: nn.Module) -> tuple[int, ...]:
     return tuple(example.shape[1:])
 
 
-def _report(model: nn.Module, fast: nn.Module, example: Tensor, output: Path) -> list[str]:
-    """Print what became smaller, and return what is wrong."""
-    layers = [x for x in fast.modules() if isinstance(x, ColumnConv2d)]
-    if not layers:
-        click.echo("No convolution is compact: is this a pruned network's checkpoint?", err=True)
+def _compare(model: nn.Module, fast: nn.Module, example: Tensor, output: Path) -> dict[str, Any]:
+    """What became smaller, and how much the outputs differ."""
     buffer = io.BytesIO()
     torch.save(model.state_dict(), buffer)
-    before, after = len(buffer.getbuffer()), output.stat().st_size
-    dense_macs = _conv_macs(_without_zeros(model), example)
-    macs = _conv_macs(to_dense(fast), example)
-    # Pixels may reach from 0 to 1 or to 255; with too small ones the biases would be all there is.
-    error = max(difference(model, fast, scale * example) for scale in (1, 64))
-    click.echo(
-        f"{output}: {len(layers)} compact convolutions\n"
+    return {
+        "file": str(output),
+        "compact_convolutions": sum(isinstance(x, ColumnConv2d) for x in fast.modules()),
+        "state_dict_bytes": len(buffer.getbuffer()),
+        "bytes": output.stat().st_size,
+        "dense_conv_macs": _conv_macs(_without_zeros(model), example),
+        "conv_macs": _conv_macs(to_dense(fast), example),
+        # Pixels may reach from 0 to 1 or to 255; with too small ones the biases would be all there
+        # is.
+        "difference": max(difference(model, fast, scale * example) for scale in (1, 64)),
+    }
+
+
+def _told(report: dict[str, Any]) -> str:
+    before, after = report["state_dict_bytes"], report["bytes"]
+    dense, macs = report["dense_conv_macs"], report["conv_macs"]
+    return (
+        f"{report['file']}: {report['compact_convolutions']} compact convolutions\n"
         f"bytes       state dict {before:,}, compact {after:,} ({after / before:.1%})\n"
-        f"conv MACs   dense {dense_macs:,}, compact {macs:,} ({dense_macs / max(macs, 1):.2f}×"
-        " fewer)\n"
-        f"difference  {error:.1e} of the largest output"
+        f"conv MACs   dense {dense:,}, compact {macs:,} ({dense / max(macs, 1):.2f}× fewer)\n"
+        f"difference  {report['difference']:.1e} of the largest output"
     )
-    if not error <= _TOLERANCE:  # NaN, too
-        return [
-            f"The compact network differs: by {error:.1e} of the largest output, where"
-            f" {_TOLERANCE:.0e} would be rounding."
-        ]
-    return []
 
 
-def _bench(model: nn.Module, fast: nn.Module, shape: tuple[int, ...]) -> list[str]:
-    """Print times, and return what is slow."""
-    click.echo(
-        f"milliseconds per batch (median; {torch.get_num_threads()} threads; dense is the faster of"
-        " NCHW and channels-last)"
-    )
-    slow = []
-    for batch in _BATCHES:
-        times = measure(model, fast, shape, batch)
-        click.echo(
-            f"batch {batch:<5} dense {times.dense_ms:.3f}, compact {times.compact_ms:.3f}"
-            f" ({times.speedup:.2f}× as fast)"
+def _bench(model: nn.Module, fast: nn.Module, shape: tuple[int, ...]) -> dict[str, Any]:
+    times = [measure(model, fast, shape, batch) for batch in _BATCHES]
+    return {
+        "threads": torch.get_num_threads(),
+        "batches": [{**x._asdict(), "speedup": x.speedup} for x in times],
+    }
+
+
+def _told_times(bench: dict[str, Any]) -> str:
+    lines = [
+        f"milliseconds per batch (median; {bench['threads']} threads; dense is the faster of NCHW"
+        " and channels-last)"
+    ]
+    for x in bench["batches"]:
+        lines.append(
+            f"batch {x['batch']:<5} dense {x['dense_ms']:.3f}, compact {x['compact_ms']:.3f}"
+            f" ({x['speedup']:.2f}× as fast)"
         )
-        if times.compact_ms > _NOISE * times.dense_ms:
-            slow.append(f"The compact network is slower than the dense one for a batch of {batch}.")
-    return slow
+    return "\n".join(lines)
+
+
+def _problems(report: dict[str, Any]) -> list[str]:
+    problems = []
+    if not report["difference"] <= _TOLERANCE:  # NaN, too
+        problems.append(
+            f"The compact network differs: by {report['difference']:.1e} of the largest output,"
+            f" where {_TOLERANCE:.0e} would be rounding."
+        )
+    for x in report.get("bench", {}).get("batches", []):
+        if x["compact_ms"] > _NOISE * x["dense_ms"]:
+            problems.append(
+                f"The compact network is slower than the dense one for a batch of {x['batch']}."
+            )
+    return problems
+
+
+def _contents(file: Path, network: nn.Module, shape: tuple[int, ...] | None) -> dict[str, Any]:
+    """What is in a file, as plain data."""
+    layers = {
+        name: layer
+        for name, layer in network.named_modules()
+        if isinstance(layer, (ColumnConv2d, nn.Linear)) or is_convolution(layer)
+    }
+    macs = _macs_of(network, shape, next(iter(layers.values()), None))
+    tensors = [*network.parameters(), *network.buffers()]
+    return {
+        "file": str(file),
+        "bytes": file.stat().st_size,
+        "parameters": sum(x.numel() for x in network.parameters()),
+        "dtypes": sorted({str(x.dtype).removeprefix("torch.") for x in network.parameters()}),
+        "tensor_bytes": sum(x.numel() * x.element_size() for x in tensors),
+        "input_shape": None if shape is None else list(shape),
+        "macs": None if macs is None else sum(macs.values()),
+        "layers": [
+            {"name": name, **_layer(layer), "macs": None if macs is None else macs.get(name, 0)}
+            for name, layer in layers.items()
+        ],
+    }
+
+
+def _macs_of(
+    network: nn.Module, shape: tuple[int, ...] | None, layer: nn.Module | None
+) -> dict[str, int] | None:
+    if shape is None:
+        return None
+    dtype = torch.float32 if layer is None else layer.get_parameter("weight").dtype
+    try:
+        return count_macs(network, torch.zeros(1, *shape, dtype=dtype))
+    except Exception as error:  # whatever a network raises for an input that doesn't fit
+        raise click.ClickException(
+            f"--input-shape (={','.join(map(str, shape))}) must be an input of the network, but it"
+            f" fails for it: {error}"
+        ) from error
+
+
+def _layer(layer: nn.Module) -> dict[str, Any]:
+    if isinstance(layer, nn.Linear):
+        size = [layer.out_features, layer.in_features]
+        return {"kind": "Linear", "size": size, "columns": size[1], "kept_columns": size[1]}
+    kernel = [int(x) for x in layer.kernel_size]  # type: ignore[union-attr, arg-type]
+    channels, filters = int(layer.in_channels), int(layer.out_channels)  # type: ignore[arg-type]
+    columns = channels * math.prod(kernel)
+    kept = len(layer.columns) if isinstance(layer, ColumnConv2d) else columns
+    return {
+        "kind": type(layer).__name__,
+        "size": [filters, channels, *kernel],
+        "columns": columns,
+        "kept_columns": kept,
+    }
+
+
+def _told_contents(contents: dict[str, Any]) -> str:
+    dtypes = ", ".join(contents["dtypes"]) or "no parameters"
+    lines = [
+        f"{contents['file']}: {contents['bytes']:,} bytes,"
+        f" {contents['parameters']:,} parameters ({dtypes})"
+    ]
+    rows = [["layer", "kind", "size", "kept columns", "MACs"]]
+    for x in contents["layers"]:
+        kept, columns = x["kept_columns"], x["columns"]
+        rows.append(
+            [
+                *(x["name"], x["kind"], "×".join(map(str, x["size"]))),
+                f"{kept:,} of {columns:,} ({kept / columns:.1%})",
+                "" if x["macs"] is None else f"{x['macs']:,}",
+            ]
+        )
+    if contents["macs"] is None:
+        rows = [row[:-1] for row in rows]
+    else:
+        rows.append(["all", "", "", "", f"{contents['macs']:,}"])
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        cells = [cell.ljust(width) for cell, width in zip(row, widths, strict=True)]
+        lines.append("  ".join(cells).rstrip())
+    return "\n".join(lines)
 
 
 def _conv_macs(model: nn.Module, example: Tensor) -> int:

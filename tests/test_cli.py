@@ -1,6 +1,8 @@
-"""The command `spp-lightning compact`, from a checkpoint to a measured file."""
+"""The commands: `compact`, from a checkpoint to a measured file; `inspect`, what is in one."""
 
+import json
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,8 +12,9 @@ from networks import pruned
 from torch import nn
 
 from spp_lightning import ConvNet, cli
-from spp_lightning.compaction.file.container import load_compact
+from spp_lightning.compaction.file.container import load_compact, save_compact
 from spp_lightning.compaction.kernels.cpu import library
+from spp_lightning.compaction.pipeline import compact
 from spp_lightning.compaction.timing import Times
 
 
@@ -32,8 +35,8 @@ def checkpoint(tmp_path, monkeypatch):
     return net
 
 
-def run(*words):
-    return CliRunner().invoke(cli.main, ["compact", *words])
+def run(*words, command="compact"):
+    return CliRunner().invoke(cli.main, [command, *words])
 
 
 @pytest.mark.skipif(not library.is_available(), reason="needs the CPU kernels")
@@ -127,8 +130,90 @@ def test_says_that_nothing_is_pruned(tmp_path, monkeypatch):
     assert "is this a pruned network's checkpoint?" in result.output
 
 
+def test_json_of_compact(checkpoint, monkeypatch):
+    monkeypatch.setattr(cli, "measure", lambda *args: Times(args[-1], 3.0, 2.0))
+    result = run("net.pt", "-o", "net.spp", "--json", "--bench", "--threads", "1")
+    assert result.exit_code == 0, result.output
+    report = json.loads(result.stdout)
+    assert report["file"] == "net.spp"
+    assert report["compact_convolutions"] == 3
+    assert report["dense_conv_macs"] == 12_288_000
+    assert report["bytes"] == Path("net.spp").stat().st_size
+    assert report["difference"] <= 1e-4
+    assert report["bench"]["threads"] == 1
+    assert report["bench"]["batches"] == [
+        {"batch": batch, "dense_ms": 3.0, "compact_ms": 2.0, "speedup": 1.5} for batch in (1, 64)
+    ]
+
+
+@pytest.fixture
+def compact_file(tmp_path, monkeypatch):
+    """A file of a network whose second convolution keeps 18 of its 36 columns."""
+    monkeypatch.chdir(tmp_path)
+    net = nn.Sequential(
+        nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 8, 3), nn.Flatten(), nn.Linear(8, 2)
+    )
+    with torch.no_grad():
+        net[2].weight[:, :, :, 1:] = 0
+        net[2].weight[:, :2, :, 1] = 1
+    save_compact(compact(net, torch.zeros(1, 3, 5, 5)), "net.spp")
+
+
+@pytest.mark.skipif(not library.is_available(), reason="layers stay dense without the kernels")
+def test_inspect_tells_layers_columns_and_macs(compact_file):
+    result = run("net.spp", "--json", "--input-shape", "3,5,5", command="inspect")
+    assert result.exit_code == 0, result.output
+    contents = json.loads(result.stdout)
+    assert contents["bytes"] == Path("net.spp").stat().st_size
+    assert contents["dtypes"] == ["float32"]
+    assert contents["input_shape"] == [3, 5, 5]
+    layers = {layer["name"]: layer for layer in contents["layers"]}
+    assert list(layers) == ["0", "2", "4"]
+    assert layers["2"] == {
+        "name": "2",
+        "kind": "ColumnConv2d",
+        "size": [8, 4, 3, 3],
+        "columns": 36,
+        "kept_columns": 18,
+        "macs": 8 * 18,
+    }
+    assert layers["4"]["size"] == [2, 8] and layers["4"]["macs"] == 16
+    assert contents["macs"] == 4 * 27 * 9 + 8 * 18 + 16
+
+    told = run("net.spp", "--input-shape", "3,5,5", command="inspect").output
+    assert "18 of 36 (50.0%)" in told and "8×4×3×3" in told and "1,132" in told
+    assert "MACs" not in run("net.spp", command="inspect").output
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "message"),
+    [
+        (["nothing.spp"], 2, "'nothing.spp' does not exist"),
+        (["text.spp"], 1, "must be a file that `save_compact` wrote"),
+        (["net.spp", "--input-shape", "4,5,5"], 1, "must be an input of the network"),
+        (["net.spp", "--input-shape", "5"], 2, "must be three counts"),
+    ],
+)
+def test_errors_of_inspect(words, code, message, compact_file, tmp_path):
+    (tmp_path / "text.spp").write_text("no network")
+    result = run(*words, command="inspect")
+    assert result.exit_code == code, result.output
+    assert message in " ".join(result.output.split())
+
+
+def test_inspect_refuses_a_damaged_file_with_the_loaders_message(compact_file):
+    content = bytearray(Path("net.spp").read_bytes())
+    content[len(content) // 2] ^= 1
+    Path("net.spp").write_bytes(content)
+    with pytest.raises(ValueError) as refused:
+        load_compact("net.spp")
+    result = run("net.spp", command="inspect")
+    assert result.exit_code == 1
+    assert result.output.strip() == f"Error: {refused.value}"
+
+
 def test_help_names_everything():
     shown = CliRunner().invoke(cli.main, ["--help"]).output
-    assert "compact" in shown
+    assert "compact" in shown and "inspect" in shown
     shown = CliRunner().invoke(cli.main, ["compact", "--help"]).output
     assert all(x in shown for x in ("CHECKPOINT", "--model", "--input-shape", "--bench", "FILE"))
