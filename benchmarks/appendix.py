@@ -1,13 +1,16 @@
 """Reproduce the paper's appendix on CIFAR-10, and compare SPP with simpler ways to prune.
 
-    python benchmarks/appendix.py                      # everything, on a GPU
-    python benchmarks/appendix.py --schedule short     # the same, shorter: two CPU cores
+    python benchmarks/appendix.py                      # everything: days on a CPU
+    python benchmarks/appendix.py --schedule short     # the same, shorter
     python benchmarks/appendix.py --only table2 --seeds 3
+    timeout 3h python benchmarks/appendix.py --seeds 1 # as far as three hours go
 
 Trains the baselines first, then one run for every row and seed that has no line yet in
-``benchmarks/results/appendix_SCHEDULE.jsonl``. A run that was stopped goes on from its checkpoint
-(in ``runs/appendix/``); finished ones are kept. Then ``report.py`` makes tables and pictures from
-the lines.
+``benchmarks/results/appendix_SCHEDULE.jsonl``, the rows that say most first. A run that was stopped
+goes on from its checkpoint in ``runs/appendix/``, on this machine or on another one to which the
+folder was copied; finished ones are kept. Then ``report.py`` makes tables and pictures from the
+lines. Every line names its precision and device; runs of different precisions have baselines,
+lines and tables of their own.
 """
 
 from __future__ import annotations
@@ -22,20 +25,14 @@ import report
 import torch
 from filelock import FileLock, Timeout
 from reproduction import lines
-from reproduction.jobs import finish
-from reproduction.rows import ALL_TABLES, BASELINE, CONTROL, Configuration
-from reproduction.schedules import SCHEDULES
+from reproduction.jobs import cores, finish
+from reproduction.rows import ALL_TABLES, BASELINE, Configuration, by_worth
+from reproduction.schedules import PRECISIONS, SCHEDULES, fast_precision
 from reproduction.training import Run
 
 from spp_lightning import CIFAR10DataModule
 
 ROOT = Path(__file__).resolve().parents[1]
-
-
-def wanted(tables: list[str]) -> list[Configuration]:
-    """The configurations of some tables, each once, with what all are compared to."""
-    rows = [BASELINE, CONTROL, *(row for table in tables for row in ALL_TABLES[table])]
-    return list(dict.fromkeys(rows))
 
 
 def main() -> None:
@@ -44,7 +41,12 @@ def main() -> None:
     parser.add_argument("--only", choices=ALL_TABLES, nargs="+", default=list(ALL_TABLES))
     parser.add_argument("--schedule", choices=SCHEDULES, default="full")
     parser.add_argument("--seeds", type=int, default=3, help="how many, from 0 (default 3)")
-    parser.add_argument("--jobs", type=int, help="runs side by side (default 4 on a GPU, else 1)")
+    parser.add_argument(
+        "--precision", choices=PRECISIONS, help="default: bfloat16 where this device computes it"
+    )
+    parser.add_argument(
+        "--jobs", type=int, help="runs side by side (default 4 on a GPU, else one per core)"
+    )
     parser.add_argument("--compile", action="store_true", help="train with torch.compile")
     parser.add_argument("--data", type=Path, default=ROOT / "data" / "cifar10")
     arguments = parser.parse_args()
@@ -52,7 +54,7 @@ def main() -> None:
         parser.error(f"`--seeds` must be at least 1, got {arguments.seeds}.")
     jobs = arguments.jobs
     if jobs is None:
-        jobs = 4 if torch.cuda.is_available() else 1
+        jobs = 4 if torch.cuda.is_available() else cores()
     if jobs < 1:
         parser.error(f"`--jobs` must be at least 1, got {jobs}.")
 
@@ -67,14 +69,17 @@ def run(
 ) -> None:
     """Run what has no line yet, as the only one to do so."""
     path = report.lines_path(arguments.schedule)
+    precision = arguments.precision or fast_precision()
     finished = {
-        (Configuration.from_dict(line["configuration"]), line["seed"]) for line in lines.read(path)
+        (Configuration.from_dict(line["configuration"]), line["seed"])
+        for line in lines.read(path)
+        if line["precision"] == precision
     }
     schedule = SCHEDULES[arguments.schedule]
     runs = [
-        Run(folder, arguments.data.absolute(), schedule, row, seed)
+        Run(folder, arguments.data.absolute(), schedule, row, seed, precision)
         for seed in range(arguments.seeds)  # so that a whole seed is there before the next begins
-        for row in wanted(arguments.only)
+        for row in by_worth(arguments.only)
         if (row, seed) not in finished
     ]
     # A line can outlive its checkpoint, from which the others start, and the other way round.
@@ -86,7 +91,7 @@ def run(
     ]
     others = [run for run in runs if run.configuration != BASELINE]
     steps = sum(run.steps for run in [*baselines, *others] if not run.final.is_file())
-    print(f"{len(runs)} runs to do, {steps:,} steps; {len(finished)} are done.", flush=True)
+    print(f"{len(runs)} runs to do in {precision}, {steps:,} steps; {len(finished)} are done.")
 
     def keep(line: dict[str, Any]) -> None:
         key = (Configuration.from_dict(line["configuration"]), line["seed"])

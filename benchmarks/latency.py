@@ -18,7 +18,7 @@ import report
 import torch
 from reproduction import lines
 from reproduction.rows import ALL_TABLES, BASELINE, Configuration
-from reproduction.schedules import SCHEDULES
+from reproduction.schedules import PRECISIONS, SCHEDULES, fast_precision
 from reproduction.training import Run, context
 
 from spp_lightning import compact
@@ -32,12 +32,14 @@ def main() -> None:
     """Measure, append and report."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--schedule", choices=SCHEDULES, default="full")
+    parser.add_argument("--precision", choices=PRECISIONS, default=fast_precision())
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     data = ROOT / "data" / "cifar10"
+    folder, precision = ROOT / "runs" / "appendix", arguments.precision
     runs = [
-        Run(ROOT / "runs" / "appendix", data, SCHEDULES[arguments.schedule], row, seed=0)
+        Run(folder, data, SCHEDULES[arguments.schedule], row, seed=0, precision=precision)
         for row in (BASELINE, *ALL_TABLES["comparison"])
     ]
     missing = [run.configuration.name for run in runs if not run.final.is_file()]
@@ -63,7 +65,7 @@ def main() -> None:
             measured[run.configuration][f"compact_ms_{batch}"] = round(milliseconds, 4)
             measured[run.configuration][f"speedup_{batch}"] = round(times[0] / milliseconds, 3)
     for row, numbers in measured.items():
-        line = {"configuration": row.as_dict(), **numbers, **context(data)}
+        line = {"configuration": row.as_dict(), "precision": precision, **numbers, **context(data)}
         lines.append(report.latency_path(arguments.schedule), line)
         print(f"{row.name}: {numbers}")
     report.write(arguments.schedule)

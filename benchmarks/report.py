@@ -2,14 +2,15 @@
 
     python benchmarks/report.py --schedule short
 
-Writes ``benchmarks/results/appendix_SCHEDULE.md`` and pictures beside it. What has no line yet
-says so.
+Writes ``benchmarks/results/appendix_SCHEDULE.md`` and pictures beside it; where the lines are of
+several precisions, a report for each. What has no line yet says so.
 """
 
 from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 from reproduction import lines
 from reproduction.pictures import draw_beyond, draw_comparison, draw_figure1
@@ -30,19 +31,36 @@ def latency_path(schedule: str) -> Path:
     return RESULTS / f"appendix_{schedule}_latency.jsonl"
 
 
-def write(schedule: str) -> None:
-    """Write a schedule's tables and pictures."""
-    results = Results(lines.read(lines_path(schedule)), lines.read(latency_path(schedule)))
-    stem = f"appendix_{schedule}"
-    drawn = []
-    for name, draw in (
-        ("figure1", draw_figure1),
-        ("comparison", draw_comparison),
-        ("beyond", draw_beyond),
-    ):
-        if draw(results, RESULTS / f"{stem}_{name}.png"):
-            drawn.append(f"{stem}_{name}.png")
-    (RESULTS / f"{stem}.md").write_text(report(SCHEDULES[schedule], results, drawn))
+def write(schedule: str) -> list[Path]:
+    """Write a schedule's tables and pictures: one report for each precision that there is.
+
+    Returns:
+        The reports.
+    """
+    by_precision: dict[str, list[dict[str, Any]]] = {}
+    for line in lines.read(lines_path(schedule)):
+        by_precision.setdefault(line["precision"], []).append(line)
+    reports = []
+    for precision, found in by_precision.items():
+        latencies = [
+            line
+            for line in lines.read(latency_path(schedule))
+            # The first ones don't name it.
+            if line.get("precision", "bf16-mixed") == precision
+        ]
+        results = Results(found, latencies)
+        stem = f"appendix_{schedule}" + (f"_{precision}" if len(by_precision) > 1 else "")
+        drawn = []
+        for name, draw in (
+            ("figure1", draw_figure1),
+            ("comparison", draw_comparison),
+            ("beyond", draw_beyond),
+        ):
+            if draw(results, RESULTS / f"{stem}_{name}.png"):
+                drawn.append(f"{stem}_{name}.png")
+        reports.append(RESULTS / f"{stem}.md")
+        reports[-1].write_text(report(SCHEDULES[schedule], results, drawn))
+    return reports
 
 
 def main() -> None:
@@ -50,8 +68,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--schedule", choices=SCHEDULES, default="full")
     schedule = parser.parse_args().schedule
-    write(schedule)
-    print((RESULTS / f"appendix_{schedule}.md").read_text())
+    for path in write(schedule):
+        print(path.read_text())
 
 
 if __name__ == "__main__":

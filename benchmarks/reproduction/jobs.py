@@ -17,7 +17,7 @@ from tqdm import tqdm
 from reproduction.rows import BASELINE
 from reproduction.training import SAY_EVERY, Run
 
-__all__ = ["JobError", "finish"]
+__all__ = ["JobError", "cores", "finish"]
 
 
 class JobError(RuntimeError):
@@ -124,7 +124,7 @@ def _start(run: Run, log: Any, threads: int, compiled: bool) -> subprocess.Popen
     process = subprocess.Popen(
         [
             *(sys.executable, "-m", "reproduction.training"),
-            *(str(run.runs), str(run.data), run.schedule.name, str(run.seed)),
+            *(str(run.runs), str(run.data), run.schedule.name, run.precision, str(run.seed)),
             "compiled" if compiled else "eager",
         ],
         stdin=subprocess.PIPE,

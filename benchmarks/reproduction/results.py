@@ -60,8 +60,12 @@ class Results:
 
     def accuracy(self, row: Configuration) -> Sample | None:
         """Test accuracies in percent; None if there is no finished run."""
-        found = self.of(row)
-        return Sample(tuple(line["accuracy"] for line in found)) if found else None
+        return self.numbers(row, "accuracy")
+
+    def numbers(self, row: Configuration, key: str) -> Sample | None:
+        """What the lines of a configuration say under a key; None if none of them does."""
+        found = tuple(line[key] for line in self.of(row) if key in line)
+        return Sample(found) if found else None
 
     def drop(self, row: Configuration, reference: Configuration = BASELINE) -> Sample | None:
         """What each seed's accuracy lost to that seed's baseline, in points."""

@@ -1,29 +1,42 @@
-"""How long a run trains: the method's own schedule, and a short one for two CPU cores."""
+"""How long a run trains: the method's own schedule and shorter ones; and in which precision."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal, get_args
 
-__all__ = ["SCHEDULES", "Schedule"]
+import torch
+
+__all__ = ["PRECISIONS", "SCHEDULES", "Precision", "Schedule", "fast_precision"]
+
+Precision = Literal["32-true", "bf16-mixed"]  # Lightning's names
+PRECISIONS: tuple[Precision, ...] = get_args(Precision)
+
+
+def fast_precision() -> Precision:
+    """The precision that this device computes fast: bfloat16 where it has instructions for it."""
+    if torch.cuda.is_available():
+        fast = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return "bf16-mixed" if fast else "32-true"
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """Optimizer steps of the runs, and the precision they train in.
+    """Optimizer steps of the runs.
 
     Args:
         name: What it is called on the command line and in the results.
         baseline_steps: Steps of the baseline, from scratch.
         steps: Steps of every other run, from the baseline's weights.
         divisor: What pruning intervals are divided by; they are given as the paper gives them.
-        precision: Lightning's name of the precision.
     """
 
     name: str
     baseline_steps: int
     steps: int
     divisor: int
-    precision: str
 
     def interval(self, t: int) -> int:
         """The steps between two updates that stand for the paper's ``t``."""
@@ -38,9 +51,9 @@ class Schedule:
 
 
 SCHEDULES = {
-    "full": Schedule("full", 70_000, 70_000, 1, "32-true"),
+    "full": Schedule("full", 70_000, 70_000, 1),
     # A tenth of the steps for the baseline, a thirtieth for everything else.
-    "short": Schedule("short", 7_000, 2_333, 30, "bf16-mixed"),
-    # To tell causes apart, on one core without fast bfloat16.
-    "causes": Schedule("causes", 6_000, 2_000, 30, "32-true"),
+    "short": Schedule("short", 7_000, 2_333, 30),
+    # To tell causes apart on one core.
+    "causes": Schedule("causes", 6_000, 2_000, 30),
 }

@@ -10,7 +10,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 
-__all__ = ["ColumnMasks", "FilterMasks", "MagnitudeMasks", "filters_to_keep"]
+__all__ = ["ColumnMasks", "FilterMasks", "MagnitudeMasks", "Masks", "filters_to_keep"]
 
 
 def convolutions(net: nn.Module) -> dict[str, nn.Conv2d]:
@@ -42,10 +42,10 @@ class Masks(Callback, ABC):
     def choose(self, net: nn.Module, share: float) -> dict[str, Tensor]:
         """Masks of parameters by name, True = kept, at a share of the way to the target."""
 
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: D102
         self._grow(trainer, pl_module)
 
-    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:  # noqa: D102
         self._grow(trainer, pl_module)
 
     def _grow(self, trainer: Trainer, net: LightningModule) -> None:
@@ -60,10 +60,10 @@ class Masks(Callback, ABC):
                 self.masks[name] = mask.to(net.device)  # a checkpoint's, once
                 net.get_parameter(name).mul_(self.masks[name])
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, Any]:  # noqa: D102
         return {"done": self.done, "masks": self.masks}
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:  # noqa: D102
         self.done, self.masks = state_dict["done"], state_dict["masks"]
 
 

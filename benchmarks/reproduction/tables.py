@@ -11,6 +11,7 @@ from reproduction.rows import (
     ALL_TABLES,
     BASELINE,
     BEYOND,
+    CAUSES,
     COMPARED,
     CONTROL,
     DEFAULT,
@@ -54,6 +55,8 @@ def report(schedule: Schedule, results: Results, pictures: list[str]) -> str:
         _comparison(results),
         "## Beyond the paper: 10×",
         _beyond(results),
+        "## Why the drop is larger than the paper's: one cause at a time",
+        _causes(results),
     ]
     parts += [f"![{name.removesuffix('.png')}]({name})" for name in pictures]
     return "\n\n".join(parts) + "\n"
@@ -79,8 +82,9 @@ def _context(schedule: Schedule, results: Results) -> str:
     return (
         f"ConvNet, {_all(line['data'] for line in lines)}; baseline {schedule.baseline_steps:,}"
         f" steps, every other run {schedule.steps:,} more from its weights, precision"
-        f" {schedule.precision}.{fewer} {len(lines)} runs, seeds {_all(seeds)}, {hours:.1f}"
-        f" hours of training in all; {_all(line['device'] for line in lines)}; {_all(versions)};"
+        f" {_all(line['precision'] for line in lines)}.{fewer} {len(lines)} runs, seeds"
+        f" {_all(seeds)}, {hours:.1f} hours of training in all;"
+        f" {_all(line['device'] for line in lines)}; {_all(versions)};"
         f" {_all(line['date'] for line in lines)}; commits"
         f" {_all(line['commit'] for line in lines)}; `{command}`.{left}"
     )
@@ -225,14 +229,50 @@ def _beyond(results: Results) -> str:
     )
 
 
+def _causes(results: Results) -> str:
+    rows = []
+    for name, row in CAUSES.items():
+        if results.of(row):
+            plain = CONTROL if row.method == "control" else replace(DEFAULT, speedup=row.speedup)
+            rows.append(
+                (
+                    name,
+                    _show(results.accuracy(row), 2),
+                    _signed(None if row == plain else results.drop(plain, row), 2),
+                    _show(results.drop(row), 2),
+                    _show(results.numbers(row, "train_accuracy"), 2),
+                    str(len(results.of(row))),
+                )
+            )
+    missing = [name for name, row in CAUSES.items() if not results.of(row)]
+    head = (
+        "row",
+        "accuracy, %",
+        "against plain SPP (control: against control)",
+        "drop to baseline",
+        "accuracy on training images, %",
+        "seeds",
+    )
+    text = _table(head, rows) if rows else ""
+    base = _show(results.numbers(BASELINE, "train_accuracy"), 2)
+    return (
+        f"{text}\n\nAccuracy on training images: of every fifth one. The baseline's: {base}."
+        f" {MISSING.capitalize()}: {'; '.join(missing) or 'nothing'}."
+    )
+
+
 def _gain(results: Results, row: Configuration) -> str:
     own = next(iter(BEYOND.values()))
     gain = None if row == own else results.drop(own, row)  # what its accuracy lacks to the row's
-    return "" if gain is None else f"{'+' if gain.mean > 0 else ''}{gain.show()}"
+    return _signed(gain)
 
 
-def _show(sample: Sample | None) -> str:
-    return MISSING if sample is None else sample.show()
+def _signed(sample: Sample | None, digits: int = 1) -> str:
+    return "" if sample is None else f"{'+' if sample.mean > 0 else ''}{sample.show(digits)}"
+
+
+def _show(sample: Sample | None, digits: int = 1) -> str:
+    return MISSING if sample is None else sample.show(digits)
 
 
 def _all(values: Iterable[object]) -> str:

@@ -1,9 +1,10 @@
 """One run: a configuration, a seed and a schedule, trained to the end and measured.
 
-    python -m reproduction.training FOLDER DATA SCHEDULE SEED eager|compiled < configuration.json
+    python -m reproduction.training RUNS DATA SCHEDULE PRECISION SEED eager|compiled < row.json
 
-Trains in ``FOLDER``, going on from its last checkpoint, prints ``{"step": …}`` as it goes, and in
-the end the finished line. ``appendix.py`` runs it, one process per run.
+Trains in a folder of its own in ``RUNS``, going on from its last checkpoint, prints
+``{"step": …}`` as it goes, and in the end the finished line. ``appendix.py`` runs it, one process
+per run.
 """
 
 from __future__ import annotations
@@ -15,9 +16,11 @@ import platform
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from datetime import date
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import lightning
 import torch
@@ -25,12 +28,16 @@ import torchvision
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
 
+from reproduction.kept import KeptColumns
+from reproduction.rates import ClassifierDecay, LastBatches, PhaseRates
 from reproduction.rows import BASELINE, Configuration
-from reproduction.schedules import SCHEDULES, Schedule
-from reproduction.simpler import ColumnMasks, FilterMasks, MagnitudeMasks, convolutions
+from reproduction.schedules import PRECISIONS, SCHEDULES, Precision, Schedule
+from reproduction.simpler import ColumnMasks, FilterMasks, MagnitudeMasks, Masks, convolutions
+from reproduction.variants import Importance, Penalize, StraightThrough
 from spp_lightning import CIFAR10DataModule, ConvNet, SPPCallback, SPPPruner, count_macs
+from spp_lightning.data.arrays import Records
 
-__all__ = ["SAY_EVERY", "Run", "context"]
+__all__ = ["SAY_EVERY", "Run", "context", "penalty_ceiling"]
 
 SAVE_EVERY = 500  # steps
 SAY_EVERY = 20  # steps
@@ -45,27 +52,36 @@ class Run:
         data: Folder that holds CIFAR-10.
         schedule: How long to train.
         configuration: What to do.
-        seed: Of the initial weights, the order of the pictures and the masks.
+        seed: Of the initial weights, the order of the images and the masks.
+        precision: What to train in.
     """
 
     def __init__(
-        self, runs: Path, data: Path, schedule: Schedule, configuration: Configuration, seed: int
+        self,
+        runs: Path,
+        data: Path,
+        schedule: Schedule,
+        configuration: Configuration,
+        seed: int,
+        precision: Precision = "32-true",
     ) -> None:
         self.runs = runs
         self.data = data
         self.schedule = schedule
         self.configuration = configuration
         self.seed = seed
+        self.precision = precision
 
     @property
     def folder(self) -> Path:
         """Where its checkpoints lie."""
-        return self.runs / self.schedule.name / f"{self.configuration.name} seed={self.seed}"
+        series = f"{self.schedule.name} {self.precision}"
+        return self.runs / series / f"{self.configuration.name} seed={self.seed}"
 
     @property
     def baseline(self) -> Run:
         """The run whose weights this one starts from."""
-        return Run(self.runs, self.data, self.schedule, BASELINE, self.seed)
+        return Run(self.runs, self.data, self.schedule, BASELINE, self.seed, self.precision)
 
     @property
     def steps(self) -> int:
@@ -102,9 +118,9 @@ class Run:
         trainer = Trainer(
             max_steps=self.steps,
             max_epochs=-1,
-            precision=self.schedule.precision,  # type: ignore[arg-type]  # a name of Lightning's
+            precision=self.precision,
             devices=1,
-            callbacks=[*self._pruning(net), Record(), saving],
+            callbacks=[*self._callbacks(net), Record(self._on_kept_columns), saving],
             logger=False,
             limit_val_batches=0,
             enable_progress_bar=False,
@@ -137,8 +153,9 @@ class Run:
             "configuration": self.configuration.as_dict(),
             "schedule": self.schedule.name,
             "seed": self.seed,
-            "accuracy": self._accuracy(net),
-            "baseline_accuracy": self._accuracy(self.baseline.network()),
+            "accuracy": self._accuracy(net, "test"),
+            "train_accuracy": self._accuracy(net, "train"),
+            "baseline_accuracy": self._accuracy(self.baseline.network(), "test"),
             "updates": pruning.get("num_updates"),
             "pruning_iterations": pruning.get("num_updates", 0) * interval if pruning else None,
             "sparsity": {
@@ -149,21 +166,49 @@ class Run:
             "conv_macs_dense": sum(dense[name] for name in weights),
             "curve": record["curve"],
             "steps": self.steps,
-            "precision": self.schedule.precision,
+            "precision": self.precision,
+            "kept_columns": record["kept_columns"],
             "seconds": round(record["seconds"], 1),
             **depends_on,
+            "device": "; ".join(record["devices"]),
         }
 
     def _module(self) -> ConvNet:
         milestones = self.schedule.milestones(self.steps)
-        if self.configuration == BASELINE:
+        row = self.configuration
+        if row == BASELINE:
             return ConvNet(milestones=milestones)
-        weights = self.baseline.final
-        if share := self.configuration.distillation:
-            return ConvNet(
-                milestones=milestones, weights=weights, teacher=weights, distillation=share
-            )
-        return ConvNet(milestones=milestones, weights=weights)
+        teacher = self.baseline.final if row.distillation else None
+        return ConvNet(
+            milestones=milestones,
+            weights=self.baseline.final,
+            weight_decay=row.weight_decay,
+            teacher=teacher,
+            distillation=row.distillation,
+        )
+
+    def _callbacks(self, net: ConvNet) -> list[Callback]:
+        """What prunes, and what is changed in the training, in the order in which it acts."""
+        row = self.configuration
+        pruning = self._pruning(net)
+        callbacks = [*pruning]
+        over = partial(all_over, pruning)
+        if (row.pruning_lr, row.retraining_lr) != (1, 1):
+            until = self.schedule.milestones(self.steps)[0]
+            callbacks.insert(0, PhaseRates(row.pruning_lr, row.retraining_lr, over, until))
+        if row.classifier_decay is not None:
+            callbacks.append(ClassifierDecay(row.classifier_decay))
+        if row.last_batch > 1:
+            callbacks.append(LastBatches(row.last_batch, self.schedule.milestones(self.steps)[0]))
+        if self._on_kept_columns:
+            callbacks.append(KeptColumns(over))
+        return callbacks
+
+    @property
+    def _on_kept_columns(self) -> bool:
+        """Whether its steps are computed on kept columns alone once the masks are fixed."""
+        by_column = self.configuration.method in ("spp", "one-shot columns", "gradual columns")
+        return by_column and self.precision == "32-true" and not torch.cuda.is_available()
 
     def _pruning(self, net: ConvNet) -> list[Callback]:
         row = self.configuration
@@ -174,45 +219,93 @@ class Run:
             return [FilterMasks(row.speedup, tuple(places.values()))]
         if row.method == "one-shot columns":
             return [ColumnMasks(row.speedup)]
+        interval = self.schedule.interval(row.interval)
+        if row.method != "spp":  # the gradual methods get the iterations that SPP takes
+            kind = ColumnMasks if row.method == "gradual columns" else MagnitudeMasks
+            updates = SPPPruner(copy.deepcopy(net), speedup=row.speedup).expected_updates
+            return [kind(row.speedup, updates, interval)]
         spp = SPPCallback(
             prune_ratio=dict(row.ratios) if row.ratios else 1 - 1 / row.speedup,
             criterion=row.criterion,
             use_rank=row.use_rank,
-            interval=self.schedule.interval(row.interval),
+            interval=interval,
             A=row.A,
             u=row.u,
             crossing=row.crossing,
             recovery=row.recovery,
-            masking=row.masking,
+            masking="sample" if row.masking == "penalize" else row.masking,
             seed=self.seed,
         )
-        if row.method == "spp":
-            return [spp] if row.pruning_lr == 1 else [PruningRate(row.pruning_lr, spp), spp]
-        # The gradual methods get the iterations that SPP takes.
-        kind = ColumnMasks if row.method == "gradual columns" else MagnitudeMasks
-        updates = SPPPruner(copy.deepcopy(net), speedup=row.speedup).expected_updates
-        return [kind(row.speedup, updates, self.schedule.interval(row.interval))]
+        callbacks: list[Callback] = [spp]
+        if row.score_decay or not row.dead_filters:
+            callbacks.insert(0, Importance(spp, row.score_decay, row.dead_filters))
+        if row.straight_through:
+            callbacks.append(StraightThrough(spp))
+        if row.masking == "penalize":
+            steps = interval * SPPPruner(copy.deepcopy(net), speedup=row.speedup).expected_updates
+            callbacks.append(Penalize(spp, penalty_ceiling(net, steps)))
+        return callbacks
 
-    def _accuracy(self, net: ConvNet) -> float:
-        """Accuracy on the 10,000 test pictures, in percent."""
+    def _accuracy(self, net: ConvNet, part: Literal["train", "test"]) -> float:
+        """Accuracy in percent, on the test images or on every fifth of the training images."""
         trainer = Trainer(
             devices=1, logger=False, enable_progress_bar=False, enable_model_summary=False
         )
-        data = CIFAR10DataModule(self.data, batch_size=500)
+        kind = CIFAR10DataModule if part == "test" else TrainingImages
+        data = kind(self.data, batch_size=500)
         return round(100 * float(trainer.test(net, data, verbose=False)[0]["test_acc"]), 2)
 
 
-class Record(Callback):
-    """Keeps, over resumes, the layers' sparsity at every update and the seconds of training."""
+class TrainingImages(CIFAR10DataModule):
+    """CIFAR-10 with every fifth of the training images in the place of the test images."""
 
-    def __init__(self) -> None:
+    def load(self) -> tuple[Records, Records]:
+        train, _ = super().load()
+        return train, train[::5]
+
+
+def penalty_ceiling(net: ConvNet, steps: int) -> float:
+    """The weight decay of a group whose p is 1.
+
+    A group whose p grows steadily to 1, and whose weights get no gradient else, ends at exp(-5) of
+    its size.
+
+    Args:
+        net: The network, with the learning rate and momentum that it trains at.
+        steps: Optimizer steps in which p grows from 0 to 1.
+    """
+    rate = net.hparams["lr"] / (1 - net.hparams["momentum"])
+    return float(2 * 5 / (rate * steps))
+
+
+def all_over(pruning: Sequence[Callback]) -> bool:
+    """Whether pruning callbacks have fixed their masks."""
+    for callback in pruning:
+        if isinstance(callback, SPPCallback):
+            return callback.pruner is not None and callback.pruner.finished
+        if isinstance(callback, Masks):
+            return callback.done == callback.updates
+    return True
+
+
+class Record(Callback):
+    """Keeps, over resumes, the layers' sparsity at every update, the seconds and the devices.
+
+    Args:
+        kept_columns: Whether steps are computed on kept columns alone once the masks are fixed.
+    """
+
+    def __init__(self, kept_columns: bool) -> None:
+        self.kept_columns = kept_columns
         self.curve: list[list[float]] = []  # step, then the share of columns out by layer
         self.seconds = 0.0
+        self.devices: list[str] = []
         self._updates = 0
         self._since = 0.0
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._since = time.perf_counter()
+        self.devices = sorted({*self.devices, device_name()})
         self._note(trainer)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
@@ -239,35 +332,18 @@ class Record(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         self._count_seconds()
-        return {"curve": self.curve, "seconds": self.seconds, "updates": self._updates}
+        return {
+            "curve": self.curve,
+            "seconds": self.seconds,
+            "updates": self._updates,
+            "devices": self.devices,
+            "kept_columns": self.kept_columns,
+        }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.curve, self.seconds = state_dict["curve"], state_dict["seconds"]
         self._updates = state_dict["updates"]
-
-
-class PruningRate(Callback):
-    """Multiplies the learning rate by a factor as long as SPP prunes. Stands before SPP."""
-
-    def __init__(self, factor: float, pruning: SPPCallback) -> None:
-        self.factor = factor
-        self.pruning = pruning
-        self.acting = False
-
-    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
-        pruner = self.pruning.pruner
-        acts = pruner is not None and not pruner.finished
-        if acts != self.acting:
-            self.acting = acts
-            for optimizer in trainer.optimizers:
-                for group in optimizer.param_groups:
-                    group["lr"] *= self.factor if acts else 1 / self.factor
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"acting": self.acting}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.acting = state_dict["acting"]
+        self.devices = state_dict["devices"]
 
 
 def is_jpeg(data: Path) -> bool:
@@ -275,16 +351,22 @@ def is_jpeg(data: Path) -> bool:
     return any((data / "train").glob("*/*.jpg"))
 
 
+def device_name() -> str:
+    """What trains here."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    return f"CPU, {platform.machine()}, {torch.backends.cpu.get_cpu_capability()}"
+
+
 def context(data: Path) -> dict[str, Any]:
     """What a run's figures depend on."""
     commit = subprocess.run(
         ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True
     ).stdout.strip()
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     return {
         "data": "CIFAR-10 (JPEG q75)" if is_jpeg(data) else "CIFAR-10",
-        "device": gpu or f"CPU, {platform.machine()}, {torch.backends.cpu.get_cpu_capability()}",
-        "threads": None if gpu else torch.get_num_threads(),
+        "device": device_name(),
+        "threads": None if torch.cuda.is_available() else torch.get_num_threads(),
         "versions": {
             "python": platform.python_version(),
             "torch": torch.__version__,
@@ -298,9 +380,10 @@ def context(data: Path) -> dict[str, Any]:
 
 def main() -> None:
     """Train what the arguments and the standard input say, and print the line."""
-    runs, data, schedule, seed, mode = sys.argv[1:]
-    configuration = Configuration.from_dict(json.load(sys.stdin))
-    run = Run(Path(runs), Path(data), SCHEDULES[schedule], configuration, int(seed))
+    runs, data, schedule, precision, seed, mode = sys.argv[1:]
+    assert precision in PRECISIONS
+    row = Configuration.from_dict(json.load(sys.stdin))
+    run = Run(Path(runs), Path(data), SCHEDULES[schedule], row, int(seed), precision)
     depends_on = context(run.data)  # now: the code that is loaded may be another one's at the end
     if not run.final.is_file():
         run.train(mode == "compiled")

@@ -23,7 +23,7 @@ from reproduction.training import Run
 
 from spp_lightning import ConvNet, count_macs
 
-TINY = Schedule("short", 4, 24, 30, "32-true")
+TINY = Schedule("short", 4, 24, 30)
 STEEP = replace(DEFAULT, A=0.5, interval=60)
 
 
@@ -66,12 +66,12 @@ def test_a_run_that_stops_goes_on_where_it_was(run, row, monkeypatch):
             if trainer.global_step == 11:
                 raise RuntimeError("out of power")
 
-    pruning = Run._pruning
-    monkeypatch.setattr(Run, "_pruning", lambda self, net: [*pruning(self, net), Crash()])
+    pruning = Run._callbacks
+    monkeypatch.setattr(Run, "_callbacks", lambda self, net: [*pruning(self, net), Crash()])
     with pytest.raises(RuntimeError, match="out of power"):
         stopped.train()
     assert not stopped.final.is_file()
-    monkeypatch.setattr(Run, "_pruning", pruning)
+    monkeypatch.setattr(Run, "_callbacks", pruning)
     stopped.train()
     assert same(whole.network().state_dict(), stopped.network().state_dict())
     ours, theirs = whole.line({}), stopped.line({})
@@ -153,6 +153,7 @@ def line(row, accuracy, seed=0, **more):
         "seconds": 1.0,
         "data": "CIFAR-10",
         "device": "one",
+        "precision": "32-true",
         "versions": {"torch": "2"},
         "date": "today",
         "commit": "abc",
