@@ -31,12 +31,14 @@ class Schedule:
         baseline_steps: Steps of the baseline, from scratch.
         steps: Steps of every other run, from the baseline's weights.
         divisor: What pruning intervals are divided by; they are given as the paper gives them.
+        tables: What it is for, by the names in ``rows.ALL_TABLES``.
     """
 
     name: str
     baseline_steps: int
     steps: int
     divisor: int
+    tables: tuple[str, ...]
 
     def interval(self, t: int) -> int:
         """The steps between two updates that stand for the paper's ``t``."""
@@ -50,10 +52,11 @@ class Schedule:
         return round(steps * 6 / 7), round(steps * 13 / 14)
 
 
+PAPER = ("table1", "table2", "table3", "figure1", "comparison", "beyond")
 SCHEDULES = {
-    "full": Schedule("full", 70_000, 70_000, 1),
+    "full": Schedule("full", 70_000, 70_000, 1, (*PAPER, "causes")),
     # A tenth of the steps for the baseline, a thirtieth for everything else.
-    "short": Schedule("short", 7_000, 2_333, 30),
+    "short": Schedule("short", 7_000, 2_333, 30, PAPER),
     # To tell causes apart on one core.
-    "causes": Schedule("causes", 6_000, 2_000, 30),
+    "causes": Schedule("causes", 6_000, 2_000, 30, ("causes",)),
 }

@@ -13,6 +13,7 @@ from pictures import make_tree
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 
+import report as report_file
 from reproduction import lines, paper, training
 from reproduction.results import Results, layer_spread
 from reproduction.rows import ALL_TABLES, BASELINE, CONTROL, DEFAULT, PLAIN_L1, Configuration
@@ -23,8 +24,18 @@ from reproduction.training import Run
 
 from spp_lightning import ConvNet, count_macs
 
-TINY = Schedule("short", 4, 24, 30)
+TINY = Schedule("short", 4, 24, 30, ())
 STEEP = replace(DEFAULT, A=0.5, interval=60)
+LEADS = replace(
+    STEEP,
+    weight_decay=0.002,
+    classifier_decay=0.25,
+    straight_through=True,
+    score_decay=0.9,
+    dead_filters=False,
+    retraining_lr=2.0,
+    last_batch=2,
+)
 
 
 @pytest.fixture
@@ -52,8 +63,14 @@ def same(first, second):
 @pytest.mark.filterwarnings("ignore")  # what Lightning says to short fits
 @pytest.mark.parametrize(
     "row",
-    [STEEP, replace(STEEP, pruning_lr=0.5, distillation=0.5), Configuration("gradual columns")],
-    ids=["spp", "rate and distillation", "gradual"],
+    [
+        STEEP,
+        replace(STEEP, pruning_lr=0.5, distillation=0.5),
+        Configuration("gradual columns", weight_decay=0.001),
+        LEADS,
+        replace(STEEP, masking="penalize"),
+    ],
+    ids=["spp", "rate and distillation", "gradual", "leads", "penalties"],
 )
 def test_a_run_that_stops_goes_on_where_it_was(run, row, monkeypatch):
     whole, stopped = run(row, "whole"), run(row, "stopped")
@@ -78,10 +95,23 @@ def test_a_run_that_stops_goes_on_where_it_was(run, row, monkeypatch):
     for line in (ours, theirs):
         assert line.pop("seconds") > 0
     assert ours == theirs
+    checkpoint = torch.load(whole.final, weights_only=True)
+    (optimizer,) = checkpoint["optimizer_states"]
+    decays = [group["weight_decay"] for group in optimizer["param_groups"]]
+    own = row.weight_decay
+    assert decays == [own, own, row.classifier_decay or 250 * own, 0]
+    assert ours["precision"] == "32-true" and 0 <= ours["train_accuracy"] <= 100
     if row.method == "spp":
         assert ours["curve"][-1] == [2 * (ours["updates"] - 1), 0.76, 0.75, 0.75]
         assert ours["pruning_iterations"] == 2 * ours["updates"]
         assert ours["conv_macs"] == 32 * 18 * 1024 + 32 * 200 * 256 + 64 * 200 * 64
+
+
+def test_runs_of_another_precision_are_others(run):
+    one = run(STEEP)
+    other = Run(one.runs, one.data, TINY, STEEP, 0, "bf16-mixed")
+    assert one.folder != other.folder
+    assert one.baseline.final != other.baseline.final
 
 
 def test_filters_for_a_speedup():
@@ -138,6 +168,23 @@ def test_every_configuration_has_its_own_folder_and_comes_back_from_json():
         for schedule in SCHEDULES.values():
             assert schedule.interval(row.interval) * schedule.divisor == row.interval
     assert set(paper.TABLE2) == {row.interval for row in ALL_TABLES["table2"]}
+
+
+def test_reports_never_mix_precisions(tmp_path, monkeypatch):
+    monkeypatch.setattr(report_file, "RESULTS", tmp_path)
+    path = report_file.lines_path("full")
+    lines.append(path, line(BASELINE, 80.0, train_accuracy=92.25))
+    lines.append(path, line(DEFAULT, 77.5, train_accuracy=86.75))
+    assert [x.name for x in report_file.write("full")] == ["appendix_full.md"]
+    lines.append(path, line(BASELINE, 70.0, precision="bf16-mixed"))
+    lines.append(path, line(replace(DEFAULT, weight_decay=0.001), 78.0, train_accuracy=88.0))
+    one, other = report_file.write("full")
+    text = one.read_text()
+    assert "precision 32-true." in text
+    assert "| SPP, 4× | 77.50 |  | 2.50 | 86.75 | 1 |" in text
+    assert "| SPP, 4×, weight decay 0.001 | 78.00 | +0.50 | 2.00 | 88.00 | 1 |" in text
+    assert other.name == "appendix_full_bf16-mixed.md"
+    assert "| baseline | 70.0 | 81.5 |" in other.read_text() and "77.5" not in other.read_text()
 
 
 def line(row, accuracy, seed=0, **more):
