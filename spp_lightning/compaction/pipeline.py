@@ -12,14 +12,14 @@ from torch.utils._pytree import tree_leaves
 
 from spp_lightning.compaction.graph.channels import remove_channels
 from spp_lightning.compaction.graph.fold import absorb_constants, fold_batch_norms
-from spp_lightning.compaction.graph.join import join
+from spp_lightning.compaction.graph.network import CompactNetwork
 from spp_lightning.compaction.graph.replace import (
     _SURELY_FASTER,
     _hooks,
     _replace_convolutions,
     _replace_one_by_one,
 )
-from spp_lightning.compaction.graph.trace import trace, trace_as_it_is
+from spp_lightning.compaction.graph.trace import trace
 from spp_lightning.compaction.layers.column_conv import ColumnConv2d
 from spp_lightning.compaction.timing import interleaved_ms
 from spp_lightning.method.masks import is_masked
@@ -50,7 +50,7 @@ def compact(
             keeps its batch norms, as it should for training it further.
 
     Returns:
-        The compact network, on the device of ``model``: a ``torch.fx.GraphModule``, or a network
+        The compact network, on the device of ``model``: a :class:`CompactNetwork`, or a network
         of the class of ``model`` if it can't be traced.
 
     Raises:
@@ -91,13 +91,12 @@ def compact(
         ShapeProp(graph).propagate(*inputs)
     _drop_layouts(graph)
     _replace_convolutions(graph)
-    if inputs[0].is_cpu:
-        join(graph)
+    network = CompactNetwork.of(graph)
     if not any(parameter.requires_grad for parameter in original.parameters()):
-        graph.requires_grad_(False)
-    if not _same(graph, original, inputs):
+        network.requires_grad_(False)
+    if not _same(network, original, inputs):
         return _one_by_one(original, "computes something else when it is traced")
-    return graph if _is_surely_faster(graph) else _faster(graph, original, inputs)
+    return network if _is_surely_faster(network) else _faster(network, original, inputs)
 
 
 def _check(model: nn.Module, inputs: tuple[Tensor, ...]) -> None:
@@ -180,8 +179,8 @@ def _drop_layouts(graph: fx.GraphModule) -> None:
     graph.recompile()
 
 
-def _is_surely_faster(graph: fx.GraphModule) -> bool:
-    layers = [layer for layer in graph.modules() if isinstance(layer, ColumnConv2d)]
+def _is_surely_faster(network: nn.Module) -> bool:
+    layers = [layer for layer in network.modules() if isinstance(layer, ColumnConv2d)]
     kept = sum(layer.weight.numel() for layer in layers)
     dense = sum(x.geometry.num_columns * x.geometry.filters // x.geometry.groups for x in layers)
     return bool(layers) and kept <= _SURELY_FASTER * dense
@@ -189,7 +188,7 @@ def _is_surely_faster(graph: fx.GraphModule) -> bool:
 
 def _faster(compacted: nn.Module, original: nn.Module, inputs: tuple[Tensor, ...]) -> nn.Module:
     """The compact network, or the original one's graph, as it is, where that is faster."""
-    dense = trace_as_it_is(copy.deepcopy(original).eval())
+    dense = CompactNetwork.of(trace(copy.deepcopy(original).eval(), inputs))
     with torch.no_grad():
         dense_ms, compact_ms = interleaved_ms(
             [lambda: dense(*inputs), lambda: compacted(*inputs)], turn=0

@@ -10,11 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 import torchvision
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from spp_lightning import ConvNet, SPPPruner, compact, count_macs, load_compact, save_compact
 from spp_lightning.compaction import ColumnConv2d, pipeline
+from spp_lightning.compaction.graph.network import CompactNetwork
 
 
 def prune(net: nn.Module, ratio: float, seed: int = 0) -> nn.Module:
@@ -52,8 +53,7 @@ def columns(fast: nn.Module) -> dict[str, int]:
 
 def operations(fast: nn.Module) -> list[str]:
     """What is computed outside of modules."""
-    nodes = fast.graph.nodes
-    calls = [x for x in nodes if x.op in ("call_function", "call_method")]
+    calls = [x for x in fast.compact_steps if x.kind in ("function", "method")]
     return [getattr(x.target, "__name__", str(x.target)) for x in calls]
 
 
@@ -97,7 +97,8 @@ def test_networks_compute_the_same(name: str, monkeypatch: pytest.MonkeyPatch) -
 
 def test_the_paper_net_becomes_three_layers_and_a_linear_one() -> None:
     fast = compact(prune(ConvNet(), 0.75), torch.randn(2, 3, 32, 32))
-    assert operations(fast) == ["column_sequence"]
+    assert operations(fast) == ["flatten"]
+    assert fast.joined_layers == [["conv1", "conv2", "conv3", "ip1"]]
     kinds = [type(module) for module in fast.children()]
     assert kinds == [ColumnConv2d, ColumnConv2d, ColumnConv2d, nn.Linear]
 
@@ -106,10 +107,7 @@ def test_residual_blocks_become_convolutions_alone() -> None:
     torch.manual_seed(0)
     net = prune(torchvision.models.resnet18(), 0.75)
     fast = compact(net, torch.randn(1, 3, 64, 64))
-    assert {*operations(fast)} == {
-        "column_sequence",
-        "flatten",
-    }  # no addition, no ReLU, no norm is left
+    assert operations(fast) == ["flatten"]  # no addition, no ReLU, no norm is left
     kinds = {type(x) for x in fast.modules() if not list(x.children())}
     assert kinds == {ColumnConv2d, nn.AdaptiveAvgPool2d, nn.Linear}
 
@@ -288,7 +286,7 @@ def test_writing_in_place(kind: str) -> None:
     fast = compact(net, x)
     assert columns(fast)
     # That a sum was made in place is lost when it is traced, and noticed when it is compared.
-    assert isinstance(fast, fx.GraphModule) == (kind not in ("sum", *OTHERS[2:]))
+    assert isinstance(fast, CompactNetwork) == (kind not in ("sum", *OTHERS[2:]))
     check_same(net, fast, x)
     assert net.relu.inplace
 

@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.lazy import LazyModuleMixin
 
 from spp_lightning.compaction.epilogue import KINDS, Clamp, PlaneOp
+from spp_lightning.compaction.file.allowlist import LAYERS, check_layer
 from spp_lightning.compaction.file.tensors import TensorStore
 from spp_lightning.compaction.file.values import decode, encode
 from spp_lightning.compaction.geometry import Geometry
@@ -31,9 +31,9 @@ def describe(module: nn.Module, store: TensorStore) -> dict[str, Any]:
     2
     """
     kind = type(module)
-    if kind is not ColumnConv2d and _layer_class(kind.__name__) is not kind:
+    if kind is not ColumnConv2d and LAYERS.get(kind.__name__) is not kind:
         raise ValueError(
-            "it must be a ColumnConv2d or a layer of torch.nn that holds no other ones, got"
+            "it must be a ColumnConv2d, or one of the layers of torch.nn that a file may name, got"
             f" {kind.__module__}.{kind.__qualname__}"
         )
     if module._forward_hooks or module._forward_pre_hooks:
@@ -60,7 +60,7 @@ def describe(module: nn.Module, store: TensorStore) -> dict[str, Any]:
     return description
 
 
-def rebuild(description: dict[str, Any], tensors: Sequence[Tensor]) -> nn.Module:
+def rebuild(description: Any, tensors: Sequence[Tensor]) -> nn.Module:
     """The layer that :func:`describe` described, in evaluation mode.
 
     Args:
@@ -70,40 +70,41 @@ def rebuild(description: dict[str, Any], tensors: Sequence[Tensor]) -> nn.Module
     Raises:
         ValueError: If it isn't a layer that :func:`describe` describes.
     """
+    if not isinstance(description, dict) or description.keys() != {"class", "arguments", "tensors"}:
+        raise ValueError(f"a layer has a class, arguments and tensors, got {description!r}")
     name = description["class"]
     values = {key: decode(value) for key, value in description["arguments"].items()}
-    own = {key: tensors[index] for key, index in description["tensors"].items()}
+    indices = description["tensors"]
+    wrong = [x for x in indices.values() if type(x) is not int or not 0 <= x < len(tensors)]
+    if wrong:
+        raise ValueError(f"{wrong[0]!r} must be an index below {len(tensors)}")
+    own = {key: tensors[index] for key, index in indices.items()}
     if name == ColumnConv2d.__name__:
         module: nn.Module = _column_conv(own, **values)
     else:
-        kind = _layer_class(name)
-        if kind is None:
+        if name not in LAYERS:
             raise ValueError(f"{name!r} isn't a layer that a file may name")
+        check_layer(name, values)
         with torch.device("meta"):  # draws no random numbers; the tensors come from the file
-            module = kind(**values)
-    expected = _tensors(module)
-    signature = {
-        key: (tuple(tensor.shape), isinstance(tensor, nn.Parameter))
-        for key, tensor in expected.items()
-    }
-    found = {key: (tuple(x.shape), isinstance(x, nn.Parameter)) for key, x in own.items()}
-    if signature != found or next(module.children(), None) is not None:
-        raise ValueError(f"a layer {name} has the tensors {signature}, got {found}")
+            module = LAYERS[name](**values)
+    expected = {key: _signature(tensor) for key, tensor in _tensors(module).items()}
+    found = {key: _signature(tensor) for key, tensor in own.items()}
+    if expected != found:
+        raise ValueError(f"a layer {name} has the tensors {expected}, got {found}")
     for key, tensor in own.items():
-        setattr(module, key, tensor)
+        if isinstance(tensor, nn.Parameter):
+            module._parameters[key] = tensor
+        else:
+            module._buffers[key] = tensor
     return module.eval()
 
 
-def _layer_class(name: str) -> type[nn.Module] | None:
-    found = vars(nn).get(name)
-    if (
-        isinstance(found, type)
-        and issubclass(found, nn.Module)
-        and not issubclass(found, LazyModuleMixin)
-        and found is not nn.Module
-    ):
-        return found
-    return None
+def _signature(tensor: Tensor) -> tuple[Any, ...]:
+    """What a tensor of the file must share with the layer's own: all but the values."""
+    # A layer may be of any floating type; counts and columns are of one.
+    floating = tensor.is_floating_point() or tensor.is_complex()
+    dtype = "floating" if floating else str(tensor.dtype)
+    return tuple(tensor.shape), dtype, isinstance(tensor, nn.Parameter)
 
 
 def _constructor_arguments(module: nn.Module) -> dict[str, Any]:

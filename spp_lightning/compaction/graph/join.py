@@ -1,168 +1,153 @@
-"""Compact layers that follow each other in a graph, joined to one call, and taken apart again."""
+"""Which compact layers of a network follow each other, so that one call can compute them."""
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable
-from typing import Any
+from collections import Counter
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
-from torch import fx, nn
+from torch import nn
 
-from spp_lightning.compaction.graph.query import (
-    Node,
-    arguments,
-    calls,
-    module_of,
-    single_user,
-    times_called,
-)
-from spp_lightning.compaction.layers.chain import _is_own, column_sequence
+from spp_lightning.compaction.graph.steps import Step, Value, users_of
 from spp_lightning.compaction.layers.column_conv import ColumnConv2d
 
-__all__ = ["join", "take_apart"]
+__all__ = ["Row", "join"]
+
+_MOST_WEIGHTS = 2**16  # of a linear layer: they stay in the cache from image to image
 
 
-# Weights of a linear layer that stay in the cache from picture to picture.
-_MOST_WEIGHTS = 2**16
+class Row(NamedTuple):
+    """Layers that one call computes.
 
-
-def join(graph: fx.GraphModule) -> None:
-    """Join layers of a graph of which each is read by the next one only."""
-    for node in list(graph.graph.nodes):
-        if _layer(graph, node) is None or _previous(graph, node) is not None:
-            continue
-        row = [node]
-        while (after := single_user(row[-1])) is not None and _previous(graph, after) is row[-1]:
-            row.append(after)
-        _join(graph, row)
-    graph.graph.lint()
-    graph.delete_all_unused_submodules()  # what flattened is no more
-    graph.graph.on_generate_code(_with_quick_look_ups)
-    graph.recompile()
-
-
-_LOOK_UP = re.compile(r"^(\w+) = self\.(\w+)$")
-_QUICK = r'\1 = self._modules["\2"] if "\2" in self._modules else self.\2'
-
-
-def _with_quick_look_ups(
-    others: Callable[[list[str]], list[str]] | None,
-) -> Callable[[list[str]], list[str]]:
-    """Lets a graph's code find its modules at once.
-
-    As attributes they are looked for in every other place first, which takes several times as long.
+    Attributes:
+        layers: Positions of the compact layers' steps.
+        linear: Position of the linear layer's step that reads the last one's result flattened.
+        replaced: Positions of all steps that the call replaces.
+        position: Where in the list of steps the call stands.
     """
 
-    def change(lines: list[str]) -> list[str]:
-        return [_LOOK_UP.sub(_QUICK, line) for line in (others(lines) if others else lines)]
+    layers: tuple[int, ...]
+    linear: int | None
+    replaced: tuple[int, ...]
+    position: int
 
-    return change
-
-
-def _layer(graph: fx.GraphModule, node: Node) -> ColumnConv2d | None:
-    layer = module_of(graph, node)
-    if not _is_own(layer) or node.kwargs:
-        return None
-    return layer if times_called(graph, str(node.target)) == 1 else None
+    @property
+    def result(self) -> int:
+        """Position of the step whose result the call returns."""
+        return self.layers[-1] if self.linear is None else self.linear
 
 
-def _previous(graph: fx.GraphModule, node: Node) -> Node | None:
-    """The layer whose output a layer reads, if they can be one call."""
-    layer = _layer(graph, node)
-    before = node.args[0] if layer is not None else None
-    if (
-        layer is None
-        or not isinstance(before, fx.Node)
-        or single_user(before) is not node
-        or _layer(graph, before) is None
-        or len(before.args) != 1  # only the last one of a row may add a residual
-        or layer.geometry.stride[1] != 1
-        or (len(node.args) > 1 and node.args[1] is before)
-    ):
-        return None
-    return before
+def join(steps: Sequence[Step], layer_of: Callable[[str], nn.Module]) -> tuple[Row, ...]:
+    """Find layers of which each is read by the next one only.
+
+    Args:
+        steps: The network.
+        layer_of: The layer of a name.
+
+    Returns:
+        Rows of two or more layers; a linear layer counts.
+    """
+    return _Finder(steps, layer_of).rows()
 
 
-def _linear_after(graph: fx.GraphModule, node: Node) -> Node | None:
-    """The linear layer that reads a layer's output, if nothing else does."""
-    flat = single_user(node)
-    after = single_user(flat) if flat is not None and _flattens(graph, flat) else None
-    linear = module_of(graph, after)
-    if (
-        after is None
-        or type(linear) is not nn.Linear
-        or linear.weight.numel() > _MOST_WEIGHTS
-        or len(after.args) != 1
-        or times_called(graph, str(after.target)) != 1
-    ):
-        return None
-    return after
+class _Finder:
+    def __init__(self, steps: Sequence[Step], layer_of: Callable[[str], nn.Module]) -> None:
+        self._steps, self._users = steps, users_of(steps)
+        self._modules = {
+            i: layer_of(str(step.target)) for i, step in enumerate(steps) if step.kind == "layer"
+        }
+        names = (step.target for step in steps if step.kind == "layer")
+        self._calls = Counter(str(name) for name in names)
+        # A layer whose tensor is read by itself stays a layer of its own.
+        self._calls.update(
+            str(step.target).rpartition(".")[0] for step in steps if step.kind == "tensor"
+        )
 
+    def rows(self) -> tuple[Row, ...]:
+        found = []
+        for first in range(len(self._steps)):
+            if self._compact(first) is None or self._previous(first) is not None:
+                continue
+            layers = [first]
+            while (after := self._only_user(layers[-1])) is not None:
+                if self._previous(after) != layers[-1]:
+                    break
+                layers.append(after)
+            row = self._row(layers)
+            if row is not None:
+                found.append(row)
+        return tuple(found)
 
-def _flattens(graph: fx.GraphModule, node: Node) -> bool:
-    """Whether a node flattens its input from the second dimension on."""
-    module = module_of(graph, node)
-    if module is not None:
-        return type(module) is nn.Flatten and (module.start_dim, module.end_dim) == (1, -1)
-    if not calls(node, (torch.flatten,), ("flatten",)):
-        return False
-    given = arguments(node, ("input", "start_dim", "end_dim"))
-    return bool(given.get("start_dim") == 1 and given.get("end_dim", -1) == -1)
+    def _row(self, layers: list[int]) -> Row | None:
+        first, last = layers[0], layers[-1]
+        flat, linear = self._linear_after(last)
+        if len(layers) == 1 and linear is None:
+            return None
+        residual = self._steps[last].args[1:]
+        later = bool(residual) and isinstance(residual[0], Value) and residual[0].step > first
+        if later and not all(self._writes_nothing(i) for i in range(first, last)):
+            # The first layer would read its input behind a step that may write to it.
+            return self._row(layers[:-1])
+        behind = () if flat is None or linear is None else (flat, linear)
+        return Row(tuple(layers), linear, (*layers, *behind), last if later else first)
 
+    def _compact(self, position: int) -> ColumnConv2d | None:
+        layer, step = self._modules.get(position), self._steps[position]
+        if type(layer) is not ColumnConv2d or "forward" in vars(layer) or step.kwargs:
+            return None
+        return layer if self._calls[str(step.target)] == 1 else None
 
-def _join(graph: fx.GraphModule, row: list[Node]) -> None:
-    first, last = row[0], row[-1]
-    linear = _linear_after(graph, last)
-    if len(row) == 1 and linear is None:
-        return
-    residual = last.args[1] if len(last.args) > 1 else None
-    nodes = list(graph.graph.nodes)
-    within = nodes[nodes.index(first) : nodes.index(last)]
-    later = residual in within
-    if later and not all(_writes_nothing(graph, node) for node in within):
-        # The first layer would read its input behind who may write to it.
-        _join(graph, row[:-1])
-        return
-    with graph.graph.inserting_before(last if later else first):
-        layers = [graph.graph.get_attr(str(node.target)) for node in row]
-        more: dict[str, Any] = {}
-        if linear is not None:
-            more["linear"] = graph.graph.get_attr(str(linear.target))
-        args = (first.args[0], residual, *layers)
-        joined = graph.graph.call_function(column_sequence, args, more)
-    end = last if linear is None else linear
-    joined.meta = dict(end.meta)
-    end.replace_all_uses_with(joined)
-    if linear is not None:
-        row = [*row, linear.args[0], linear]  # type: ignore[list-item]
-    for node in reversed(row):
-        graph.graph.erase_node(node)
+    def _only_user(self, position: int) -> int | None:
+        users = self._users[position]
+        return users[0] if len(users) == 1 else None
 
+    def _previous(self, position: int) -> int | None:
+        """The layer whose result a layer reads, if one call can compute both."""
+        layer, args = self._compact(position), self._steps[position].args
+        if layer is None or layer.geometry.stride[1] != 1 or not isinstance(args[0], Value):
+            return None
+        before = args[0].step
+        if (
+            self._compact(before) is None
+            or self._only_user(before) != position
+            or len(self._steps[before].args) != 1  # only the last layer of a row adds a residual
+            or args[0] in args[1:]
+        ):
+            return None
+        return before
 
-def _writes_nothing(graph: fx.GraphModule, node: Node) -> bool:
-    module = module_of(graph, node)
-    return node.op == "get_attr" or type(module) in (ColumnConv2d, nn.Conv2d, nn.BatchNorm2d)
+    def _linear_after(self, position: int) -> tuple[int | None, int | None]:
+        """The steps that flatten a layer's result and pass it to a linear layer."""
+        flat = self._only_user(position)
+        if flat is None or not self._flattens(flat):
+            return None, None
+        after = self._only_user(flat)
+        linear = None if after is None else self._modules.get(after)
+        if (
+            after is None
+            or type(linear) is not nn.Linear
+            or linear.weight.numel() > _MOST_WEIGHTS
+            or self._steps[after].args != (Value(flat),)
+            or self._steps[after].kwargs
+            or self._calls[str(self._steps[after].target)] != 1
+        ):
+            return None, None
+        return flat, after
 
+    def _flattens(self, position: int) -> bool:
+        """Whether a step flattens its argument from the second dimension on."""
+        step, module = self._steps[position], self._modules.get(position)
+        if module is not None:
+            return type(module) is nn.Flatten and (module.start_dim, module.end_dim) == (1, -1)
+        if (step.kind, step.target) not in (("function", torch.flatten), ("method", "flatten")):
+            return False
+        given: dict[str, Any] = dict(
+            zip(("input", "start_dim", "end_dim"), step.args, strict=False), **step.kwargs
+        )
+        return bool(given.get("start_dim") == 1 and given.get("end_dim", -1) == -1)
 
-def take_apart(graph: fx.GraphModule) -> None:
-    """Give every layer of a graph its own node again."""
-    for node in list(graph.graph.nodes):
-        if node.target is not column_sequence:
-            continue
-        y, residual, *layers = node.args
-        linear = node.kwargs.get("linear")
-        with graph.graph.inserting_before(node):
-            for layer in layers:
-                more = (residual,) if layer is layers[-1] and residual is not None else ()
-                y = graph.graph.call_module(layer.target, (y, *more))
-            if linear is not None:
-                y = graph.graph.call_function(torch.flatten, (y, 1))
-                y = graph.graph.call_module(linear.target, (y,))
-        y.meta = dict(node.meta)
-        node.replace_all_uses_with(y)
-        for old in (node, *layers, *([] if linear is None else [linear])):
-            if not old.users:
-                graph.graph.erase_node(old)
-    graph.graph.lint()
-    graph.recompile()
+    def _writes_nothing(self, position: int) -> bool:
+        kinds = (ColumnConv2d, nn.Conv2d, nn.BatchNorm2d)
+        step = self._steps[position]
+        return step.kind in ("input", "tensor") or type(self._modules.get(position)) in kinds

@@ -8,11 +8,13 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from spp_lightning.compaction.epilogue import Clamp, PlaneOp, local_response_norm
-from spp_lightning.compaction.graph.join import take_apart
+from spp_lightning.compaction.graph.network import CompactNetwork
+from spp_lightning.compaction.graph.query import set_module
+from spp_lightning.compaction.graph.steps import Step, Value, map_values
 from spp_lightning.compaction.layers.column_conv import ColumnConv2d
 
 __all__ = ["to_dense"]
@@ -51,8 +53,8 @@ def to_dense(model: nn.Module) -> nn.Module:
     if isinstance(model, ColumnConv2d):
         return _DenseConv2d(model)
     model = copy.deepcopy(model)
-    for graph in [module for module in model.modules() if isinstance(module, fx.GraphModule)]:
-        _write_out(graph)
+    for network in [module for module in model.modules() if isinstance(module, CompactNetwork)]:
+        _write_out(network)
     made: dict[ColumnConv2d, nn.Module] = {}  # a layer in two places stays one
     for parent in list(model.modules()):
         for name, layer in parent._modules.items():
@@ -81,33 +83,47 @@ class _DenseConv2d(nn.Conv2d):
         return y
 
 
-def _write_out(model: fx.GraphModule) -> None:
-    """Replace a graph's compact layers by convolutions, and by nodes for what follows them."""
-    take_apart(model)
-    graph = model.graph
+def _write_out(network: CompactNetwork) -> None:
+    """Replace a network's compact layers by convolutions, and by steps for what follows them."""
     layers = {
-        node: layer
-        for node in graph.nodes
-        if node.op == "call_module"
-        and isinstance(layer := model.get_submodule(node.target), ColumnConv2d)
+        name: layer
+        for name in {str(step.target) for step in network.compact_steps if step.kind == "layer"}
+        if isinstance(layer := network.get_submodule(name), ColumnConv2d)
     }
-    made: dict[ColumnConv2d, nn.Conv2d] = {}
-    for node, layer in layers.items():
-        if layer not in made:
-            made[layer] = _convolution(layer)
-        parent, _, name = node.target.rpartition(".")
-        setattr(model.get_submodule(parent), name, made[layer])
-        inputs = {**dict(zip(("x", "residual"), node.args, strict=False)), **node.kwargs}
-        with graph.inserting_before(node):
-            y = graph.call_module(node.target, (inputs["x"],))
-            if inputs.get("residual") is not None:
-                y = graph.call_function(torch.add, (y, inputs["residual"]))
-            for function, args, kwargs in _calls(layer):
-                y = graph.call_function(function, (y, *args), kwargs)
-        node.replace_all_uses_with(y)
-        graph.erase_node(node)
-    graph.lint()
-    model.recompile()
+    made = {layer: _convolution(layer) for layer in layers.values()}
+    for name, layer in layers.items():
+        set_module(network, name, made[layer])
+    names = {step.name for step in network.compact_steps}
+    places: list[int] = []  # of the old steps' results among the new steps
+    steps: list[Step] = []
+
+    def moved(argument: Any) -> Any:
+        return map_values(argument, lambda x: Value(places[x.step]) if isinstance(x, Value) else x)
+
+    for step in network.compact_steps:
+        args, kwargs = moved(step.args), moved(step.kwargs)
+        if step.kind == "layer" and step.target in layers:
+            given = {**dict(zip(("x", "residual"), args, strict=False)), **kwargs}
+            steps.append(Step("layer", step.name, step.target, (given["x"],)))
+            for call in _calls(layers[step.target], given.get("residual")):
+                function, more, named = call
+                name = _fresh(f"{step.name}_{function.__name__}", names)
+                result = Value(len(steps) - 1)
+                steps.append(Step("function", name, function, (result, *more), named))
+        else:
+            steps.append(Step(step.kind, step.name, step.target, args, kwargs))
+        places.append(len(steps) - 1)
+    network._set_steps(steps)
+
+
+def _fresh(name: str, names: set[str]) -> str:
+    """A name that isn't in ``names`` yet, and is now."""
+    count, found = 0, name
+    while found in names:
+        count += 1
+        found = f"{name}_{count}"
+    names.add(found)
+    return found
 
 
 def _convolution(layer: ColumnConv2d) -> nn.Conv2d:
@@ -118,9 +134,9 @@ def _convolution(layer: ColumnConv2d) -> nn.Conv2d:
     return conv
 
 
-def _calls(layer: ColumnConv2d) -> list[_Call]:
-    """What a layer does behind the addition: functions, and their arguments behind the first."""
-    calls: list[_Call] = []
+def _calls(layer: ColumnConv2d, residual: Any = None) -> list[_Call]:
+    """What a layer does after the convolution: functions, and their arguments after the first."""
+    calls: list[_Call] = [] if residual is None else [(torch.add, (residual,), {})]
     if layer.clamp == (0, math.inf):
         calls.append((F.relu, (), {}))
     elif layer.clamp != Clamp():

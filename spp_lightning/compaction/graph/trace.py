@@ -10,10 +10,11 @@ from torch.fx.passes.shape_prop import ShapeProp
 from torch.nn import functional as F
 
 from spp_lightning.compaction.epilogue import local_response_norm
+from spp_lightning.compaction.graph.network import CompactNetwork
 from spp_lightning.compaction.graph.query import Node, arguments, module_of
 from spp_lightning.compaction.layers.column_conv import ColumnConv2d
 
-__all__ = ["trace", "trace_as_it_is"]
+__all__ = ["trace"]
 
 
 _LEAVES = (ColumnConv2d,)
@@ -25,34 +26,35 @@ class _Tracer(fx.Tracer):
 
 
 def trace(model: nn.Module, inputs: tuple[Tensor, ...]) -> fx.GraphModule:
-    """The graph of a network, with the shapes of its tensors.
+    """The graph of a network, with the shapes of its tensors. No node of it writes in place.
 
     Args:
         model: The network, in evaluation mode. The graph shares its modules.
-        inputs: The positional arguments that it is run with, once.
+        inputs: The positional arguments that the network is run with, once.
 
     Raises:
-        Exception: Whatever the network raises that can't be traced.
+        Exception: Whatever a network raises that can't be traced.
     """
-    traced = trace_as_it_is(model)
+    if isinstance(model, CompactNetwork):
+        raise ValueError("it is compact already")
+    tracer = _Tracer(autowrap_functions=(local_response_norm,))
+    traced = fx.GraphModule(model, tracer.trace(model), type(model).__name__).eval()
+    _drop_calls_without_effect(traced)
     _write_nothing_in_place(traced)
     traced.graph.eliminate_dead_code()
     traced.recompile()
     with torch.no_grad():
         ShapeProp(traced).propagate(*inputs)
+    _check_methods(traced)
     return traced
 
 
-def trace_as_it_is(model: nn.Module) -> fx.GraphModule:
-    """The graph of a network, in evaluation mode, with whatever it writes in place.
-
-    Raises:
-        Exception: Whatever the network raises that can't be traced.
-    """
-    tracer = _Tracer(autowrap_functions=(local_response_norm,))
-    traced = fx.GraphModule(model, tracer.trace(model), type(model).__name__).eval()
-    _drop_calls_without_effect(traced)
-    return traced
+def _check_methods(graph: fx.GraphModule) -> None:
+    """Check that all methods are those of tensors: nothing else has a place in a network."""
+    for node in graph.graph.nodes:
+        kind = node.args[0].meta.get("type") if node.op == "call_method" else Tensor
+        if not issubclass(kind, (Tensor, torch.Size)):
+            raise ValueError(f"it calls the method {node.target} of a {kind.__name__}")
 
 
 _STOCHASTIC_DEPTH = "torchvision.ops.stochastic_depth.stochastic_depth"
@@ -76,8 +78,11 @@ def _drop_calls_without_effect(graph: fx.GraphModule) -> None:
 
 
 _IN_PLACE = {
-    getattr(operator, f"i{name}"): getattr(operator, name)
-    for name in ("add", "sub", "mul", "truediv", "pow", "floordiv", "mod")
+    getattr(operator, f"i{name.removesuffix('_')}"): getattr(operator, name)
+    for name in (
+        *("add", "sub", "mul", "truediv", "pow", "floordiv", "mod", "matmul"),
+        *("and_", "or_", "xor", "lshift", "rshift"),
+    )
 } | {torch.relu_: torch.relu, F.relu_: torch.relu, F.elu_: F.elu, F.leaky_relu_: F.leaky_relu}
 _ALIASES = (
     *("view", "reshape", "flatten", "transpose", "permute", "squeeze", "unsqueeze", "chunk"),

@@ -200,7 +200,7 @@ def _is_readable(tensor: Tensor) -> bool:
 def _place_of(weight: Tensor, bias: Tensor | None) -> tuple[object, ...]:
     """Which tensors they are, as long as they live, and where; not what is in them."""
     place = (id(weight), weight.data_ptr(), weight.shape)
-    return place if bias is None else (*place, id(bias), bias.data_ptr())
+    return place if bias is None else (*place, id(bias), bias.data_ptr(), bias.shape)
 
 
 def _is_own(layer: object) -> TypeGuard[ColumnConv2d]:

@@ -13,6 +13,7 @@ from torch import fx, nn
 
 from spp_lightning import ConvNet
 from spp_lightning.compaction.epilogue import Clamp, PlaneOp
+from spp_lightning.compaction.graph.network import CompactNetwork
 from spp_lightning.compaction.graph.to_dense import to_dense
 from spp_lightning.compaction.layers.column_conv import ColumnConv2d
 from spp_lightning.compaction.pipeline import compact
@@ -123,7 +124,8 @@ def test_a_layer_alone_and_a_graph_inside_a_network():
             return isinstance(module, ColumnConv2d) or super().is_leaf_module(module, name)
 
     inner = nn.Sequential(layer, nn.Flatten())
-    outer = nn.Sequential(fx.GraphModule(inner, LeafTracer().trace(inner)))
+    graph = fx.GraphModule(inner, LeafTracer().trace(inner))
+    outer = nn.Sequential(CompactNetwork.of(graph))
     dense = to_dense(outer)
     assert type(dense[0].get_submodule("0")) is nn.Conv2d
     assert difference(dense(x), outer(x)) < 1e-6

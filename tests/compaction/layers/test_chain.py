@@ -22,7 +22,8 @@ from spp_lightning import ConvNet, compact
 from spp_lightning.compaction import ColumnConv2d, load_compact, pipeline, save_compact, to_dense
 from spp_lightning.compaction.epilogue import Clamp, PlaneOp
 from spp_lightning.compaction.geometry import Geometry
-from spp_lightning.compaction.graph import join
+from spp_lightning.compaction.graph.network import CompactNetwork
+from spp_lightning.compaction.graph.program import compile_steps
 from spp_lightning.compaction.kernels.cpu import chain, library
 from spp_lightning.compaction.layers import chain as chains
 
@@ -193,26 +194,18 @@ def classifier():
     return compact(pruned(dense), torch.randn(2, 3, 32, 32))
 
 
-def joined(graph) -> list[list[str]]:
-    return [
-        [str(layer.target) for layer in (*node.args[2:], *node.kwargs.values())]
-        for node in graph.graph.nodes
-        if node.target is chains.column_sequence
-    ]
-
-
-def one_by_one(graph):
-    apart = copy.deepcopy(graph)
-    join.take_apart(apart)
-    assert not joined(apart)
+def one_by_one(network):
+    """The same network, every layer of which is called by itself."""
+    apart = copy.deepcopy(network)
+    apart._program = compile_steps(apart.compact_steps, ())
     return apart
 
 
 def test_layers_that_follow_each_other_are_joined(net):
-    assert joined(net) == [["conv1", "conv2", "conv3"]]
+    assert net.joined_layers == [["conv1", "conv2", "conv3"]]
     block = compact(pruned(nn.Sequential(Block(), Block())), torch.randn(1, 8, 9, 9))
     # The first block's output is read twice: by a layer, and by the second block's addition.
-    assert joined(block) == [[f"{i}.first", f"{i}.middle", f"{i}.last"] for i in "01"]
+    assert block.joined_layers == [[f"{i}.first", f"{i}.middle", f"{i}.last"] for i in "01"]
     x = torch.randn(3, 8, 9, 9)
     assert torch.equal(block(x), one_by_one(block)(x))
 
@@ -236,7 +229,7 @@ class Apart(nn.Module):
 def test_others_are_not():
     fast = compact(pruned(Apart()), torch.randn(1, 4, 20, 20))
     # `shift` adds a residual, and so may only be the last one.
-    assert joined(fast) == []
+    assert fast.joined_layers == []
 
 
 @native
@@ -341,12 +334,12 @@ def test_an_input_is_read_before_it_is_written_to():
     first = graph.call_module("conva", (y,))
     written = graph.call_module("relu", (y,))
     graph.output(graph.call_module("convb", (first, written)))
-    net = fx.GraphModule(root, graph).eval()
+    traced = fx.GraphModule(root, graph).eval()
+    net = CompactNetwork.of(traced)
     x = torch.randn(2, 3, 5, 5)
-    expected = net(x)
-    join.join(net)
-    for _ in range(2):
-        assert torch.equal(net(x), expected)
+    assert net.joined_layers == []
+    for _ in range(3):
+        assert torch.equal(net(x), traced(x))
 
 
 def test_hooks_see_every_layer(net):
@@ -402,7 +395,7 @@ def test_copies_files_and_dense_networks(net, tmp_path):
     for other in (copy.deepcopy(net), loaded):
         assert torch.equal(other(x), expected)
         assert [*other.state_dict()] == names
-    assert joined(loaded) == joined(net) == [["conv1", "conv2", "conv3"]]
+    assert loaded.joined_layers == net.joined_layers == [["conv1", "conv2", "conv3"]]
     dense = to_dense(net)
     assert not any(isinstance(layer, ColumnConv2d) for layer in dense.modules())
     torch.testing.assert_close(dense(x), expected, rtol=1e-5, atol=1e-5)
@@ -413,10 +406,10 @@ def test_copies_files_and_dense_networks(net, tmp_path):
 
 
 def test_a_linear_layer_is_joined_too(classifier, tmp_path):
-    assert joined(classifier) == [["conv1", "conv2", "conv3", "ip1"]]
+    assert classifier.joined_layers == [["conv1", "conv2", "conv3", "ip1"]]
     save_compact(classifier, tmp_path / "net")
     loaded, dense = load_compact(tmp_path / "net"), to_dense(classifier)
-    assert joined(loaded) == joined(classifier) and type(dense.ip1) is nn.Linear
+    assert loaded.joined_layers == classifier.joined_layers and type(dense.ip1) is nn.Linear
     for batch in (0, 1, 3):
         x = torch.randn(batch, 3, 32, 32)
         y = classifier(x)
@@ -551,7 +544,8 @@ def test_a_network_is_freed_when_nobody_holds_it(net):
         net(torch.randn(1, 3, 32, 32))
     places = [weakref.ref(layer) for layer in layers]
     for name in ("conv1", "conv2", "conv3"):
-        setattr(net, name, nn.Identity())  # the graph itself has cycles
+        setattr(net, name, nn.Identity())
+    gc.collect()  # the graph that the network was made of has cycles
     gc.disable()
     try:
         del layers
@@ -569,13 +563,6 @@ def test_a_later_layer_with_a_stride_along_the_rows(net):
         assert torch.equal(net(x), one_by_one(net)(x))
 
 
-def test_other_changes_of_the_code_stay(net):
-    net.graph.on_generate_code(lambda others: lambda lines: ["# mine\n", *lines])
-    join.take_apart(net)
-    join.join(net)
-    assert "# mine" in net.code and "self._modules" in net.code
-
-
 def test_a_linear_layer_can_be_trained_alone(classifier):
     classifier.ip1.requires_grad_(True)
     x = torch.randn(3, 3, 32, 32)
@@ -591,6 +578,21 @@ def test_features_that_dont_fit_are_named(classifier):
     for _ in range(2):
         with pytest.raises((ValueError, RuntimeError), match="1024"):
             classifier(torch.randn(1, 3, 40, 32))
+
+
+def test_a_bias_of_another_shape_is_refused(classifier):
+    """The kernels once read beyond a bias that was too short."""
+    x = torch.randn(2, 3, 32, 32)
+    for shorter in (nn.Parameter(torch.zeros(1), False), None):
+        with torch.no_grad():
+            classifier(x)
+            if shorter is None:
+                classifier.ip1.bias.data = classifier.ip1.bias.data[:1]
+            else:
+                whole, classifier.ip1.bias = classifier.ip1.bias, shorter
+            with pytest.raises(ValueError, match=r"`bias` must be of shape \(10,\)"):
+                classifier(x)
+            classifier.ip1.bias = whole
 
 
 class Flat(nn.Module):
@@ -618,20 +620,19 @@ class Flat(nn.Module):
 def test_only_what_flattens_pictures_is_joined(flatten, is_joined):
     x = torch.randn(2, 3, 8, 8)
     fast = compact(net := pruned(Flat(flatten)), x)
-    assert joined(fast) == ([["conv", "linear"]] if is_joined else [])
+    assert fast.joined_layers == ([["conv", "linear"]] if is_joined else [])
     torch.testing.assert_close(fast(x), net(x), rtol=1e-5, atol=1e-5)
 
 
 def test_a_large_linear_layer_is_left_to_torch():
     fast = compact(pruned(Flat(nn.Flatten(), 1000)), torch.randn(2, 3, 8, 8))
-    assert joined(fast) == []
+    assert fast.joined_layers == []
 
 
 def test_a_pickled_network_computes_the_same():
     x = torch.randn(2, 8, 9, 9)
-    # Not the ConvNet: torch 2.11 can't pickle graphs of functions with annotations as strings.
     block = compact(pruned(Block()), x)
-    assert joined(block)
+    assert block.joined_layers
     assert torch.equal(pickle.loads(pickle.dumps(block))(x), block(x))
 
 

@@ -33,10 +33,15 @@ class Linear:
     Args:
         weight: ``(out_features, in_features)``, float32, contiguous, on the CPU.
         bias: ``(out_features,)``, likewise, or None.
+
+    Raises:
+        ValueError: If the bias is of another shape.
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
         self.out_features, self.in_features = weight.shape
+        if bias is not None:
+            check_tensor("bias", bias, (self.out_features,))
         self._tensors = (weight, bias)  # while they are held, nobody else gets their addresses
         self._native = _NativeLinear(
             weight.data_ptr(),

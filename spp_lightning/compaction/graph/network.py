@@ -1,0 +1,178 @@
+"""CompactNetwork: the executor of a list of steps."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor, fx, nn
+
+from spp_lightning.compaction.graph.join import Row, join
+from spp_lightning.compaction.graph.program import REQUIRED, Program, compile_steps
+from spp_lightning.compaction.graph.steps import Step, steps_of, text_of
+
+__all__ = ["CompactNetwork"]
+
+
+class CompactNetwork(nn.Module):
+    """A network that runs a list of steps; no code is generated.
+
+    ``compact()`` and ``load_compact()`` return one. Layers and tensors have the names that they
+    have in the network it was made of. Compact layers in a row are computed by one call.
+
+    Args:
+        steps: The network; the last step is its output.
+        layers: The modules that the steps call, by name.
+        tensors: The tensors that the steps read, by name.
+
+    Raises:
+        ValueError: If a name is that of an attribute, or of something else in the network.
+
+    >>> import torch
+    >>> steps = steps_of(fx.symbolic_trace(nn.Sequential(nn.Linear(2, 3), nn.ReLU())).graph)
+    >>> layers = {"0": nn.Linear(2, 3), "1": nn.ReLU()}
+    >>> network = CompactNetwork(steps, layers)
+    >>> print(network)
+    CompactNetwork(
+      (0): Linear(in_features=2, out_features=3, bias=True)
+      (1): ReLU()
+    )
+    input input
+    _0 = self.0(input_1)
+    _1 = self.1(_0)
+    return _1
+    >>> network(torch.ones(4, 2)).shape
+    torch.Size([4, 3])
+    """
+
+    compact_steps: tuple[Step, ...]
+
+    def __init__(
+        self,
+        steps: Sequence[Step],
+        layers: Mapping[str, nn.Module],
+        tensors: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        super().__init__()
+        self.training = False
+        places: dict[str, nn.Module | Tensor] = {**layers, **(tensors or {})}
+        # A name inside of a layer comes behind the layer, which brings it along.
+        for name in sorted(places, key=lambda name: any(x in layers for x in _above(name))):
+            _place(self, name, places[name])
+        self._set_steps(steps)
+
+    def _set_steps(self, steps: Sequence[Step]) -> None:
+        self.compact_steps = tuple(steps)
+        self._rows: tuple[Row, ...] = join(self.compact_steps, self.get_submodule)
+        self._program: Program = compile_steps(self.compact_steps, self._rows)
+
+    @classmethod
+    def of(cls, graph: fx.GraphModule) -> CompactNetwork:
+        """The network of a ``torch.fx`` graph; it shares the graph's layers and tensors."""
+        steps = steps_of(graph.graph)
+        layers = [str(step.target) for step in steps if step.kind == "layer"]
+        tensors = [str(step.target) for step in steps if step.kind == "tensor"]
+        return cls(
+            steps,
+            {name: graph.get_submodule(name) for name in layers},
+            {name: _tensor_of(graph, name) for name in tensors},
+        )
+
+    @property
+    def joined_layers(self) -> list[list[str]]:
+        """Names of the layers that one call computes, call by call."""
+        return [
+            [str(self.compact_steps[i].target) for i in (*row.layers, row.linear) if i is not None]
+            for row in self._rows
+        ]
+
+    def forward(self, *inputs: Any, **named: Any) -> Any:
+        """Run the steps.
+
+        Args:
+            inputs: Those of the network that was compacted.
+            named: Likewise, by name.
+
+        Returns:
+            What that network returns.
+
+        Raises:
+            TypeError: If an input is missing, or there is none of this name.
+        """
+        program = self._program
+        slots = list(program.start)
+        if named or len(inputs) != len(program.inputs):
+            inputs = _bind(program, inputs, named)
+        slots[: len(inputs)] = inputs
+        for run, target, args, kwargs, out, free in program.instructions:
+            given = [slots[i] for i in args]
+            slots[out] = run(self, target, given, {key: slots[i] for key, i in kwargs})
+            for i in free:
+                slots[i] = None
+        return slots[program.output]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {key: value for key, value in self.__dict__.items() if key != "_program"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._program = compile_steps(self.compact_steps, self._rows)
+
+    def __repr__(self) -> str:
+        return f"{super().__repr__()}\n{text_of(self.compact_steps)}"
+
+
+def _bind(program: Program, inputs: tuple[Any, ...], named: dict[str, Any]) -> tuple[Any, ...]:
+    """All inputs in order, with defaults for those that aren't given."""
+    names, count = program.inputs, len(inputs)
+    if count > len(names):
+        raise TypeError(f"The network takes {len(names)} inputs, got {count}.")
+    wrong = [name for name in named if name not in names[count:]]
+    if wrong:
+        raise TypeError(f"The network has no other input {wrong[0]!r}; its inputs: {names}.")
+    defaults = program.start[count : len(names)]
+    values = tuple(
+        named.get(name, default) for name, default in zip(names[count:], defaults, strict=True)
+    )
+    missing = [n for n, value in zip(names[count:], values, strict=True) if value is REQUIRED]
+    if missing:
+        raise TypeError(f"The network's input {missing[0]!r} is missing.")
+    return inputs + values
+
+
+def _above(name: str) -> list[str]:
+    parts = name.split(".")
+    return [".".join(parts[:i]) for i in range(1, len(parts))]
+
+
+def _place(network: nn.Module, name: str, value: nn.Module | Tensor) -> None:
+    """Register a layer or a tensor under its dotted name."""
+    *parents, last = name.split(".")
+    parent = network
+    for part in parents:
+        if part not in parent._modules and not hasattr(parent, part):  # which finds methods
+            container = nn.Module()
+            container.training = False
+            parent.add_module(part, container)
+        found = parent._modules.get(part)
+        if found is None:
+            raise ValueError(f"the name {name!r} isn't free: {part!r} is something else")
+        parent = found
+    if hasattr(type(parent), last) or getattr(parent, last, value) is not value:
+        raise ValueError(f"the name {name!r} isn't free: {last!r} is something else")
+    if hasattr(parent, last):
+        return  # a tensor of one of the layers
+    if isinstance(value, nn.Module):
+        parent.add_module(last, value)
+    elif isinstance(value, nn.Parameter):
+        parent.register_parameter(last, value)
+    else:
+        parent.register_buffer(last, value)
+
+
+def _tensor_of(graph: fx.GraphModule, name: str) -> Tensor:
+    parent, _, last = name.rpartition(".")
+    value = getattr(graph.get_submodule(parent), last)
+    if not isinstance(value, Tensor):
+        raise ValueError(f"`{name}` must be a tensor, got {type(value).__name__}")
+    return value

@@ -1,0 +1,206 @@
+"""Steps compiled to a program: a flat list of instructions over numbered slots."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, fx, nn
+
+from spp_lightning.compaction.graph.join import Row
+from spp_lightning.compaction.graph.steps import Step, Value, values_in
+from spp_lightning.compaction.layers.chain import column_sequence
+
+__all__ = ["REQUIRED", "Instruction", "Program", "compile_steps", "find"]
+
+REQUIRED = object()  # default value of an input that has none
+
+Run = Callable[[nn.Module, Any, list[Any], dict[str, Any]], Any]
+
+
+class Instruction(NamedTuple):
+    """A call.
+
+    Attributes:
+        run: What makes the call: a function of the network, ``target``, and the arguments.
+        target: What is called.
+        args: Slots of the positional arguments.
+        kwargs: Names and slots of the keyword arguments.
+        out: Slot of the result.
+        free: Slots that no later instruction reads.
+    """
+
+    run: Run
+    target: Any
+    args: tuple[int, ...]
+    kwargs: tuple[tuple[str, int], ...]
+    out: int
+    free: tuple[int, ...]
+
+
+class Program(NamedTuple):
+    """A network's instructions.
+
+    Attributes:
+        inputs: Names of the inputs, which are the first slots.
+        start: The slots before the first instruction: defaults of the inputs, then constants.
+        instructions: The calls, in order.
+        output: Slot of the network's result.
+    """
+
+    inputs: tuple[str, ...]
+    start: tuple[Any, ...]
+    instructions: tuple[Instruction, ...]
+    output: int
+
+
+def compile_steps(steps: Sequence[Step], rows: Sequence[Row] = ()) -> Program:
+    """The program of a network.
+
+    Args:
+        steps: The network.
+        rows: Layers that one call is to compute.
+    """
+    return _Compiler(steps, rows).program()
+
+
+def find(network: nn.Module, path: tuple[str, ...]) -> Any:
+    """The module at a path, read from the modules' own dicts: as attributes they take longer."""
+    module: Any = network
+    for part in path:
+        module = module._modules[part]
+    return module
+
+
+def _layer(network: nn.Module, target: tuple[str, ...], args: list[Any], kwargs: Any) -> Any:
+    return find(network, target)(*args, **kwargs)
+
+
+def _tensor(network: nn.Module, target: tuple[str, ...], args: list[Any], kwargs: Any) -> Any:
+    return getattr(find(network, target[:-1]), target[-1])
+
+
+def _function(network: nn.Module, target: Any, args: list[Any], kwargs: Any) -> Any:
+    return target(*args, **kwargs)
+
+
+_SELF = (Tensor, torch.Size, fx.Proxy)
+
+
+def _method(network: nn.Module, target: str, args: list[Any], kwargs: Any) -> Any:
+    value, *others = args
+    if not isinstance(value, _SELF):
+        raise TypeError(f"A network calls methods of tensors only, not {target!r} of {value!r}.")
+    return getattr(value, target)(*others, **kwargs)
+
+
+class _Joined(NamedTuple):
+    """What the call of a row calls."""
+
+    layers: tuple[tuple[str, ...], ...]
+    linear: tuple[str, ...] | None
+
+
+def _row(network: nn.Module, target: _Joined, args: list[Any], kwargs: Any) -> Tensor:
+    layers = [find(network, path) for path in target.layers]
+    linear = None if target.linear is None else find(network, target.linear)
+    return column_sequence(*args, *layers, linear=linear)
+
+
+def _list(*parts: Any) -> list[Any]:
+    return list(parts)
+
+
+def _tuple(*parts: Any) -> tuple[Any, ...]:
+    return parts
+
+
+def _dict(keys: tuple[Any, ...], *parts: Any) -> dict[Any, Any]:
+    return dict(zip(keys, parts, strict=True))
+
+
+class _Compiler:
+    """Gives every value a slot: inputs first, then constants and results."""
+
+    def __init__(self, steps: Sequence[Step], rows: Sequence[Row]) -> None:
+        self._steps = steps
+        self._inputs = [i for i, step in enumerate(steps) if step.kind == "input"]
+        self._slots = {position: slot for slot, position in enumerate(self._inputs)}
+        self._start: list[Any] = [
+            step.args[0] if step.args else REQUIRED for step in steps if step.kind == "input"
+        ]
+        self._calls: list[Instruction] = []
+        self._rows = {row.position: row for row in rows}
+        self._replaced = {position for row in rows for position in row.replaced}
+
+    def program(self) -> Program:
+        for position, step in enumerate(self._steps):
+            if position in self._rows:
+                self._add_row(self._rows[position])
+            elif position not in self._replaced and step.kind not in ("input", "output"):
+                self._add_step(position, step)
+        output = self._slot_of(self._steps[-1].args[0])
+        names = tuple(str(self._steps[i].target) for i in self._inputs)
+        return Program(names, tuple(self._start), self._with_frees(output), output)
+
+    def _add_step(self, position: int, step: Step) -> None:
+        runs: dict[str, Run] = {
+            "layer": _layer,
+            "tensor": _tensor,
+            "function": _function,
+            "method": _method,
+        }
+        target: Any = step.target
+        if step.kind in ("layer", "tensor"):
+            target = tuple(str(target).split("."))
+        args = [self._slot_of(x) for x in step.args]
+        kwargs = [(key, self._slot_of(x)) for key, x in step.kwargs.items()]
+        self._slots[position] = self._add(runs[step.kind], target, args, kwargs)
+
+    def _add_row(self, row: Row) -> None:
+        def path(position: int) -> tuple[str, ...]:
+            return tuple(str(self._steps[position].target).split("."))
+
+        x, residual = self._steps[row.layers[0]].args[0], self._steps[row.layers[-1]].args[1:]
+        args = [self._slot_of(x), self._slot_of(residual[0] if residual else None)]
+        linear = None if row.linear is None else path(row.linear)
+        target = _Joined(tuple(path(i) for i in row.layers), linear)
+        self._slots[row.result] = self._add(_row, target, args)
+
+    def _add(
+        self, run: Run, target: Any, args: Sequence[int], kwargs: Sequence[tuple[str, int]] = ()
+    ) -> int:
+        out = len(self._start)
+        self._start.append(None)
+        self._calls.append(Instruction(run, target, tuple(args), tuple(kwargs), out, ()))
+        return out
+
+    def _slot_of(self, argument: Any) -> int:
+        """The slot of an argument. Containers are made anew in every call."""
+        if isinstance(argument, Value):
+            return self._slots[argument.step]
+        if isinstance(argument, slice):
+            return self._collect(slice, (argument.start, argument.stop, argument.step))
+        if isinstance(argument, list):
+            return self._collect(_list, argument)
+        if isinstance(argument, dict):
+            return self._collect(_dict, (tuple(argument), *argument.values()))
+        if isinstance(argument, tuple) and values_in(argument):
+            named = hasattr(argument, "_fields")
+            return self._collect(type(argument) if named else _tuple, argument)
+        self._start.append(argument)
+        return len(self._start) - 1
+
+    def _collect(self, make: Callable[..., Any], parts: Sequence[Any]) -> int:
+        return self._add(_function, make, [self._slot_of(x) for x in parts])
+
+    def _with_frees(self, output: int) -> tuple[Instruction, ...]:
+        """The instructions, each with the results that it is the last one to read."""
+        made = {call.out for call in self._calls} | set(range(len(self._inputs)))
+        seen, calls = {output}, list[Instruction]()
+        for call in reversed(self._calls):
+            used = {*call.args, *(slot for _, slot in call.kwargs), call.out} & made
+            calls.append(call._replace(free=tuple(sorted(used - seen))))
+            seen |= used
+        return tuple(reversed(calls))
