@@ -125,7 +125,8 @@ def test_fails_if_slower_or_different(checkpoint, monkeypatch):
 def test_says_that_nothing_is_pruned(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     torch.save(TinyModule().state_dict(), "net.pt")
-    monkeypatch.setattr(cli, "compact", lambda model, _: torch.fx.symbolic_trace(model))
+    traced = torch.fx.symbolic_trace(TinyModule())
+    monkeypatch.setattr(cli, "compact", lambda *_: CompactNetwork.of(traced))
     result = run("net.pt", "-o", "n.spp", "--model", "conftest:TinyModule", "--input-shape=3,8,8")
     assert "is this a pruned network's checkpoint?" in result.output
 
