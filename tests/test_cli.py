@@ -13,6 +13,7 @@ from torch import nn
 
 from spp_lightning import ConvNet, cli
 from spp_lightning.compaction.file.container import load_compact, save_compact
+from spp_lightning.compaction.graph.network import CompactNetwork
 from spp_lightning.compaction.kernels.cpu import library
 from spp_lightning.compaction.pipeline import compact
 from spp_lightning.compaction.timing import Times
