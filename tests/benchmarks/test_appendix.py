@@ -2,18 +2,13 @@
 
 import json
 import math
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
+import report as report_file
 import torch
 from lightning.pytorch import Callback
 from pictures import make_tree
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
-
-import report as report_file
 from reproduction import lines, paper, training
 from reproduction.results import Results, layer_spread
 from reproduction.rows import ALL_TABLES, BASELINE, CONTROL, DEFAULT, PLAIN_L1, Configuration

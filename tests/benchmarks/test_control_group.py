@@ -1,12 +1,8 @@
 """The comparison with ModelPruning still runs, and finds what its table says."""
 
-import sys
 from pathlib import Path
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
-
 from control_group import PERMANENT, SPP, optimizer_is_clean, whole_after_a_fault
 
 

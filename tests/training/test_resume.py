@@ -1,13 +1,8 @@
 """A run that is killed and resumed equals the run that was never stopped, bit for bit."""
 
 import multiprocessing
-import sys
-from pathlib import Path
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
-
 from kill_resume import (
     MICRO_BATCHES,
     PLACES,
