@@ -25,6 +25,7 @@ from reproduction.schedules import Schedule
 __all__ = ["report"]
 
 MISSING = "not measured"
+WORTH = 0.5  # points of accuracy that count as a difference
 
 
 def report(schedule: Schedule, results: Results, pictures: list[str]) -> str:
@@ -252,12 +253,40 @@ def _causes(results: Results) -> str:
         "accuracy on training images, %",
         "seeds",
     )
-    text = _table(head, rows) if rows else ""
     base = _show(results.numbers(BASELINE, "train_accuracy"), 2)
-    return (
-        f"{text}\n\nAccuracy on training images: of every fifth one. The baseline's: {base}."
-        f" Of {len(CAUSES)} rows {len(CAUSES) - len(rows)} are {MISSING}."
-    )
+    parts = [
+        _table(head, rows),
+        f"Accuracy on training images: of every fifth one. The baseline's: {base}. Of {len(CAUSES)}"
+        f" rows {len(CAUSES) - len(rows)} are {MISSING}.",
+        *(_worth(results, speedup) for speedup in (4, 10)),
+    ]
+    return "\n\n".join(parts)
+
+
+def _worth(results: Results, speedup: float) -> str:
+    """What each lead is worth, in a sentence for each sign."""
+    plain = replace(DEFAULT, speedup=speedup)
+    gains = {
+        name.removeprefix(f"SPP, {speedup:g}×, "): gain.mean
+        for name, row in CAUSES.items()
+        if (row.method, row.speedup) == ("spp", speedup) and row != plain
+        if (gain := results.drop(plain, row)) is not None
+    }
+    kinds = {
+        "raise the accuracy by": [x for x in gains.items() if x[1] >= WORTH],
+        "lower it by": [x for x in gains.items() if x[1] <= -WORTH],
+        f"change it by less than {WORTH} points": [x for x in gains.items() if abs(x[1]) < WORTH],
+    }
+    said = [
+        f"{what}: " + ", ".join(f"{lead} ({gain:+.2f})" for lead, gain in sorted(found, key=_last))
+        for what, found in kinds.items()
+        if found
+    ]
+    return f"At {speedup:g}×, from plain SPP: {'; '.join(said) or 'no lead measured'}."
+
+
+def _last(pair: tuple[str, float]) -> float:
+    return -pair[1]
 
 
 def _gain(results: Results, row: Configuration) -> str:

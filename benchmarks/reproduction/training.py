@@ -153,9 +153,9 @@ class Run:
             "configuration": self.configuration.as_dict(),
             "schedule": self.schedule.name,
             "seed": self.seed,
-            "accuracy": self._accuracy(net, "test"),
-            "train_accuracy": self._accuracy(net, "train"),
-            "baseline_accuracy": self._accuracy(self.baseline.network(), "test"),
+            "accuracy": self.accuracy(),
+            "train_accuracy": self._measure("train"),
+            "baseline_accuracy": self.baseline.accuracy(),
             "updates": pruning.get("num_updates"),
             "pruning_iterations": pruning.get("num_updates", 0) * interval if pruning else None,
             "sparsity": {
@@ -246,14 +246,22 @@ class Run:
             callbacks.append(Penalize(spp, penalty_ceiling(net, steps)))
         return callbacks
 
-    def _accuracy(self, net: ConvNet, part: Literal["train", "test"]) -> float:
+    def accuracy(self) -> float:
+        """Accuracy of the finished run on the test images, in percent; measured once."""
+        known = self.folder / "accuracy.json"
+        if not known.is_file() or known.stat().st_mtime < self.final.stat().st_mtime:
+            known.write_text(json.dumps(self._measure("test")))
+        return float(json.loads(known.read_text()))
+
+    def _measure(self, part: Literal["train", "test"]) -> float:
         """Accuracy in percent, on the test images or on every fifth of the training images."""
         trainer = Trainer(
             devices=1, logger=False, enable_progress_bar=False, enable_model_summary=False
         )
         kind = CIFAR10DataModule if part == "test" else TrainingImages
-        data = kind(self.data, batch_size=500)
-        return round(100 * float(trainer.test(net, data, verbose=False)[0]["test_acc"]), 2)
+        data = kind(self.data, batch_size=200)
+        found = trainer.test(self.network(), data, verbose=False)
+        return round(100 * float(found[0]["test_acc"]), 2)
 
 
 class TrainingImages(CIFAR10DataModule):

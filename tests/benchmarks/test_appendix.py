@@ -178,6 +178,8 @@ def test_reports_never_mix_precisions(tmp_path, monkeypatch):
     assert "precision 32-true." in text
     assert "| SPP, 4× | 77.50 |  | 2.50 | 86.75 | 1 |" in text
     assert "| SPP, 4×, weight decay 0.001 | 78.00 | +0.50 | 2.00 | 88.00 | 1 |" in text
+    assert "At 4×, from plain SPP: raise the accuracy by: weight decay 0.001 (+0.50)." in text
+    assert "At 10×, from plain SPP: no lead measured." in text
     assert other.name == "appendix_full_bf16-mixed.md"
     assert "| baseline | 70.0 | 81.5 |" in other.read_text() and "77.5" not in other.read_text()
 
