@@ -12,19 +12,15 @@ the results of finished runs.
 from __future__ import annotations
 
 import argparse
-import json
-import platform
 import subprocess
 import sys
-from datetime import date
 from pathlib import Path
-from typing import Any
 
-import lightning
 import matplotlib
 import torch
-import torchvision
 import yaml
+from harness.context import RESULTS, ROOT, context, data_of
+from harness.results import Results, Row, markdown_table
 from lightning.pytorch import Trainer
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -33,8 +29,7 @@ from spp_lightning import CIFAR10DataModule, ConvNet, count_macs
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
-ROOT = Path(__file__).resolve().parents[1]
-RESULTS = ROOT / "benchmarks" / "results"
+DATA = ROOT / "data" / "cifar10"
 LAYERS = ("conv1", "conv2", "conv3")
 Curve = tuple[list[int], list[float]]
 
@@ -95,35 +90,11 @@ class Run:
 def accuracy(net: ConvNet) -> float:
     """Accuracy on the 10,000 test pictures, in percent."""
     trainer = Trainer(logger=False, enable_progress_bar=False, enable_model_summary=False)
-    data = CIFAR10DataModule(str(ROOT / "data" / "cifar10"), batch_size=500)
+    data = CIFAR10DataModule(DATA, batch_size=500)
     return 100 * float(trainer.test(net, data, verbose=False)[0]["test_acc"])
 
 
-def context(runs: dict[str, Run]) -> dict[str, Any]:
-    """What the figures depend on."""
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True
-    ).stdout.strip()
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    jpeg = any((ROOT / "data" / "cifar10" / "train").glob("*/*.jpg"))
-    return {
-        "data": "CIFAR-10 (JPEG q75)" if jpeg else "CIFAR-10",
-        "device": gpu or f"CPU, {torch.get_num_threads()} threads, {platform.machine()}",
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "torchvision": torchvision.__version__,
-            "lightning": lightning.__version__,
-        },
-        "seed": 0,
-        "runs": 1,
-        "steps": {name: run.max_steps for name, run in runs.items()},
-        "date": date.today().isoformat(),
-        "commit": commit,
-    }
-
-
-def measure(schedule: str, runs: dict[str, Run]) -> dict[str, Any]:
+def measure(schedule: str, runs: dict[str, Run]) -> Row:
     """The figures of the finished runs."""
     nets = {name: run.network() for name, run in runs.items()}
     pruned = nets["spp_4x"]
@@ -136,9 +107,11 @@ def measure(schedule: str, runs: dict[str, Run]) -> dict[str, Any]:
         columns[name] = [int((weight == 0).all(0).sum()), weight.shape[1]]
     options = runs["spp_4x"].settings["trainer"]["callbacks"]["init_args"]
     interval = options.get("interval", 180)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    threads = {} if device == "cuda" else {"threads": torch.get_num_threads()}
     return {
-        "command": f"python benchmarks/cifar10.py --schedule {schedule}",
-        **context(runs),
+        "name": f"SPP 4x, schedule {schedule}",
+        "steps": {name: run.max_steps for name, run in runs.items()},
         "accuracy_percent": {name: round(accuracy(net), 2) for name, net in nets.items()},
         "interval": interval,
         "updates": len(steps),
@@ -149,6 +122,14 @@ def measure(schedule: str, runs: dict[str, Run]) -> dict[str, Any]:
             "dense": sum(dense[name] for name in LAYERS),
             "pruned": sum(left[name] for name in LAYERS),
         },
+        "context": context(
+            *("torchvision", "lightning"),
+            device=device,
+            **threads,
+            data=f"{data_of(DATA)}, all 50,000 training and 10,000 test pictures",
+            seed=0,
+            runs="1 each",
+        ),
     }
 
 
@@ -170,29 +151,28 @@ def draw(runs: dict[str, Run], path: Path) -> None:
     figure.savefig(path, dpi=110)
 
 
-def table(result: dict[str, Any]) -> str:
-    """The figures as Markdown, with what they depend on."""
-    accuracies = result["accuracy_percent"]
-    macs = result["conv_macs"]
-    versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
-    columns = ", ".join(f"{n} {a} of {b}" for n, (a, b) in result["columns_pruned"].items())
-    steps = result["steps"]
-    return f"""\
-| network | iterations | test accuracy | MACs of the convolutions |
-| --- | --- | --- | --- |
-| baseline | {steps["baseline"]:,} | {accuracies["baseline"]:.2f} % | {macs["dense"]:,} |
-| control: baseline trained on | + {steps["control"]:,} | {accuracies["control"]:.2f} % \
-| {macs["dense"]:,} |
-| SPP 4x from the baseline | + {steps["spp_4x"]:,} | {accuracies["spp_4x"]:.2f} % \
-| {macs["pruned"]:,} |
-
-Target reached after {result["updates"]} updates of p, t = {result["interval"]}: \
-{result["pruning_iterations"]:,} iterations. Columns pruned: {columns}.
-
-{result["data"]}, all 50,000 training and 10,000 test pictures; {result["device"]}; {versions}; \
-seed {result["seed"]}, {result["runs"]} run each; {result["date"]}, commit {result["commit"]}; \
-`{result["command"]}`.
-"""
+def report(rows: list[Row]) -> str:
+    """The figures as Markdown."""
+    (row,) = rows
+    accuracies = {name: f"{value:.2f} %" for name, value in row["accuracy_percent"].items()}
+    steps = {name: f"{count:,}" for name, count in row["steps"].items()}
+    dense, pruned = (f"{row['conv_macs'][which]:,}" for which in ("dense", "pruned"))
+    table = [
+        ["baseline", steps["baseline"], accuracies["baseline"], dense],
+        [
+            *("control: baseline trained on", f"+ {steps['control']}"),
+            *(accuracies["control"], dense),
+        ],
+        ["SPP 4x from the baseline", f"+ {steps['spp_4x']}", accuracies["spp_4x"], pruned],
+    ]
+    columns = ", ".join(f"{n} {a} of {b}" for n, (a, b) in row["columns_pruned"].items())
+    return (
+        markdown_table(
+            ["network", "iterations", "test accuracy", "MACs of the convolutions"], table
+        )
+        + f"\n\nTarget reached after {row['updates']} updates of p, t = {row['interval']}:"
+        f" {row['pruning_iterations']:,} iterations. Columns pruned: {columns}."
+    )
 
 
 def main() -> None:
@@ -207,13 +187,10 @@ def main() -> None:
             run.train()
         elif run.steps < run.max_steps:
             parser.error(f"{run.config.name} has done {run.steps} of {run.max_steps} steps.")
-    RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"cifar10_{arguments.schedule}"
-    result = measure(arguments.schedule, runs)
-    path.with_suffix(".json").write_text(json.dumps(result, indent=2) + "\n")
-    path.with_suffix(".md").write_text(table(result))
-    draw(runs, path.with_suffix(".png"))
-    print(table(result))
+    row = measure(arguments.schedule, runs)
+    Results(f"cifar10_{arguments.schedule}", report).replace([row])
+    draw(runs, RESULTS / f"cifar10_{arguments.schedule}.png")
+    print(report([row]))
 
 
 if __name__ == "__main__":

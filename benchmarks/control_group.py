@@ -13,32 +13,26 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
-import logging
 import os
 import pickle
-import platform
 import subprocess
 import sys
 import tempfile
-import warnings
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
-from datetime import date
 from pathlib import Path
 from typing import Any
 
-import lightning
 import torch
+from harness.arguments import quiet
+from harness.context import context
+from harness.results import Results, Row, markdown_table
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint, ModelPruning
 from torch import Tensor
 
 from spp_lightning import ConvNet, DigitsDataModule, SPPCallback, launcher_options
-
-ROOT = Path(__file__).resolve().parents[1]
-RESULTS = ROOT / "benchmarks" / "results"
 
 LAYERS = ("conv1", "conv2", "conv3")
 DATA: dict[str, Any] = {"batch_size": 25, "test_size": 0.9}  # 8 batches an epoch
@@ -483,69 +477,36 @@ EXPERIMENTS: dict[str, Experiment] = {
 # --- the table ---
 
 
-def context() -> dict[str, Any]:
-    """What the table depends on."""
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True
-    ).stdout.strip()
-    return {
-        "command": "python benchmarks/control_group.py",
-        "device": f"CPU, {torch.get_num_threads()} threads, {platform.machine()}",
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "lightning": lightning.__version__,
-        },
-        "date": date.today().isoformat(),
-        "commit": commit,
-    }
-
-
-def table_row(name: str, cells: dict[str, Cell]) -> str:
-    """One experiment as a row of the table."""
+def report(rows: list[Row]) -> str:
+    """The experiments as a Markdown table."""
     marks = {True: "**yes**: ", False: "**no**: ", None: ""}
-    return f"| {name} | " + " | ".join(marks[c.holds] + c.text for c in cells.values()) + " |"
-
-
-HEADER = f"| | {' | '.join(CONTENDERS)} |\n|{' --- |' * (len(CONTENDERS) + 1)}"
-
-
-def save(rows: dict[str, dict[str, Cell]]) -> None:
-    """Write the results beside the other benchmarks'."""
-    about = context()
-    cells = {name: {who: asdict(c) for who, c in row.items()} for name, row in rows.items()}
-    path = RESULTS / "control_group.json"
-    path.parent.mkdir(exist_ok=True)
-    path.write_text(json.dumps({"context": about, "rows": cells}, indent=2) + "\n")
-    versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
-    lines = [
-        HEADER,
-        *(table_row(name, row) for name, row in rows.items()),
-        f"\n`{about['command']}`; {about['device']}; {versions}; {about['date']},"
-        f" commit {about['commit']}.",
+    table = [
+        [row["name"], *(marks[cell["holds"]] + cell["text"] for cell in row["cells"].values())]
+        for row in rows
     ]
-    path.with_suffix(".md").write_text("\n".join(lines) + "\n")
+    return markdown_table(["", *CONTENDERS], table)
 
 
 def main() -> None:
     """Run the command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--save", action="store_true", help="write benchmarks/results")
     parser.add_argument("--ranks", type=Path, help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
-    warnings.simplefilter("ignore")
-    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    if arguments.ranks is not None:
-        train_as_rank(arguments.ranks)
+    options = parser.parse_args()
+    quiet()
+    if options.ranks is not None:
+        train_as_rank(options.ranks)
         return
-    rows = {}
-    print(HEADER, flush=True)
+    about = context("lightning", threads=torch.get_num_threads())
+    rows = []
     with tempfile.TemporaryDirectory() as folder:
         for name, experiment in EXPERIMENTS.items():
-            rows[name] = {who: experiment(who, Path(folder)) for who in CONTENDERS}
-            print(table_row(name, rows[name]), flush=True)
-    if arguments.save:
-        save(rows)
+            cells = {who: asdict(experiment(who, Path(folder))) for who in CONTENDERS}
+            rows.append({"name": name, "cells": cells, "context": about})
+            print(f"{name}: {', '.join(cell['text'] for cell in cells.values())}", flush=True)
+    print(report(rows))
+    if options.save:
+        Results("control_group", report).replace(rows)
 
 
 if __name__ == "__main__":

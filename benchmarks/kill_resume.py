@@ -15,29 +15,26 @@ from __future__ import annotations
 import argparse
 import csv
 import json
-import logging
 import multiprocessing
 import os
-import platform
 import random
 import shutil
 import signal
-import subprocess
 import sys
 import tempfile
-import warnings
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from datetime import date
 from pathlib import Path
 from typing import Any, NoReturn
 from unittest.mock import patch
 
-import lightning
 import torch
 from fsspec.implementations.local import LocalFileOpener  # type: ignore[import-untyped]
+from harness.arguments import quiet
+from harness.context import context
+from harness.results import Results, Row, markdown_table
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
@@ -45,9 +42,6 @@ from lightning.pytorch.plugins.io import TorchCheckpointIO
 from torch import Tensor
 
 from spp_lightning import ConvNet, DigitsDataModule, SPPCallback
-
-ROOT = Path(__file__).resolve().parents[1]
-RESULTS = ROOT / "benchmarks" / "results"
 
 MAX_STEPS = 64  # optimizer steps; pruning ends after about 46, the rest is retraining
 ACCUMULATE = 2
@@ -112,7 +106,7 @@ def draw_points(count: int, seed: int) -> list[KillPoint]:
         places += chance.sample(list(PLACES), len(PLACES))
     # From the last save on there may be no place of each kind any more.
     last = MICRO_BATCHES - ACCUMULATE * SAVE_EVERY
-    bounds = [1 + i * last // count for i in range(count + 1)]
+    bounds = [1 + i * last // max(count, 1) for i in range(count + 1)]
     return [
         KillPoint(chance.randrange(bounds[i], max(bounds[i] + 1, bounds[i + 1])), places[i])
         for i in range(count)
@@ -212,8 +206,7 @@ def train(folder: Path, part: str, point: KillPoint | None = None) -> None:
         part: Name of this part of the run, for its logs.
         point: Where to be killed; ``None`` for the end.
     """
-    warnings.simplefilter("ignore")
-    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    quiet()
     torch.set_num_threads(1)
     torch.manual_seed(0)
     net = ConvNet(momentum=0.9, milestones=(50,))
@@ -364,54 +357,29 @@ def run_kills(
             yield run.result()
 
 
-HEADER = (
-    "| run | micro-batch | step | phase | killed | resumed from step | differences |\n"
-    "| --- | --- | --- | --- | --- | --- | --- |"
-)
+def row_of(number: int, outcome: Outcome) -> Row:
+    """One run as a row of results."""
+    return {"name": f"run {number}", **asdict(outcome)}
 
 
-def table_row(number: int, o: Outcome) -> str:
-    """One run as a row of the table."""
-    kills = [(k.micro_batch, k.step, k.phase, PLACES[k.place], k.resumed_from) for k in o.kills]
-    cells = ["; then ".join(map(str, column)) for column in zip(*kills, strict=True)]
-    found = ", ".join(o.differences) or "none"
-    return f"| {number} | {' | '.join(cells)} | {found} |"
-
-
-def save(outcomes: Sequence[Outcome], seed: int, jobs: int) -> None:
-    """Write the results beside this script's others."""
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True
-    ).stdout.strip()
-    twice = sum(len(outcome.kills) > 1 for outcome in outcomes)
-    counts = f"--kills {len(outcomes) - twice} --twice {twice}"
-    context = {
-        "command": f"python benchmarks/kill_resume.py {counts} --seed {seed}",
-        "device": f"CPU, one thread per process, {jobs} at a time, {platform.machine()}",
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "lightning": lightning.__version__,
-        },
-        "seeds": {"kills": seed, "network": 0, "masks": 0, "data": 0},
-        "date": date.today().isoformat(),
-        "commit": commit,
-    }
-    path = RESULTS / "kill_resume.json"
-    path.parent.mkdir(exist_ok=True)
-    result = {"context": context, "runs": [asdict(outcome) for outcome in outcomes]}
-    path.write_text(json.dumps(result, indent=2) + "\n")
-    exact = sum(not outcome.differences for outcome in outcomes)
-    versions = ", ".join(f"{name} {version}" for name, version in context["versions"].items())  # type: ignore[attr-defined]
-    lines = [
-        f"{exact} of {len(outcomes)} killed and resumed runs equal the uninterrupted one bit for"
-        " bit.\n",
-        HEADER,
-        *(table_row(i + 1, outcome) for i, outcome in enumerate(outcomes)),
-        f"\n`{context['command']}`; {context['device']}; {versions};"
-        f" {context['date']}, commit {commit}.",
+def report(rows: Sequence[Row]) -> str:
+    """The rows as Markdown."""
+    table = []
+    for row in rows:
+        kills = [
+            (k["micro_batch"], k["step"], k["phase"], PLACES[k["place"]], k["resumed_from"])
+            for k in row["kills"]
+        ]
+        cells = ["; then ".join(map(str, column)) for column in zip(*kills, strict=True)]
+        table.append([row["name"], *cells, ", ".join(row["differences"]) or "none"])
+    exact = sum(not row["differences"] for row in rows)
+    head = [
+        *("run", "micro-batch", "step", "phase", "killed", "resumed from step", "differences"),
     ]
-    path.with_suffix(".md").write_text("\n".join(lines) + "\n")
+    return (
+        f"{exact} of {len(rows)} killed and resumed runs equal the uninterrupted one bit for"
+        f" bit.\n\n{markdown_table(head, table)}"
+    )
 
 
 def main() -> int:
@@ -422,20 +390,20 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0, help="decides where")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time")
     parser.add_argument("--save", action="store_true", help="write benchmarks/results")
-    arguments = parser.parse_args()
-    points = [[point] for point in draw_points(arguments.kills, arguments.seed)]
-    points += draw_pairs(arguments.twice, arguments.seed)
-    outcomes = []
-    print(HEADER, flush=True)
+    options = parser.parse_args()
+    points = [[point] for point in draw_points(options.kills, options.seed)]
+    points += draw_pairs(options.twice, options.seed)
+    seeds = f"{options.seed} of the kills, 0 of network, masks and data"
+    about = context("lightning", threads=1, processes=options.jobs, seeds=seeds)
+    rows: list[Row] = []
     with tempfile.TemporaryDirectory() as folder:
-        for outcome in run_kills(points, Path(folder), jobs=arguments.jobs):
-            outcomes.append(outcome)
-            print(table_row(len(outcomes), outcome), flush=True)
-    exact = sum(not outcome.differences for outcome in outcomes)
-    print(f"\n{exact} of {len(outcomes)} resumed runs equal the uninterrupted one bit for bit.")
-    if arguments.save:
-        save(outcomes, arguments.seed, arguments.jobs)
-    return int(exact < len(outcomes))
+        for outcome in run_kills(points, Path(folder), jobs=options.jobs):
+            rows.append(row_of(len(rows) + 1, outcome) | {"context": about})
+            print(json.dumps(asdict(outcome)), flush=True)
+    print(report(rows))
+    if options.save:
+        Results("kill_resume", report).replace(rows)
+    return int(any(row["differences"] for row in rows))
 
 
 if __name__ == "__main__":

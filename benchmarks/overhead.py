@@ -1,7 +1,7 @@
 """What SPP adds to the time of a training step, beside what other pruning tools add.
 
     python benchmarks/overhead.py --device cpu --threads 2
-    python benchmarks/overhead.py --device cuda --compile
+    python benchmarks/overhead.py --device cuda --compile --rounds 31
 
 One process trains copies of a network in turns: plain, with SPP in the middle of pruning, with
 Lightning's ``ModelPruning`` and with masks of ``torch.nn.utils.prune`` (L1 norms of input channels
@@ -10,30 +10,26 @@ the median over the rounds of the ratio to the plain network in the same round, 
 SPP's updates of p, every 180 steps, are timed alone and added. Measures also what Lightning's
 Trainer adds, an update of a million columns in 100 layers, and on a GPU how often the host waits.
 
-``--save`` adds the rows to ``benchmarks/results/overhead_DEVICE.json`` and ``.md``, where rows of
-the same name are replaced: a long measurement can be done model by model.
+``--save`` adds the rows to ``benchmarks/results/overhead_DEVICE.json`` and ``.md``: a long
+measurement can be done model by model.
 """
 
 from __future__ import annotations
 
-import argparse
 import copy
 import json
-import logging
-import platform
 import statistics
-import subprocess
-import sys
-import time
 import warnings
 from collections.abc import Callable, Iterator
-from datetime import date
-from pathlib import Path
+from functools import partial
 from typing import Any
 
-import lightning
 import torch
-import torchvision
+from harness.arguments import each_thread_count, make_parser, quiet
+from harness.context import context
+from harness.results import Results, Row, markdown_table
+from harness.rounds import now, orders, ratio, turn_ms
+from harness.workloads import NETWORKS
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelPruning
 from torch import Tensor, nn
@@ -42,31 +38,20 @@ from torch.nn.utils import prune
 
 from spp_lightning import ConvNet, SPPCallback, SPPPruner
 
-ROOT = Path(__file__).resolve().parents[1]
-RESULTS = ROOT / "benchmarks" / "results"
-
 INTERVAL = 180  # steps between two updates, the paper's
 MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "ConvNet": (ConvNet, (100, 3, 32, 32)),
-    "resnet18": (torchvision.models.resnet18, (64, 3, 64, 64)),
-    "resnet50": (torchvision.models.resnet50, (64, 3, 64, 64)),
+    "ResNet-18": (NETWORKS["ResNet-18, batch 1"][0], (64, 3, 64, 64)),
+    "ResNet-50": (NETWORKS["ResNet-50, batch 1"][0], (64, 3, 64, 64)),
 }
 # Most that SPP may add to a step, updates included, by device.
 TARGETS = {
-    "cpu": {"ConvNet": 0.03, "resnet18": 0.01, "resnet50": 0.01},
-    "cuda": {"ConvNet": 0.05, "resnet18": 0.02, "resnet50": 0.02},
+    "cpu": {"ConvNet": 0.03, "ResNet-18": 0.01, "ResNet-50": 0.01},
+    "cuda": {"ConvNet": 0.05, "ResNet-18": 0.02, "ResNet-50": 0.02},
 }
 UPDATE_MS, STATE_BYTES = 50, 12  # targets for 10^6 columns: on a CPU with 2 threads; per column
 
-Row = dict[str, Any]
 Batch = tuple[Tensor, Tensor]
-
-
-def now() -> float:
-    """Seconds, when everything that was asked for is done."""
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return time.perf_counter()
 
 
 def sgd(net: nn.Module) -> torch.optim.SGD:
@@ -166,19 +151,6 @@ CONTENDERS: dict[str, type[Contender]] = {
 # --- the measurements ---
 
 
-def in_turns(names: list[str], rounds: int) -> Iterator[str]:
-    """Every name once a round; who comes first, and who before whom, changes by the round."""
-    for turn in range(rounds):
-        shift = turn % len(names)
-        order = names[shift:] + names[:shift]
-        yield from order if turn % 2 else reversed(order)
-
-
-def quartiles(values: list[float]) -> list[float]:
-    """Lower quartile, median, upper quartile."""
-    return statistics.quantiles(values, n=4, method="inclusive")
-
-
 def measure_steps(model: str, device: str, compiled: bool, rounds: int, steps: int) -> Row:
     """Step times of the contenders in turns.
 
@@ -200,23 +172,15 @@ def measure_steps(model: str, device: str, compiled: bool, rounds: int, steps: i
         for _ in range(2):
             contender.step(batch)
     untimed = int(steps > 1)
-    for name in in_turns(list(contenders), rounds):
-        for _ in range(untimed):
-            contenders[name].step(batch)
-        start = now()
-        for _ in range(steps - untimed):
-            contenders[name].step(batch)
-        times[name].append(1000 * (now() - start) / (steps - untimed))
+    for order in orders(list(contenders), rounds):
+        for name in order:
+            step = partial(contenders[name].step, batch)
+            times[name].append(turn_ms(step, steps - untimed, untimed))
     spp = contenders["SPP"]
     assert isinstance(spp, SPP)
     update_ms = measure_updates(spp.pruner, spp.optimizer)
     plain_ms = statistics.median(times["plain"])
-    ratios = {
-        name: quartiles(
-            [ours / theirs for ours, theirs in zip(values, times["plain"], strict=True)]
-        )
-        for name, values in times.items()
-    }
+    ratios = {name: ratio(values, times["plain"]) for name, values in times.items()}
     share = update_ms / INTERVAL / plain_ms
     overhead = ratios["SPP"][1] - 1 + share
     target = TARGETS[device][model]
@@ -236,12 +200,8 @@ def measure_steps(model: str, device: str, compiled: bool, rounds: int, steps: i
 
 def measure_updates(pruner: SPPPruner, optimizer: torch.optim.Optimizer, count: int = 9) -> float:
     """Milliseconds of an update of p, with all that it zeroes; the median of several."""
-    times = []
-    for _ in range(count):
-        start = now()
-        pruner.update(optimizer)
-        times.append(1000 * (now() - start))
-    return statistics.median(times)
+    update = partial(pruner.update, optimizer)
+    return statistics.median(turn_ms(update, 1, untimed=0) for _ in range(count))
 
 
 def state_bytes(pruner: SPPPruner) -> int:
@@ -263,10 +223,8 @@ def measure_million(device: str) -> Row:
     for _ in range(pruner.expected_updates // 2):
         pruner.update(optimizer)
     update_ms = measure_updates(pruner, optimizer)
-    start = now()
-    for step in range(1, 101):
-        pruner.step(step)
-    step_ms = 10 * (now() - start)
+    steps = iter(range(1, 101))
+    step_ms = turn_ms(lambda: pruner.step(next(steps)), 100, untimed=0)
     per_column = state_bytes(pruner) / columns
     return {
         "columns": columns,
@@ -340,16 +298,13 @@ def measure_trainer(model: str, device: str, rounds: int, steps: int) -> Row:
     }
     times: dict[str, list[float]] = {name: [] for name in runs}
     runs["Trainer"]()  # imports what is only imported in a fit
-    for name in in_turns(list(runs), rounds):
-        times[name].append(runs[name]())
-
-    def ratio(one: str, other: str) -> list[float]:
-        return quartiles([a / b for a, b in zip(times[one], times[other], strict=True)])
-
+    for order in orders(list(runs), rounds):
+        for name in order:
+            times[name].append(runs[name]())
     return {
         "step_ms": {name: statistics.median(values) for name, values in times.items()},
-        "trainer_ratio_quartiles": ratio("Trainer", "bare loop"),
-        "callback_ratio_quartiles": ratio("Trainer with SPPCallback", "Trainer"),
+        "trainer_ratio_quartiles": ratio(times["Trainer"], times["bare loop"]),
+        "callback_ratio_quartiles": ratio(times["Trainer with SPPCallback"], times["Trainer"]),
         "rounds": rounds,
         "steps_per_turn": steps,
     }
@@ -385,26 +340,6 @@ def count_waits(steps: int = 500) -> Row:
 # --- the report ---
 
 
-def context(device: str) -> Row:
-    """What a row depends on."""
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True
-    ).stdout.strip()
-    hardware = torch.cuda.get_device_name() if device == "cuda" else f"CPU, {platform.machine()}"
-    return {
-        "device": f"{hardware}, {torch.get_num_threads()} threads",
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "torchvision": torchvision.__version__,
-            "lightning": lightning.__version__,
-        },
-        "date": date.today().isoformat(),
-        "commit": commit,
-        "command": "python " + " ".join(["benchmarks/overhead.py", *sys.argv[1:]]),
-    }
-
-
 def verdicts(row: Row) -> str:
     """Whether a row meets its targets, in words."""
     return ", ".join(f"{'PASS' if ok else 'MISS'} {what}" for what, ok in row["passes"].items())
@@ -416,97 +351,84 @@ def percent(quarts: list[float]) -> str:
     return f"{middle:+.1f} % ({low:+.1f} … {high:+.1f})"
 
 
-def report(rows: dict[str, Row]) -> str:
+def report(rows: list[Row]) -> str:
     """All rows as Markdown."""
-    lines = [
-        "| network | plain step | plain again | SPP's step | ModelPruning's"
-        " | torch.nn.utils.prune's | update of p | its share | SPP in all | target |",
-        "|" + " --- |" * 10,
+    head = [
+        *("network", "threads", "plain step", "plain again", "SPP's step", "ModelPruning's"),
+        *("torch.nn.utils.prune's", "update of p", "its share", "SPP in all", "target"),
     ]
-    for name, row in rows.items():
+    table, others = [], []
+    for row in rows:
         if "spp_overhead" in row:
             ratios = row["ratio_quartiles"]
-            cells = [
-                name,
-                f"{row['step_ms']['plain']:.1f} ms",
-                *(percent(ratios[who]) for who in list(CONTENDERS)[1:]),
-                f"{row['update_ms']:.1f} ms",
-                f"{100 * row['update_share']:.2f} %",
-                f"{100 * row['spp_overhead']:+.1f} %",
-                f"≤ {100 * row['target']:.0f} %: {verdicts(row)}",
-            ]
-            lines.append("| " + " | ".join(cells) + " |")
-    lines.append("")
-    for name, row in rows.items():
-        if "callback_ratio_quartiles" in row:
+            table.append(
+                [
+                    row["name"],
+                    row.get("threads", "–"),
+                    f"{row['step_ms']['plain']:.1f} ms",
+                    *(percent(ratios[who]) for who in list(CONTENDERS)[1:]),
+                    f"{row['update_ms']:.1f} ms",
+                    f"{100 * row['update_share']:.2f} %",
+                    f"{100 * row['spp_overhead']:+.1f} %",
+                    f"≤ {100 * row['target']:.0f} %: {verdicts(row)}",
+                ]
+            )
+        elif "callback_ratio_quartiles" in row:
             step_ms = ", ".join(f"{who} {ms:.2f} ms" for who, ms in row["step_ms"].items())
-            lines.append(
-                f"{name}: {step_ms} per step; the Trainer adds"
+            others.append(
+                f"{row['name']}: {step_ms} per step; the Trainer adds"
                 f" {percent(row['trainer_ratio_quartiles'])}, SPPCallback to that"
-                f" {percent(row['callback_ratio_quartiles'])}.\n"
+                f" {percent(row['callback_ratio_quartiles'])}."
             )
         elif "columns" in row:
-            lines.append(
-                f"{name}: an update of {row['columns']:,} columns takes {row['update_ms']:.1f} ms,"
-                f" a step between updates {row['step_ms']:.1f} ms; state"
-                f" {row['state_bytes_per_column']:.0f} bytes per column: {verdicts(row)}.\n"
+            others.append(
+                f"{row['name']}: an update of {row['columns']:,} columns takes"
+                f" {row['update_ms']:.1f} ms, a step between updates {row['step_ms']:.1f} ms; state"
+                f" {row['state_bytes_per_column']:.0f} bytes per column: {verdicts(row)}."
             )
         elif "waits_per_update" in row:
-            lines.append(
-                f"{name}: {row['steps_without_a_wait']} steps without a wait of the host,"
-                f" {row['waits_per_update']} waits in updates: {verdicts(row)}.\n"
+            others.append(
+                f"{row['name']}: {row['steps_without_a_wait']} steps without a wait of the host,"
+                f" {row['waits_per_update']} waits in updates: {verdicts(row)}."
             )
-    contexts = {json.dumps(row["context"]): row["context"] for row in rows.values()}
-    for about in contexts.values():
-        versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
-        lines.append(
-            f"`{about['command']}`; {about['device']}; {versions}; {about['date']},"
-            f" commit {about['commit']}."
-        )
-    return "Medians over rounds of the ratio to the plain step (quartiles).\n\n" + "\n".join(lines)
+    title = "Medians over rounds of the ratio to the plain step (quartiles)."
+    return "\n\n".join([title, markdown_table(head, table), *others])
 
 
 def main() -> None:
     """Run the command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser = make_parser(__doc__, rounds=15)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--threads", type=int, help="of the CPU; default: torch's")
     parser.add_argument("--models", nargs="*", choices=list(MODELS), default=list(MODELS))
     parser.add_argument("--compile", action="store_true", help="compiled networks as well")
     parser.add_argument("--only-steps", action="store_true", help="leave out the other parts")
-    parser.add_argument("--rounds", type=int, help="default: 15 on a CPU, 31 on a GPU")
-    parser.add_argument("--save", action="store_true", help="write benchmarks/results")
-    arguments = parser.parse_args()
-    warnings.simplefilter("ignore")
-    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    if arguments.threads:
-        torch.set_num_threads(arguments.threads)
-    device = arguments.device
-    rounds = arguments.rounds or (31 if device == "cuda" else 15)
-    about = context(device)
-    path = RESULTS / f"overhead_{device}.json"
-    rows: dict[str, Row] = {}
-    if arguments.save and path.is_file():
-        rows = json.loads(path.read_text())
+    options = parser.parse_args()
+    quiet()
+    device, cuda = options.device, options.device == "cuda"
+    about = context("torchvision", "lightning", device=device)
+    results = Results(f"overhead_{device}", report)
+    rows = []
 
     def add(name: str, row: Row) -> None:
-        rows[name] = {**row, "context": about}
-        print(json.dumps({name: row}), flush=True)
-        if arguments.save:
-            RESULTS.mkdir(exist_ok=True)
-            path.write_text(json.dumps(rows, indent=2) + "\n")
-            path.with_suffix(".md").write_text(report(rows) + "\n")
+        threads = {} if cuda else {"threads": torch.get_num_threads()}
+        rows.append({"name": name, **threads, **row, "context": about})
+        print(json.dumps(rows[-1]), flush=True)
+        if options.save:
+            results.add(rows[-1])
 
-    for model in arguments.models:
-        for compiled in (False, True)[: 1 + arguments.compile]:
-            steps = 11 if device == "cuda" else 4 if model == "ConvNet" else 1
-            row = measure_steps(model, device, compiled, rounds, steps)
-            add(f"{model}, {'compiled' if compiled else 'eager'}", row)
-    if not arguments.only_steps:
-        add("ConvNet in a Trainer", measure_trainer("ConvNet", device, rounds, steps=15))
-        add("100 layers", measure_million(device))
-        if device == "cuda":
-            add("ConvNet, waiting", count_waits())
+    for _ in each_thread_count(options):
+        for model in options.models:
+            for compiled in (False, True)[: 1 + options.compile]:
+                steps = 11 if cuda else 4 if model == "ConvNet" else 1
+                row = measure_steps(model, device, compiled, options.rounds, steps)
+                add(f"{model}, {'compiled' if compiled else 'eager'}", row)
+        if not options.only_steps:
+            add(
+                "ConvNet in a Trainer", measure_trainer("ConvNet", device, options.rounds, steps=15)
+            )
+            add("100 layers", measure_million(device))
+            if cuda:
+                add("ConvNet, waiting", count_waits())
     print(report(rows))
 
 

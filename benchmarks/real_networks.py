@@ -13,17 +13,16 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
-import platform
 import subprocess
 import sys
 import tempfile
-from datetime import date
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 import torchvision
+from harness.context import ROOT, context, data_of
+from harness.results import Results, Row, markdown_table
 from lightning.pytorch import LightningModule, Trainer, seed_everything
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -39,8 +38,7 @@ from spp_lightning import (
     to_dense,
 )
 
-ROOT = Path(__file__).resolve().parents[1]
-RESULTS = ROOT / "benchmarks" / "results"
+DATA = ROOT / "data" / "cifar10"
 Normalize = Literal["mean_image", "mean_std"]
 
 
@@ -64,7 +62,7 @@ class ResNet18(LightningModule):
 
 def pruned(net: LightningModule, normalize: Normalize, steps: int) -> LightningModule:
     """A network trained from scratch while it is pruned 4×, and then on."""
-    data = CIFAR10DataModule(ROOT / "data" / "cifar10", normalize=normalize)
+    data = CIFAR10DataModule(DATA, normalize=normalize)
     pruning = SPPCallback(prune_ratio=0.75, interval=2, A=0.1)
     options: dict[str, Any] = {"accelerator": "cpu", "logger": False, "max_epochs": -1}
     options |= {"enable_checkpointing": False, "enable_progress_bar": False}
@@ -91,9 +89,9 @@ def labels(data: CIFAR10DataModule) -> Tensor:
     return torch.cat([batch[1] for batch in data.test_dataloader()])
 
 
-def round_trip(name: str, net: nn.Module, normalize: Normalize) -> dict[str, Any]:
+def round_trip(name: str, net: nn.Module, normalize: Normalize) -> Row:
     """One row: how many predictions differ, and how large network and file are."""
-    data = CIFAR10DataModule(ROOT / "data" / "cifar10", batch_size=500, normalize=normalize)
+    data = CIFAR10DataModule(DATA, batch_size=500, normalize=normalize)
     data.prepare_data()
     example = torch.zeros(1, 3, 32, 32)
     expected = predictions(net, data)
@@ -109,7 +107,7 @@ def round_trip(name: str, net: nn.Module, normalize: Normalize) -> dict[str, Any
         sizes = dense.stat().st_size, file.stat().st_size
     before = count_macs(_unpruned(net), example)
     return {
-        "network": name,
+        "name": name,
         "macs": [sum(before.values()), sum(count_macs(loaded, example).values())],
         "bytes": sizes,
         "accuracy_percent": 100 * float((expected == labels(data)).float().mean()),
@@ -128,27 +126,27 @@ def _unpruned(net: nn.Module) -> nn.Module:
     return full
 
 
-def table(rows: list[dict[str, Any]]) -> str:
-    """The rows as Markdown, with what they depend on."""
-    lines = [
-        "| network | test accuracy | MACs | file, bytes | other predictions: file, back to dense |",
-        "| --- | --- | --- | --- | --- |",
-    ]
+def report(rows: list[Row]) -> str:
+    """The rows as Markdown."""
+    head = ["network", "test accuracy", "MACs", "file, bytes"]
+    table = []
     for row in rows:
         macs, sizes = row["macs"], row["bytes"]
         different = f"{row['different_from_file']}, {row['different_back_to_dense']}"
-        lines.append(
-            f"| {row['network']} | {row['accuracy_percent']:.2f} % | {macs[0]:,} → {macs[1]:,}"
-            f" ({macs[0] / macs[1]:.2f}×) | {sizes[0]:,} → {sizes[1]:,}"
-            f" ({sizes[1] / sizes[0]:.1%}) | {different} of {row['pictures']:,} |"
+        table.append(
+            [
+                row["name"],
+                f"{row['accuracy_percent']:.2f} %",
+                f"{macs[0]:,} → {macs[1]:,} ({macs[0] / macs[1]:.2f}×)",
+                f"{sizes[0]:,} → {sizes[1]:,} ({sizes[1] / sizes[0]:.1%})",
+                f"{different} of {row['pictures']:,}",
+            ]
         )
-    context = rows[0]["context"]
-    versions = ", ".join(f"{key} {value}" for key, value in context.items())
-    return "\n".join([*lines, "", f"{versions}; `python benchmarks/real_networks.py`.", ""])
+    return markdown_table([*head, "other predictions: file, back to dense"], table)
 
 
 def main() -> int:
-    """Measure both networks, print and save; 1 if a prediction differs."""
+    """Measure both networks, print, and save if asked to; 1 if a prediction differs."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--checkpoint", type=Path, help="a pruned ConvNet's")
     parser.add_argument("--convnet-steps", type=int, default=1500, help="of training the ConvNet")
@@ -158,7 +156,7 @@ def main() -> int:
     options = parser.parse_args()
     if options.predict:
         file, out, normalize = options.predict
-        data = CIFAR10DataModule(ROOT / "data" / "cifar10", batch_size=500, normalize=normalize)
+        data = CIFAR10DataModule(DATA, batch_size=500, normalize=normalize)
         torch.save(predictions(load_compact(file), data), out)
         return 0
     seed_everything(0, verbose=False)
@@ -172,21 +170,12 @@ def main() -> int:
         round_trip("ConvNet, 4×", convnet, "mean_image"),
         round_trip("ResNet-18, 4×", resnet.net, "mean_std"),
     ]
-    commit = ["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"]
-    jpeg = any((ROOT / "data" / "cifar10" / "train").glob("*/*.jpg"))
-    for row in rows:
-        row["context"] = {
-            "data": "CIFAR-10 (JPEG q75)" if jpeg else "CIFAR-10",
-            "device": f"CPU, {torch.get_num_threads()} threads, {platform.machine()}",
-            "torch": torch.__version__,
-            "seed": 0,
-            "date": date.today().isoformat(),
-            "commit": subprocess.run(commit, capture_output=True, text=True).stdout.strip(),
-        }
-    print(table(rows))
+    threads = torch.get_num_threads()
+    about = context("torchvision", "lightning", data=data_of(DATA), seed=0, threads=threads)
+    rows = [row | {"context": about} for row in rows]
+    print(report(rows))
     if options.save:
-        (RESULTS / "real_networks.json").write_text(json.dumps(rows, indent=1) + "\n")
-        (RESULTS / "real_networks.md").write_text(table(rows))
+        Results("real_networks", report).replace(rows)
     return int(any(x["different_from_file"] or x["different_back_to_dense"] for x in rows))
 
 

@@ -14,33 +14,25 @@ are compared with float64 first. Columns are drawn at random.
 
 from __future__ import annotations
 
-import argparse
-import json
-import platform
 import statistics
-import subprocess
 import sys
 from collections.abc import Callable
-from datetime import date
-from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 import torch
+from harness.arguments import make_parser
+from harness.context import context
+from harness.results import Results, Row, markdown_table
+from harness.rounds import orders
+from harness.workloads import LAYERS as SHAPES
+from harness.workloads import RATIOS
 from torch import Tensor
 from torch.nn import functional as F
 
 from spp_lightning.compaction.kernels import gpu as kernels
 
-ROOT = Path(__file__).resolve().parents[1]
-RESULTS = ROOT / "benchmarks" / "results"
-
-LAYERS = {  # 3×3, as many filters as channels: VGG-16's and ResNets'
-    f"{channels}@{size}": (channels, size)
-    for channels, size in ((64, 112), (256, 28), (512, 14), (64, 56), (128, 28), (256, 14))
-}
+LAYERS = {f"{c}@{size}": (c, size) for c, _, _, size in SHAPES}  # 3×3, VGG-16's and ResNets'
 DTYPES = {"float16": torch.float16, "tf32": torch.float32}
-RATIOS = (0.5, 0.75, 0.9)
 LAYOUTS = {"NCHW": torch.contiguous_format, "NHWC": torch.channels_last}
 INPUTS = 4  # different ones in turn
 GEOMETRY = ((3, 3), (1, 1), (1, 1), (1, 1), 1)  # kernel size, stride, padding, dilation, groups
@@ -75,7 +67,7 @@ def contenders(
             return [value.contiguous(memory_format=form) for value in values]
 
         xs, gs = draw(), draw()
-        for ratio in (0.0, *RATIOS):
+        for ratio in RATIOS:
             columns, weight, dense = pruned(xs[0], ratio)
             table = kernels.column_table(columns, xs[0], (3, 3), (1, 1))
             full = dense.contiguous(memory_format=form)
@@ -148,8 +140,9 @@ def medians(functions: dict[str, Contender], rounds: int) -> dict[str, float]:
     """Milliseconds of a call, by function."""
     graphs = {name: captured(function) for name, function in functions.items()}
     times: dict[str, list[float]] = {name: [] for name in graphs}
-    for _ in range(rounds):
-        for name, graph in graphs.items():
+    for order in orders(list(graphs), rounds):
+        for name in order:
+            graph = graphs[name]
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             graph.replay()  # so that all start alike, with warm caches and clocks
             start.record()
@@ -160,69 +153,49 @@ def medians(functions: dict[str, Contender], rounds: int) -> dict[str, float]:
     return {name: statistics.median(values) for name, values in times.items()}
 
 
-def report(rows: list[dict[str, Any]], title: str) -> str:
-    """A Markdown table: dense, then time, speedup and share of what the MACs promise."""
-    ratios = (0.0, *RATIOS)
-    lines = [
-        f"| layer, dtype | cuDNN NCHW / NHWC, ms | {' | '.join(f'R = {r:g}' for r in ratios)} |",
-        "| --- " * (2 + len(ratios)) + "|",
-    ]
+def report(rows: list[Row]) -> str:
+    """A table: dense, then time, speedup and share of what the MACs promise."""
+    table = []
     for row in rows:
         times = row["ms"]
         dense = min(times[f"dense {layout}"] for layout in LAYOUTS)
         cells = []
-        for ratio in ratios:
+        for ratio in RATIOS:
             layout = min(LAYOUTS, key=lambda layout: times[f"{ratio:g} {layout}"])
-            speedup = dense / times[f"{ratio:g} {layout}"]
-            share = speedup * (1 - ratio)
             ms = times[f"{ratio:g} {layout}"]
-            cells.append(f"{ms:.3f} ms {layout}, {speedup:.2f}×, {share:.0%}")
+            cells.append(f"{ms:.3f} ms {layout}, {dense / ms:.2f}×, {dense / ms * (1 - ratio):.0%}")
         both = " / ".join(f"{times[f'dense {layout}']:.3f}" for layout in LAYOUTS)
-        lines.append(f"| {row['layer']}, {row['dtype']} | {both} | {' | '.join(cells)} |")
-    return "\n".join([*lines, "", title])
+        table.append([row["name"], both, *cells])
+    head = ["layer, dtype", "cuDNN NCHW / NHWC, ms", *(f"R = {ratio:g}" for ratio in RATIOS)]
+    return markdown_table(head, table)
 
 
 def main() -> None:
     """Measure what the command line names."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
+    parser = make_parser(__doc__, rounds=50)
     parser.add_argument("--batch", type=int, default=32)
-    parser.add_argument("--rounds", type=int, default=50)
     parser.add_argument("--layers", nargs="*", default=list(LAYERS), choices=list(LAYERS))
     parser.add_argument("--dtypes", nargs="*", default=list(DTYPES), choices=list(DTYPES))
     parser.add_argument("--backward", action="store_true", help="both gradients, not the output")
-    parser.add_argument("--save", action="store_true")
-    arguments = parser.parse_args()
+    options = parser.parse_args()
     if not (torch.cuda.is_available() and kernels.is_available()):
         sys.exit("This needs a GPU and Triton.")
     torch.backends.cudnn.benchmark = True
     torch.set_float32_matmul_precision("high")  # TF32, as cuDNN's convolutions do by default
     torch.manual_seed(0)
+    about = context("triton", device="cuda") | {
+        "cuDNN": torch.backends.cudnn.version(),
+        "rounds": options.rounds,
+    }
     rows = []
-    for layer in arguments.layers:
-        for dtype in arguments.dtypes:
-            functions = contenders(
-                *LAYERS[layer], arguments.batch, DTYPES[dtype], arguments.backward
-            )
-            ms = medians(functions, arguments.rounds)
-            rows.append({"layer": layer, "dtype": dtype, "ms": ms})
-            print(layer, dtype, {name: round(value, 4) for name, value in ms.items()}, flush=True)
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True
-    ).stdout.strip()
-    command = " ".join(["benchmarks/speed_gpu.py", *sys.argv[1:]])
-    title = (
-        f"{'Both gradients' if arguments.backward else 'Forward'}, batch {arguments.batch};"
-        f" {torch.cuda.get_device_name()}; python {platform.python_version()}, torch"
-        f" {torch.__version__}, triton {version('triton')}, cuDNN"
-        f" {torch.backends.cudnn.version()}; medians of {arguments.rounds} rounds;"
-        f" {date.today()}, commit {commit}; `python {command}`."
-    )
-    table = report(rows, title)
-    print(table)
-    if arguments.save:
-        path = RESULTS / f"speed_gpu{'_backward' if arguments.backward else ''}"
-        path.with_suffix(".json").write_text(json.dumps({"about": title, "rows": rows}, indent=1))
-        path.with_suffix(".md").write_text(table + "\n")
+    for layer in options.layers:
+        for dtype in options.dtypes:
+            name = f"{layer}, {dtype}, batch {options.batch}"
+            functions = contenders(*LAYERS[layer], options.batch, DTYPES[dtype], options.backward)
+            rows.append({"name": name, "ms": medians(functions, options.rounds), "context": about})
+            print(report(rows[-1:]), flush=True)
+    if options.save:
+        Results(f"speed_gpu{'_backward' if options.backward else ''}", report).add(*rows)
 
 
 if __name__ == "__main__":

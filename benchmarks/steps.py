@@ -10,22 +10,20 @@ median over the rounds, and the median of the ratios to the loop in the same rou
 
 from __future__ import annotations
 
-import argparse
-import json
 import statistics
-import time
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
+from harness.arguments import each_thread_count, make_parser
+from harness.context import ROOT, context, data_of
+from harness.results import Results, Row, markdown_table
+from harness.rounds import now, orders
 from lightning.pytorch import Callback, LightningModule, Trainer
-from reproduction.training import context
 from torch.nn.functional import cross_entropy
 
 from spp_lightning import CIFAR10DataModule, ConvNet, SPPCallback
 
-ROOT = Path(__file__).resolve().parents[1]
-RESULTS = ROOT / "benchmarks" / "results"
+DATA = ROOT / "data" / "cifar10"
 GOAL = 0.7  # of the limit, through Lightning
 WARM_UP = 20  # steps of a turn that aren't timed
 
@@ -40,17 +38,10 @@ class Clock(Callback):
         self, trainer: Trainer, pl_module: LightningModule, *_: object
     ) -> None:
         if trainer.global_step == WARM_UP:
-            self.seconds = -now(pl_module.device)
+            self.seconds = -now()
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: D102
-        self.seconds += now(pl_module.device)
-
-
-def now(device: torch.device) -> float:
-    """Seconds, when the device has done all it was given."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
+        self.seconds += now()
 
 
 def network(compiled: bool) -> ConvNet:
@@ -73,13 +64,13 @@ def loop(data: CIFAR10DataModule, device: torch.device, steps: int, compiled: bo
     start = 0.0
     for step in range(WARM_UP + steps):
         if step == WARM_UP:
-            start = now(device)
+            start = now()
         chosen = order[(step * 100) % 50_000 :][:100]
         loss = cross_entropy(net(images[chosen].float() - mean), labels[chosen])
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-    return now(device) - start
+    return now() - start
 
 
 def fit(
@@ -103,46 +94,65 @@ def fit(
     return clock.seconds
 
 
+def measure(device: torch.device, steps: int, rounds: int, compiled: bool) -> Row:
+    """Steps per second of the three ways to train, in turns."""
+    data = CIFAR10DataModule(DATA, resident=True)
+    contenders: dict[str, Callable[[], float]] = {
+        "hand-written loop": lambda: loop(data, device, steps, compiled),
+        "Trainer": lambda: fit(data, device, steps, compiled),
+        "Trainer with SPPCallback": lambda: fit(
+            data, device, steps, compiled, SPPCallback(speedup=4)
+        ),
+    }
+    rates: dict[str, list[float]] = {name: [] for name in contenders}
+    for order in orders(list(contenders), rounds):
+        for name in order:
+            rates[name].append(steps / contenders[name]())
+    limit = rates["hand-written loop"]
+    return {
+        "name": "ConvNet, compiled" if compiled else "ConvNet",
+        "steps_per_second": {name: statistics.median(values) for name, values in rates.items()},
+        "share_of_the_limit": {
+            name: statistics.median(a / b for a, b in zip(values, limit, strict=True))
+            for name, values in rates.items()
+        },
+        "goal": GOAL,
+        "rounds": rounds,
+        "steps": steps,
+    }
+
+
+def report(rows: list[Row]) -> str:
+    """The rows as Markdown."""
+    names = list(rows[0]["steps_per_second"])
+    table = []
+    for row in rows:
+        rates, shares = row["steps_per_second"], row["share_of_the_limit"]
+        found = [f"{rates[name]:.1f} steps/s, {100 * shares[name]:.0f} %" for name in names]
+        table.append([row["name"], row.get("threads", "–"), *found])
+    return (
+        "Steps per second of the appendix's training, and the share of the hand-written loop's:"
+        f" medians of {rows[0]['rounds']} rounds of {rows[0]['steps']} steps.\n\n"
+        + markdown_table(["network", "threads", *names], table)
+    )
+
+
 def main() -> None:
     """Measure, print, and save if asked to."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = make_parser(__doc__, rounds=5, quick_rounds=2)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--steps", type=int, default=200, help="of a turn")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--save", action="store_true")
-    arguments = parser.parse_args()
-    device = torch.device(arguments.device)
-    data = CIFAR10DataModule(ROOT / "data" / "cifar10", resident=True)
-    shared = (data, device, arguments.steps, arguments.compile)
-    contenders: dict[str, Callable[[], float]] = {
-        "hand-written loop": lambda: loop(*shared),
-        "Trainer": lambda: fit(*shared),
-        "Trainer with SPPCallback": lambda: fit(*shared, SPPCallback(speedup=4)),
-    }
-    rates: dict[str, list[float]] = {name: [] for name in contenders}
-    for _ in range(arguments.rounds):
-        for name, run in contenders.items():
-            rates[name].append(arguments.steps / run())
-    limit = rates["hand-written loop"]
-    shares = {
-        name: statistics.median(a / b for a, b in zip(values, limit, strict=True))
-        for name, values in rates.items()
-    }
-    result = {
-        "steps_per_second": {name: statistics.median(values) for name, values in rates.items()},
-        "share_of_the_limit": shares,
-        "goal": GOAL,
-        "compiled": arguments.compile,
-        "rounds": arguments.rounds,
-        "steps": arguments.steps,
-        **context(ROOT / "data" / "cifar10"),
-    }
-    for name, share in shares.items():
-        print(f"{name}: {result['steps_per_second'][name]:.1f} steps/s, {100 * share:.0f} %")
-    if arguments.save:
-        name = f"steps_{arguments.device}{'_compiled' if arguments.compile else ''}.json"
-        (RESULTS / name).write_text(json.dumps(result, indent=2) + "\n")
+    options = parser.parse_args()
+    device = torch.device(options.device)
+    about = context("torchvision", "lightning", device=options.device, data=data_of(DATA))
+    rows = []
+    for threads in each_thread_count(options):
+        row = measure(device, options.steps, options.rounds, options.compile)
+        rows.append(row | {"threads": threads, "context": about})
+        print(report(rows[-1:]), flush=True)
+    if options.save:
+        Results(f"steps_{options.device}", report).add(*rows)
 
 
 if __name__ == "__main__":

@@ -20,23 +20,17 @@ ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
 
 
-def context(
-    *packages: str, device: str = "cpu", threads: int | None = None, **more: Any
-) -> dict[str, Any]:
+def context(*packages: str, device: str = "cpu", **more: Any) -> dict[str, Any]:
     """Device, versions, date, commit and command, for a row of results.
 
     Args:
         packages: Whose versions count, besides torch's.
         device: ``"cpu"`` or ``"cuda"``.
-        threads: That a CPU computes with; default: torch's, now.
-        more: Whatever else the figures depend on, such as ``data`` or ``seed``.
+        more: What else the figures depend on, such as ``data``, ``seed``, and ``threads`` where the
+            rows don't say how many.
     """
     about: dict[str, Any] = {"command": command()}
-    if device == "cuda":
-        about["device"] = torch.cuda.get_device_name()
-    else:
-        about["device"] = processor()
-        about["threads"] = threads or torch.get_num_threads()
+    about["device"] = torch.cuda.get_device_name() if device == "cuda" else processor()
     versions = {"python": platform.python_version(), "torch": torch.__version__}
     about["versions"] = versions | {name: version(name) for name in packages}
     return about | more | {"date": date.today().isoformat(), "commit": commit_of(ROOT)}

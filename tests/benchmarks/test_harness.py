@@ -39,8 +39,7 @@ def test_rounds_follow_quick(given, expected):
 
 def test_context_says_what_figures_depend_on():
     about = context("lightning", seed=3)
-    assert list(about) == ["command", "device", "threads", "versions", "seed", "date", "commit"]
-    assert about["threads"] == torch.get_num_threads()
+    assert list(about) == ["command", "device", "versions", "seed", "date", "commit"]
     assert about["versions"]["torch"] == torch.__version__
     assert about["seed"] == 3
 
