@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from spp_lightning.compaction.layers.column_conv import ColumnConv2d
     from spp_lightning.compaction.macs import count_macs
     from spp_lightning.compaction.pipeline import compact
+    from spp_lightning.compaction.report import compact_report
     from spp_lightning.data.cifar10 import CIFAR10DataModule
     from spp_lightning.data.digits import DigitsDataModule
     from spp_lightning.method.pruner import SPPPruner
@@ -26,6 +27,7 @@ __all__ = [
     "SPPCallback",
     "SPPPruner",
     "compact",
+    "compact_report",
     "count_macs",
     "launcher_options",
     "load_compact",
@@ -42,6 +44,7 @@ _HOMES = {
     "SPPCallback": "training.callback",
     "SPPPruner": "method.pruner",
     "compact": "compaction.pipeline",
+    "compact_report": "compaction.report",
     "count_macs": "compaction.macs",
     "launcher_options": "training.launcher",
     "load_compact": "compaction.file.container",

@@ -7,9 +7,8 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from spp_lightning.compaction.epilogue import LRN_ALPHA, Clamp, PlaneOp
+from spp_lightning.compaction.epilogue import LRN_ALPHA, Clamp, Epilogue, PlaneOp
 from spp_lightning.compaction.geometry import Geometry
-from spp_lightning.compaction.kernels.cpu import plan as cpu
 
 SENTINEL = 12345.0
 ROOM = 512  # floats of a guard on each side
@@ -27,6 +26,10 @@ class Case(typing.NamedTuple):
     post: tuple[PlaneOp, ...] = ()
     seed: int = 0
     dtype: torch.dtype = torch.float32
+
+    @property
+    def epilogue(self) -> Epilogue:
+        return Epilogue(self.clamp, self.post)
 
 
 def pair(low, high):
@@ -61,7 +64,7 @@ def kept(draw, geometry):
 
 
 def least(geometry, axis):
-    """The smallest picture that the kernel fits into."""
+    """The smallest image that the kernel fits into."""
     reach = geometry.dilation[axis] * (geometry.kernel_size[axis] - 1) + 1
     return max(1, reach - 2 * geometry.padding[axis])
 
@@ -144,7 +147,3 @@ def intact(tensor: Tensor) -> bool:
     buffer = torch.empty(0, dtype=tensor.dtype).set_(tensor.untyped_storage())
     around = torch.cat([buffer[: ROOM + 1], buffer[ROOM + 1 + tensor.numel() :]])
     return torch.equal(around, torch.full_like(around, SENTINEL))
-
-
-def plan(case: Case, t: Tensors) -> cpu.Plan:
-    return cpu.Plan(t.weight, t.columns, t.bias, case.geometry, case.clamp, case.post)

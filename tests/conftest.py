@@ -2,6 +2,7 @@
 
 import math
 
+import facade
 import pytest
 import torch
 from lightning.pytorch import LightningModule, Trainer
@@ -11,7 +12,6 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from spp_lightning import native
 from spp_lightning.compaction.kernels.cpu import library
-from spp_lightning.compaction.kernels.cpu import plan as cpu
 from spp_lightning.method import ordering
 
 TARGETS = [21, 54]  # to prune of TinyModule's 27 and 72 columns at 4x
@@ -97,22 +97,14 @@ def tiny() -> TinyModule:
         return TinyModule()
 
 
-@pytest.fixture(scope="module")
-def any_way():
-    """All ways compute the same, and to time each new shape would take long."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cpu, "fastest", lambda functions: 0)
-        yield
-
-
 @pytest.fixture(params=["base", "avx2", "avx512"])
 def isa(request):
     """Each instruction set that this machine has."""
-    functions, best = library.library(), library.instruction_set()
-    if not functions.spp_set_isa(request.param.encode()):
+    best = library.instruction_set()
+    if not facade.set_instruction_set(request.param):
         pytest.skip(f"no {request.param} here")
     yield request.param
-    functions.spp_set_isa(best.encode())
+    facade.set_instruction_set(best)
 
 
 def look_for_library():

@@ -16,7 +16,10 @@ PACKAGE = Path(spp_lightning.__file__).parent
 METHOD_OF_COMPACTION = ("method.masks", "method.selection", "method.groups")
 FLOORS = (  # of compaction, the lowest first; a room may import its own floor and those below
     ("native", *METHOD_OF_COMPACTION),
-    ("compaction.geometry", "compaction.epilogue", "compaction.timing", "compaction.macs"),
+    (
+        *("compaction.geometry", "compaction.epilogue", "compaction.spec"),
+        *("compaction.timing", "compaction.macs"),
+    ),
     ("compaction.kernels",),
     ("compaction.layers",),
     ("compaction.graph",),
@@ -34,6 +37,7 @@ MAY_IMPORT = {  # what each room may import besides itself
     **{room: up_to(i) for i, rooms in enumerate(FLOORS) if i for room in rooms},
     "compaction.file": up_to(4),
     "compaction.pipeline": up_to(4),
+    "compaction.report": up_to(4),
     "compaction": ("compaction",),  # the public names of its rooms
     "training": ("method", "compaction"),
     "data": (),

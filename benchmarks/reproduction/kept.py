@@ -12,13 +12,12 @@ from torch import Tensor
 
 from reproduction.simpler import convolutions
 from spp_lightning import ConvNet
-from spp_lightning.compaction.epilogue import LRN_ALPHA, Clamp, PlaneOp
+from spp_lightning.compaction.epilogue import LRN_ALPHA, Clamp, Epilogue, PlaneOp
 from spp_lightning.compaction.layers.column_conv import ColumnConv2d
 from spp_lightning.method.groups import weight_of
 
 __all__ = ["KeptColumns"]
 
-RELU = Clamp(0.0)
 NORM = PlaneOp("local_response_norm", (3, 3), alpha=LRN_ALPHA)
 # What follows each convolution of ConvNet. Its max pool and its ReLU may change places.
 EPILOGUES = {
@@ -76,7 +75,7 @@ class KeptColumns(Callback):
         for name, conv in convolutions(copy.deepcopy(net)).items():  # a copy is without masks
             with torch.no_grad():
                 conv.weight.copy_(convolutions(net)[name].weight)
-            layer = ColumnConv2d.of(conv, RELU, EPILOGUES[name])
+            layer = ColumnConv2d.of(conv, Epilogue(Clamp(0.0), EPILOGUES[name]))
             layer.bias = net.get_parameter(f"{name}.bias")
             self.layers[name] = layer
 

@@ -1,4 +1,9 @@
-"""What follows a convolution and is computed with it: residual, clamp, operations on planes."""
+"""The epilogue of a convolution: what a layer computes with it, while its output is in the cache.
+
+An operation that should be fused into the epilogue starts here. It needs a field of
+:class:`Epilogue` (or a kind of :class:`PlaneOp`), a line in ``__call__`` and ``gradient``, a number
+in ``numbers`` and ``of``, and the C++ code that reads it.
+"""
 
 from __future__ import annotations
 
@@ -12,27 +17,36 @@ from torch.nn import functional as F
 
 from spp_lightning.compaction.geometry import Pair
 
-__all__ = ["LRN_ALPHA", "LRN_SIZE", "Clamp", "PlaneOp", "local_response_norm", "size_after"]
+__all__ = [
+    "KINDS",
+    "LRN_ALPHA",
+    "LRN_SIZE",
+    "RELU",
+    "Clamp",
+    "Epilogue",
+    "PlaneOp",
+    "local_response_norm",
+]
 
 
 Kind = Literal["max_pool", "avg_pool", "local_response_norm"]
 
-
-KINDS: tuple[Kind, ...] = get_args(Kind)  # by number, as the C++ kernels and the operators have it
+# A kind's place is its number in the C++ kernels and in the operators.
+KINDS: tuple[Kind, ...] = get_args(Kind)
 
 
 class Clamp(NamedTuple):
-    """Limits of the output; ReLU is (0, inf)."""
+    """Limits of the output. ReLU is (0, inf); (-inf, inf) is no clamp."""
 
     low: float = -math.inf
     high: float = math.inf
 
     @classmethod
     def of(cls, limits: object) -> Clamp:
-        """The limits that a pair of numbers, (low, high), stands for.
+        """The limits of a pair of numbers, (low, high).
 
         Raises:
-            ValueError: If it isn't one.
+            ValueError: If ``limits`` isn't a tuple of two numbers.
         """
         if (
             not isinstance(limits, tuple)
@@ -44,13 +58,13 @@ class Clamp(NamedTuple):
 
 
 class PlaneOp(NamedTuple):
-    """An operation on each plane of a convolution's output.
+    """A pool or a norm of each plane of a convolution's output.
 
     Attributes:
-        kind: What it does.
-        kernel_size: Of the window; the norm's is square and odd, and nothing but ``alpha`` beside
-            it counts there.
-        alpha: Of the local response norm.
+        kind: The operation. Its arguments are those of torch's pools.
+        kernel_size: Rows and columns of the window. The norm's window is square and odd; of the
+            other attributes the norm reads ``alpha`` only.
+        alpha: Weight of the mean in the local response norm.
     """
 
     kind: Kind
@@ -62,10 +76,10 @@ class PlaneOp(NamedTuple):
     alpha: float = 0.0
 
     def check(self) -> None:
-        """Check that the kernels can compute it.
+        """Check the attributes.
 
         Raises:
-            ValueError: If it is a norm whose window isn't square and odd.
+            ValueError: If the operation is a norm whose window isn't square and odd.
         """
         height, width = self.kernel_size
         if self.kind == "local_response_norm" and (height != width or height % 2 == 0):
@@ -74,7 +88,7 @@ class PlaneOp(NamedTuple):
             )
 
     def __call__(self, x: Tensor) -> Tensor:
-        """What it does, in torch: ``(B, N, H, W)`` to ``(B, N, H', W')``."""
+        """Apply the operation in torch: ``(B, N, H, W)`` to ``(B, N, H', W')``."""
         if self.kind == "max_pool":
             pooled: Tensor = F.max_pool2d(
                 x, self.kernel_size, self.stride, self.padding, ceil_mode=self.ceil_mode
@@ -91,8 +105,8 @@ class PlaneOp(NamedTuple):
             )
         return local_response_norm(x, self.kernel_size[0], self.alpha)
 
-    def backward(self, x: Tensor, grad: Tensor) -> Tensor:
-        """Gradient of its input ``x``, ``grad`` being that of its output."""
+    def gradient(self, x: Tensor, grad: Tensor) -> Tensor:
+        """The gradient of the input ``x``, given the gradient of the output."""
         aten = torch.ops.aten
         sizes = (self.kernel_size, self.stride, self.padding)
         if self.kind == "max_pool":
@@ -112,10 +126,10 @@ class PlaneOp(NamedTuple):
         return grad * power - 1.5 * self.alpha * x * inner
 
     def out_size(self, height: int, width: int) -> Pair:
-        """Size of the output planes.
+        """Height and width of the output planes.
 
         Raises:
-            ValueError: If nothing is left of them.
+            ValueError: If the input planes are smaller than the window.
         """
         if self.kind == "local_response_norm":
             return height, width
@@ -125,7 +139,7 @@ class PlaneOp(NamedTuple):
             room = size + 2 * pad - kernel
             out = (-(-room // stride) if self.ceil_mode else room // stride) + 1
             if self.ceil_mode and (out - 1) * stride >= size + pad:
-                out -= 1  # the last window would start beyond the picture
+                out -= 1  # the last window would start beyond the image
             if out < 1:
                 raise ValueError(
                     f"`x` is too small: planes of {height} × {width} are left for a"
@@ -135,26 +149,122 @@ class PlaneOp(NamedTuple):
         return sizes[0], sizes[1]
 
 
-def size_after(post: Sequence[PlaneOp], size: Pair) -> Pair:
-    """Height and width of planes of a ``size`` behind operations on them.
+class Epilogue(NamedTuple):
+    """What a layer computes after its convolution: ``post(clamp(y + residual))``.
 
-    >>> size_after([PlaneOp("max_pool", (2, 2), (2, 2)), PlaneOp("local_response_norm")], (8, 6))
-    (4, 3)
+    The residual is an input of the layer, not a property of it, so it has no field here.
+
+    Attributes:
+        clamp: Limits of the output.
+        post: Operations on the planes of the clamped output, in order.
+
+    >>> relu_and_pool = Epilogue(Clamp(0.0), (PlaneOp("max_pool", (2, 2), (2, 2)),))
+    >>> relu_and_pool(torch.tensor([[[[1.0, -2.0], [3.0, -4.0]]]]))
+    tensor([[[[3.]]]])
+    >>> Epilogue.of(*relu_and_pool.numbers()) == relu_and_pool
+    True
     """
-    for op in post:
-        size = op.out_size(*size)
-    return size
 
+    clamp: Clamp = Clamp()
+    post: tuple[PlaneOp, ...] = ()
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether it changes nothing."""
+        return self == Epilogue()
+
+    def check(self) -> None:
+        """Check the types and the attributes of the operations.
+
+        Raises:
+            ValueError: If ``clamp`` isn't a pair of numbers, or ``post`` isn't a tuple of
+                :class:`PlaneOp` that the kernels compute.
+        """
+        Clamp.of(self.clamp)
+        if not isinstance(self.post, tuple) or not all(isinstance(x, PlaneOp) for x in self.post):
+            raise ValueError(f"`post` must be a tuple of PlaneOps, got {self.post!r}.")
+        for op in self.post:
+            op.check()
+
+    def numbers(self) -> tuple[list[int], list[float]]:
+        """All of it as two flat lists, as operators of torch take it; :meth:`of` reads them."""
+        sizes = [
+            number
+            for op in self.post
+            for number in (
+                KINDS.index(op.kind),
+                *(*op.kernel_size, *op.stride, *op.padding),
+                *(int(op.ceil_mode), int(op.count_include_pad)),
+            )
+        ]
+        return sizes, [*self.clamp, *(op.alpha for op in self.post)]
+
+    @classmethod
+    def of(cls, sizes: Sequence[int], scalars: Sequence[float]) -> Epilogue:
+        """The epilogue of which :meth:`numbers` made two lists."""
+        low, high, *alphas = scalars
+        ops = []
+        for i, alpha in enumerate(alphas):
+            kind, kh, kw, sh, sw, ph, pw, ceil_mode, include = sizes[9 * i : 9 * i + 9]
+            flags = (bool(ceil_mode), bool(include))
+            ops.append(PlaneOp(KINDS[kind], (kh, kw), (sh, sw), (ph, pw), *flags, alpha))
+        return cls(Clamp(low, high), tuple(ops))
+
+    def __call__(self, y: Tensor, residual: Tensor | None = None) -> Tensor:
+        """Apply it in torch to the convolution's output: ``(B, N, H, W)`` to ``(B, N, H', W')``."""
+        if residual is not None:
+            y = y + residual
+        if self.clamp == (0, math.inf):
+            y = F.relu(y)
+        elif self.clamp != Clamp():
+            y = y.clamp(*self.clamp)
+        for op in self.post:
+            y = op(y)
+        return y
+
+    def gradient(self, y: Tensor, grad: Tensor) -> Tensor:
+        """The gradient of the convolution's output ``y`` (residual added).
+
+        Written as formulas, since torch doesn't differentiate the inside of an operator.
+
+        Args:
+            y: Input of the epilogue, ``(B, N, H, W)``.
+            grad: Gradient of the epilogue's output.
+        """
+        inputs = [y.clamp(*self.clamp)]
+        for op in self.post[:-1]:
+            inputs.append(op(inputs[-1]))
+        for op, planes in zip(reversed(self.post), reversed(inputs), strict=False):
+            grad = op.gradient(planes, grad)
+        inside = (y > self.clamp.low) & (y < self.clamp.high)
+        return torch.where(inside, grad, 0).contiguous()
+
+    def out_size(self, height: int, width: int) -> Pair:
+        """Height and width of the output for a convolution's output of ``height`` by ``width``.
+
+        Raises:
+            ValueError: If the planes are smaller than a window.
+
+        >>> pool, norm = PlaneOp("max_pool", (2, 2), (2, 2)), PlaneOp("local_response_norm")
+        >>> Epilogue(post=(pool, norm)).out_size(8, 6)
+        (4, 3)
+        """
+        for op in self.post:
+            height, width = op.out_size(height, width)
+        return height, width
+
+
+RELU = Epilogue(Clamp(0.0))
 
 LRN_SIZE, LRN_ALPHA = 3, 5e-5
 
 
 def local_response_norm(x: Tensor, size: int = LRN_SIZE, alpha: float = LRN_ALPHA) -> Tensor:
-    """Normalise ``x`` within each channel: ``x · (1 + α·mean(x²))^(−0.75)``, over 3 × 3 pixels.
+    """Normalise ``x`` within each channel: ``x · (1 + α·mean(x²))^(−0.75)``.
 
     Args:
-        x: Feature maps, ``(B, C, H, W)``. Outside the picture they count as 0.
-        size: Rows and columns of the window around each pixel, odd.
+        x: Feature maps, ``(B, C, H, W)``. Pixels outside the image count as 0.
+        size: Rows and columns of the window of the mean, odd.
         alpha: α, the weight of the mean.
 
     Returns:

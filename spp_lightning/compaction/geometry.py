@@ -1,4 +1,4 @@
-"""The shape of a convolution, and of what may follow it plane by plane."""
+"""The geometry of a convolution, and its weights with and without pruned columns."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Pair = tuple[int, int]
 
 
 class Geometry(NamedTuple):
-    """All of a 2-d convolution but its weights.
+    """A 2-d convolution without its weights.
 
     Attributes:
         channels: Input channels.
@@ -36,7 +36,7 @@ class Geometry(NamedTuple):
         """The geometry of a layer.
 
         Raises:
-            ValueError: If its padding isn't zeros of one number per side.
+            ValueError: If the padding isn't zeros, or isn't the same on opposite sides.
         """
         if conv.padding_mode != "zeros":
             raise ValueError(f"`padding_mode` must be 'zeros', got {conv.padding_mode!r}.")
@@ -51,10 +51,11 @@ class Geometry(NamedTuple):
         )
 
     def check(self) -> None:
-        """Check that there can be such a convolution.
+        """Check the attributes.
 
         Raises:
-            ValueError: If a number is out of range.
+            ValueError: If a number is out of range, or ``groups`` doesn't divide ``channels`` and
+                ``filters``.
         """
         numbers = (self.channels, self.filters, self.groups)
         for name, values, least in (
@@ -83,7 +84,7 @@ class Geometry(NamedTuple):
         return self.channels * self.taps
 
     def out_size(self, height: int, width: int) -> Pair:
-        """Output pixels for an input of ``height`` by ``width``.
+        """Height and width of the output for an input of ``height`` by ``width``.
 
         Raises:
             ValueError: If the input is smaller than the kernel.
@@ -99,6 +100,19 @@ class Geometry(NamedTuple):
                 )
             sizes.append(room // self.stride[axis] + 1)
         return sizes[0], sizes[1]
+
+    def macs(self, shape: Sequence[int], num_weights: int) -> int:
+        """Multiply-accumulate operations of a pass over a batch.
+
+        Args:
+            shape: Of the input, ``(B, C, H, W)``.
+            num_weights: Weights that are kept, ``filters / groups`` per kept column.
+
+        >>> Geometry(4, 6, (3, 3), padding=(1, 1), groups=2).macs((1, 4, 5, 5), 36 * 3)
+        2700
+        """
+        height, width = self.out_size(shape[2], shape[3])
+        return shape[0] * height * width * num_weights
 
 
 def _pair(value: object) -> Pair:
@@ -130,7 +144,7 @@ def dense_weight(weight: Tensor, columns: Tensor, geometry: Geometry) -> Tensor:
         geometry: The convolution.
 
     Returns:
-        ``(filters, channels / groups, kh, kw)``.
+        The dense weight, ``(filters, channels / groups, kh, kw)``.
     """
     g = geometry
     rows = g.filters // g.groups
@@ -141,7 +155,11 @@ def dense_weight(weight: Tensor, columns: Tensor, geometry: Geometry) -> Tensor:
 
 
 def kept_columns(weight: Tensor, geometry: Geometry) -> tuple[Tensor, Tensor]:
-    """The columns of a weight that aren't all 0: the way back of :func:`dense_weight`.
+    """The columns of a dense weight that aren't all 0: the inverse of :func:`dense_weight`.
+
+    Args:
+        weight: ``(filters, channels / groups, kh, kw)``.
+        geometry: The convolution.
 
     Returns:
         Kept columns ``(filters / groups, columns)``, and which they are, ``(columns,)`` int32.

@@ -1,4 +1,4 @@
-"""compact(): a pruned network as one that computes the same several times faster."""
+"""compact(): makes a pruned network fast. The steps stand in the order in which they are taken."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from spp_lightning.compaction.graph.channels import remove_channels
 from spp_lightning.compaction.graph.fold import absorb_constants, fold_batch_norms
 from spp_lightning.compaction.graph.network import CompactNetwork
 from spp_lightning.compaction.graph.replace import (
-    _SURELY_FASTER,
-    _hooks,
-    _replace_convolutions,
-    _replace_one_by_one,
+    Decision,
+    has_hooks,
+    replace_convolutions,
+    replace_one_by_one,
 )
 from spp_lightning.compaction.graph.trace import trace
-from spp_lightning.compaction.layers.column_conv import ColumnConv2d
+from spp_lightning.compaction.graph.tune import tune_chains
 from spp_lightning.compaction.timing import interleaved_ms
 from spp_lightning.method.masks import is_masked
 
@@ -28,19 +28,26 @@ __all__ = ["compact"]
 
 
 def compact(
-    model: nn.Module, example_input: Tensor | tuple[Tensor, ...], fold: bool = True
+    model: nn.Module,
+    example_input: Tensor | tuple[Tensor, ...],
+    fold: bool = True,
+    tune: bool = False,
 ) -> nn.Module:
     """Make a pruned network fast: store and compute only the columns that pruning kept.
 
-    Every convolution with pruned columns becomes a :class:`ColumnConv2d`; channels that no layer
-    reads any more are removed with the filters that make them; batch norms, additions, ReLUs and
-    pools that follow a convolution are computed together with it. Layers that are faster dense
-    stay dense. The result is in evaluation mode and computes what ``model.eval()`` computes, up to
-    rounding, for batches and pictures of any size that the network takes.
+    Every convolution with pruned columns becomes a :class:`ColumnConv2d`. Channels that no layer
+    reads any more are removed, with the filters that compute them. Batch norms, additions, ReLUs
+    and pools behind a convolution are computed together with it. Layers that are faster dense stay
+    dense. The result is in evaluation mode; it computes what ``model.eval()`` computes, up to
+    rounding, for batches and images of any size that the network takes.
 
-    Networks that ``torch.fx`` can't trace keep their own ``forward``; their convolutions are
-    replaced one by one, and nothing is fused. Where the whole network is faster dense, its graph
-    comes back with all layers dense. Warnings say so.
+    Which layers stay dense and which kernels run follows from a written cost model: the same
+    network and example always give the same result. With ``tune`` it is measured instead.
+    :func:`compact_report` tells what was chosen and why.
+
+    A network that ``torch.fx`` cannot trace keeps its own ``forward``: its convolutions are
+    replaced one by one, and nothing is fused. If no layer is faster compact and no channel can be
+    removed, the dense network's graph is returned. Warnings say so.
 
     Args:
         model: The pruned network; it is left as it was.
@@ -48,15 +55,17 @@ def compact(
             of the positional arguments, if the network takes several.
         fold: Whether batch norms are folded into the convolutions before them. Without, the network
             keeps its batch norms, as it should for training it further.
+        tune: Whether to measure what is fastest for the example, on this device, now. The network
+            keeps the choices as long as it lives; copies and files of it don't have them.
 
     Returns:
         The compact network, on the device of ``model``: a :class:`CompactNetwork`, or a network
-        of the class of ``model`` if it can't be traced.
+        of the class of ``model`` if it cannot be traced.
 
     Raises:
         ValueError: If ``model`` isn't a network or is still being pruned, ``example_input`` isn't
             a tensor or a tuple of tensors, one of the two has no values (device "meta"), the
-            network fails for the example, or ``fold`` isn't a bool.
+            network fails for the example, or ``fold`` or ``tune`` isn't a bool.
 
     >>> net = nn.Sequential(nn.Conv2d(3, 16, 3, padding=1), nn.ReLU(), nn.Conv2d(16, 8, 3))
     >>> with torch.no_grad():
@@ -70,18 +79,21 @@ def compact(
     """
     inputs = example_input if isinstance(example_input, tuple) else (example_input,)
     _check(model, inputs)
-    if not isinstance(fold, bool):
-        raise ValueError(f"`fold` must be True or False, got {fold!r}.")
+    for name, flag in (("fold", fold), ("tune", tune)):
+        if not isinstance(flag, bool):
+            raise ValueError(f"`{name}` must be True or False, got {flag!r}.")
     original, model = model, copy.deepcopy(model).eval()
     if inputs[0].is_cpu:
         model.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
         inputs = tuple(x.contiguous() for x in inputs)
     try:
-        hooked = [name or "the network" for name, module in model.named_modules() if _hooks(module)]
+        hooked = [
+            name or "the network" for name, module in model.named_modules() if has_hooks(module)
+        ]
         if hooked:
             raise ValueError(f"it has forward hooks, at {', '.join(hooked)}")
         graph = trace(model, inputs)
-    except Exception as error:  # whatever a network may raise that can't be traced
+    except Exception as error:  # whatever a network may raise that cannot be traced
         return _one_by_one(original, f"can't be traced ({type(error).__name__}: {error})")
     if fold:
         fold_batch_norms(graph)
@@ -90,13 +102,23 @@ def compact(
     with torch.no_grad():
         ShapeProp(graph).propagate(*inputs)
     _drop_layouts(graph)
-    _replace_convolutions(graph)
+    decisions = replace_convolutions(graph, tune)
     network = CompactNetwork.of(graph)
+    if tune and inputs[0].is_cpu:
+        tune_chains(network, inputs)
     if not any(parameter.requires_grad for parameter in original.parameters()):
         network.requires_grad_(False)
     if not _same(network, original, inputs):
         return _one_by_one(original, "computes something else when it is traced")
-    return network if _is_surely_faster(network) else _faster(network, original, inputs)
+    reason = _too_slow(network, original, inputs, decisions, tune)
+    if reason is None:
+        return network
+    warnings.warn(
+        f"The network has too few pruned columns for a compact one to be faster: {reason}. It stays"
+        " dense.",
+        stacklevel=2,
+    )
+    return _dense(original, inputs)
 
 
 def _check(model: nn.Module, inputs: tuple[Tensor, ...]) -> None:
@@ -136,7 +158,7 @@ def _check(model: nn.Module, inputs: tuple[Tensor, ...]) -> None:
 
 def _one_by_one(original: nn.Module, reason: str) -> nn.Module:
     model = copy.deepcopy(original).eval()
-    names = ", ".join(_replace_one_by_one(model)) or "none"
+    names = ", ".join(replace_one_by_one(model)) or "none"
     warnings.warn(
         f"The network {reason.splitlines()[0]}, so nothing in it is fused and no channels are"
         f" removed; these layers are made compact one by one: {names}.",
@@ -168,7 +190,7 @@ def _same(compacted: nn.Module, original: nn.Module, inputs: tuple[Tensor, ...])
 
 
 def _drop_layouts(graph: fx.GraphModule) -> None:
-    """Remove orders to lay out tensors as channels-last: they don't change what is computed."""
+    """Remove calls that lay out tensors channels-last: the values stay the same."""
     for node in list(graph.graph.nodes):
         if node.op != "call_method":
             continue
@@ -179,26 +201,32 @@ def _drop_layouts(graph: fx.GraphModule) -> None:
     graph.recompile()
 
 
-def _is_surely_faster(network: nn.Module) -> bool:
-    layers = [layer for layer in network.modules() if isinstance(layer, ColumnConv2d)]
-    kept = sum(layer.weight.numel() for layer in layers)
-    dense = sum(x.geometry.num_columns * x.geometry.filters // x.geometry.groups for x in layers)
-    return bool(layers) and kept <= _SURELY_FASTER * dense
+def _dense(original: nn.Module, inputs: tuple[Tensor, ...]) -> CompactNetwork:
+    return CompactNetwork.of(trace(copy.deepcopy(original).eval(), inputs))
 
 
-def _faster(compacted: nn.Module, original: nn.Module, inputs: tuple[Tensor, ...]) -> nn.Module:
-    """The compact network, or the original one's graph, as it is, where that is faster."""
-    dense = CompactNetwork.of(trace(copy.deepcopy(original).eval(), inputs))
-    with torch.no_grad():
-        dense_ms, compact_ms = interleaved_ms(
-            [lambda: dense(*inputs), lambda: compacted(*inputs)], turn=0
-        )
-    if compact_ms <= dense_ms:
-        return compacted
-    warnings.warn(
-        "The network has too few pruned columns for a compact one to be faster:"
-        f" {dense_ms:.3f} ms dense, {compact_ms:.3f} ms compact for the example"
-        " input. It stays dense.",
-        stacklevel=3,
-    )
-    return dense
+def _too_slow(
+    network: nn.Module,
+    original: nn.Module,
+    inputs: tuple[Tensor, ...],
+    decisions: dict[str, Decision],
+    tune: bool,
+) -> str | None:
+    """Why the network should stay dense; None if it shouldn't."""
+    if tune:
+        dense = _dense(original, inputs)
+        with torch.no_grad():
+            dense_ms, compact_ms = interleaved_ms(
+                [lambda: dense(*inputs), lambda: network(*inputs)], turn=0
+            )
+        measured = f"{dense_ms:.3f} ms dense, {compact_ms:.3f} ms compact for the example input"
+        return None if compact_ms <= dense_ms else measured
+    if any(decision.is_compact for decision in decisions.values()):
+        return None
+    if _num_weights(network) < _num_weights(original):  # channels were removed
+        return None
+    return "no layer is faster compact for the example input, by the cost model"
+
+
+def _num_weights(network: nn.Module) -> int:
+    return sum(x.weight.numel() for x in network.modules() if isinstance(x, nn.Conv2d))

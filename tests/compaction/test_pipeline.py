@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import os
+import sys
+import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -13,9 +16,19 @@ import torchvision
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from spp_lightning import ConvNet, SPPPruner, compact, count_macs, load_compact, save_compact
+from spp_lightning import (
+    ConvNet,
+    SPPPruner,
+    compact,
+    compact_report,
+    count_macs,
+    load_compact,
+    save_compact,
+)
 from spp_lightning.compaction import ColumnConv2d, pipeline
+from spp_lightning.compaction.graph import replace
 from spp_lightning.compaction.graph.network import CompactNetwork
+from spp_lightning.compaction.kernels.cpu import cost
 
 
 def prune(net: nn.Module, ratio: float, seed: int = 0) -> nn.Module:
@@ -78,9 +91,7 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
 
 
 @pytest.mark.parametrize("name", NETWORKS)
-def test_networks_compute_the_same(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    # A busy machine might find a compact network slower, and say so.
-    monkeypatch.setattr(pipeline, "interleaved_ms", lambda *_, **__: [1.0, 0.5])
+def test_networks_compute_the_same(name: str) -> None:
     torch.manual_seed(0)
     make, shape = NETWORKS[name]
     net, x = prune(make(), 0.75), torch.randn(shape)
@@ -292,7 +303,7 @@ def test_writing_in_place(kind: str) -> None:
 
 
 class Siamese(nn.Module):
-    """Two pictures of different sizes, through shared and separate layers, joined."""
+    """Two images of different sizes, through shared and separate layers, joined."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -305,7 +316,7 @@ class Siamese(nn.Module):
 
 
 class Gate(nn.Module):
-    """Adds one number per picture and channel to its pictures."""
+    """Adds one number per image and channel to its images."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -315,8 +326,7 @@ class Gate(nn.Module):
         return torch.relu(self.a(x) + self.b(F.adaptive_avg_pool2d(x, 1)))
 
 
-def test_an_example_of_one_pixel_stands_for_any_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pipeline, "interleaved_ms", lambda *_, **__: [1.0, 0.5])
+def test_an_example_of_one_pixel_stands_for_any_images() -> None:
     net = prune(Gate(), 0.75)
     fast = compact(net, torch.randn(1, 8, 1, 1))
     assert len(columns(fast)) == 2
@@ -457,21 +467,99 @@ def test_training_goes_on_with_norms() -> None:
     check_same(net.eval(), fast.eval(), x)
 
 
-def test_nothing_to_gain_is_a_warning(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_nothing_to_gain_is_a_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A network in which every layer is faster dense comes back as it is, and can be saved."""
     net = prune(nn.Sequential(nn.Conv2d(8, 8, 3), nn.Flatten(), nn.Linear(32, 2)), 0.2)
-    assert 0 < len(ColumnConv2d.of(net[0]).columns) < 72
     x = torch.randn(1, 8, 4, 4)
-    times = {"dense": 1.0, "compact": 2.0}
-    monkeypatch.setattr(pipeline, "interleaved_ms", lambda *_, **__: [*times.values()])
-    with pytest.warns(UserWarning, match=r"1\.000 ms dense, 2\.000 ms compact .* stays dense"):
+    assert columns(compact(net, x)) == {"0": len(ColumnConv2d.of(net[0]).columns)}
+    monkeypatch.setattr(cost, "dense_us", lambda *_: 0.1)
+    with pytest.warns(UserWarning, match=r"no layer is faster compact .* stays dense"):
         fast = compact(net, x)
     assert columns(fast) == {}
     save_compact(fast, tmp_path / "net.spp")
     again = load_compact(tmp_path / "net.spp")
     assert torch.equal(fast(x), net(x)) and torch.equal(again(x), net(x))
-    times["compact"] = 0.5
-    assert columns(compact(net, x)) == {"0": len(ColumnConv2d.of(net[0]).columns)}
+
+
+@pytest.mark.parametrize("times", [[1.0, 2.0], [1.0, 0.5]], ids=["slower", "faster"])
+def test_tuning_measures_the_network(times: list[float], monkeypatch: pytest.MonkeyPatch) -> None:
+    net, x = prune(ConvNet(), 0.75), torch.randn(1, 3, 32, 32)
+    monkeypatch.setattr(pipeline, "interleaved_ms", lambda *_, **__: times)
+    monkeypatch.setattr(replace, "interleaved_ms", lambda *_, **__: [1.0, 0.5])
+    if times[1] > times[0]:
+        with pytest.warns(UserWarning, match=r"1\.000 ms dense, 2\.000 ms compact .* stays dense"):
+            assert columns(compact(net, x, tune=True)) == {}
+    else:
+        fast = compact(net, x, tune=True)
+        assert len(columns(fast)) == 3
+        assert {row.reason for row in compact_report(fast, x).layers} == {"measured"}
+        check_same(net, fast, x)
+
+
+@pytest.mark.parametrize("name", ["ConvNet", "resnet18"])
+def test_two_calls_give_equal_networks(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No clock is read: the same graph, the same layers, the same kernels."""
+    for clock in ("perf_counter", "perf_counter_ns", "monotonic", "process_time"):
+        monkeypatch.setattr(time, clock, None)
+    torch.manual_seed(0)
+    make, shape = NETWORKS[name]
+    net, x = prune(make(), 0.4), torch.randn(shape)
+    first, second = compact(net, x), compact(net, x)
+    assert repr(first) == repr(second)  # which tells all steps
+    assert compact_report(first, x) == compact_report(second, x)
+    assert torch.equal(first(x), second(x))
+
+
+def test_a_report_tells_what_was_chosen_and_why() -> None:
+    torch.manual_seed(0)
+    net, x = prune(torchvision.models.resnet18(), 0.9), torch.randn(1, 3, 64, 64)
+    torch.nn.init.normal_(net.conv1.weight)  # nothing pruned
+    fast = compact(net, x)
+    before = copy.deepcopy(fast.state_dict())
+    report = compact_report(fast, x)
+    rows = {row.name: row for row in report.layers}
+    convolutions = [n for n, m in net.named_modules() if isinstance(m, nn.Conv2d)]
+    assert sorted(rows) == sorted(convolutions)
+    layer = fast.get_submodule("layer1.0.conv1")
+    row = rows["layer1.0.conv1"]
+    assert (row.kept, row.columns) == (len(layer.columns), layer.geometry.num_columns)
+    assert row.kernel in {"pixel-vectorised", "channel-blocked"} and row.reason == "cost model"
+    assert row.us is not None and row.dense_us is not None and row.us < row.dense_us
+    assert rows["conv1"].kept == 147
+    for row in report.layers:
+        assert (row.kernel == "dense") == (
+            not isinstance(fast.get_submodule(row.name), ColumnConv2d)
+        )
+        text = next(line for line in str(report).splitlines() if row.name in line.split())
+        assert f"{row.kept}" in text and row.kernel in text
+    assert set(sum(report.chains, ())) <= set(rows)
+    assert all(torch.equal(value, before[key]) for key, value in fast.state_dict().items())
+    for wrong in (nn.Sequential(nn.Linear(3, 2)), None):
+        with pytest.raises(ValueError, match="`network` must"):
+            compact_report(wrong, x)
+
+
+def test_the_report_of_the_paper_net_is_one_call() -> None:
+    net, x = prune(ConvNet(), 0.75), torch.randn(1, 3, 32, 32)
+    report = compact_report(compact(net, x), x)
+    assert report.chains == (("conv1", "conv2", "conv3"),)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads a process's memory as Linux tells it")
+def test_memory_doesnt_grow_with_the_number_of_image_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
+    net = prune(ConvNet(), 0.75)
+    net.ip1 = nn.Identity()
+    fast = compact(net.requires_grad_(False), torch.randn(1, 3, 32, 32))
+    x = torch.randn(1, 3, 48, 48)
+    monkeypatch.setattr(time, "perf_counter", None)
+    sizes = [(height, width) for height in range(16, 48) for width in range(16, 48)]
+    fast(x)
+    used = []
+    for height, width in sizes:
+        fast(x[..., :height, :width].contiguous())
+        used.append(int(Path("/proc/self/statm").read_text().split()[1]))
+    pages = used[-1] - used[99]
+    assert pages * os.sysconf("SC_PAGE_SIZE") < 2**20
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from spp_lightning.compaction.epilogue import KINDS, Clamp, PlaneOp
+from spp_lightning.compaction.epilogue import KINDS, Clamp, Epilogue, PlaneOp
 from spp_lightning.compaction.file.allowlist import LAYERS, check_layer
 from spp_lightning.compaction.file.tensors import TensorStore
 from spp_lightning.compaction.file.values import decode, encode
@@ -39,10 +39,10 @@ def describe(module: nn.Module, store: TensorStore) -> dict[str, Any]:
     if module._forward_hooks or module._forward_pre_hooks:
         raise ValueError("it has forward hooks, which can't be saved; remove them first")
     if isinstance(module, ColumnConv2d):
-        post = tuple(tuple(op) for op in module.post)
+        post = tuple(tuple(op) for op in module.epilogue.post)
         values: dict[str, Any] = {
             "geometry": tuple(module.geometry),
-            "clamp": tuple(module.clamp),
+            "clamp": tuple(module.epilogue.clamp),
             "post": post,
         }
     else:
@@ -174,9 +174,8 @@ def _column_conv(
         ):
             raise ValueError(f"{op} isn't an operation on planes")
         op.check()
-    return ColumnConv2d(
-        g, tensors["weight"], tensors["columns"], tensors.get("bias"), Clamp.of(clamp), ops
-    )
+    epilogue = Epilogue(Clamp.of(clamp), ops)
+    return ColumnConv2d(g, tensors["weight"], tensors["columns"], tensors.get("bias"), epilogue)
 
 
 def _are_ints(*numbers: object, least: int) -> bool:

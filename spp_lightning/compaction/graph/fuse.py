@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from torch import fx
 
-from spp_lightning.compaction.epilogue import Clamp, PlaneOp
+from spp_lightning.compaction.epilogue import Clamp, Epilogue, PlaneOp
 from spp_lightning.compaction.graph.patterns import add_operands, as_clamp, as_plane_op
 from spp_lightning.compaction.graph.query import Node, shape_of, single_user
 
@@ -22,6 +22,11 @@ class Chain:
     residual: Node | None = None
     clamp: Clamp = Clamp()  # noqa: RUF009 (immutable)
     post: tuple[PlaneOp, ...] = ()
+
+    @property
+    def epilogue(self) -> Epilogue:
+        """What the layer computes behind the convolution."""
+        return Epilogue(self.clamp, self.post)
 
     @property
     def end(self) -> Node:

@@ -10,7 +10,7 @@ from torch import Tensor, fx, nn
 
 from spp_lightning.compaction.graph.join import Row
 from spp_lightning.compaction.graph.steps import Step, Value, values_in
-from spp_lightning.compaction.layers.chain import column_sequence
+from spp_lightning.compaction.layers.chain import column_chain
 
 __all__ = ["REQUIRED", "Instruction", "Program", "compile_steps", "find"]
 
@@ -105,7 +105,7 @@ class _Joined(NamedTuple):
 def _row(network: nn.Module, target: _Joined, args: list[Any], kwargs: Any) -> Tensor:
     layers = [find(network, path) for path in target.layers]
     linear = None if target.linear is None else find(network, target.linear)
-    return column_sequence(*args, *layers, linear=linear)
+    return column_chain(*args, *layers, linear=linear)
 
 
 def _list(*parts: Any) -> list[Any]:

@@ -2,42 +2,74 @@
 
 from __future__ import annotations
 
-import math
 import warnings
-from typing import TypeGuard
+from typing import NamedTuple, TypeGuard
 
 import torch
 from torch import Tensor, fx, nn
 
-from spp_lightning.compaction.epilogue import Clamp
 from spp_lightning.compaction.geometry import Geometry
-from spp_lightning.compaction.graph.fuse import Chain, chain_after
+from spp_lightning.compaction.graph.fuse import chain_after
 from spp_lightning.compaction.graph.query import module_of, set_module, shape_of, times_called
+from spp_lightning.compaction.kernels.cpu import cost
 from spp_lightning.compaction.kernels.cpu.library import is_available
 from spp_lightning.compaction.layers.column_conv import ColumnConv2d
+from spp_lightning.compaction.spec import ConvSpec
 from spp_lightning.compaction.timing import interleaved_ms
 
-__all__ = []
+__all__ = [
+    "Decision",
+    "decide",
+    "decision_of",
+    "has_hooks",
+    "replace_convolutions",
+    "replace_one_by_one",
+]
+
+_DECISION = "_compact_decision"  # a layer's attribute
+
+_ROUNDS = 5  # of a measurement: there is one per layer
+
+# Share of kept columns from which on a layer on a GPU stays dense: there is no cost model for GPUs.
+_MOST_ON_GPU = 0.5
 
 
-_ROUNDS = 5  # of a timing: it is repeated for many layers
+class Decision(NamedTuple):
+    """Whether a layer is compact, and why.
+
+    Attributes:
+        is_compact: The decision.
+        dense_us: Microseconds of the dense layer and its epilogue for the example; None without a
+            cost model for the device.
+        compact_us: Microseconds of the compact layer, likewise.
+        measured: Whether both were measured, or estimated by the cost model.
+        reason: Why, in words.
+    """
+
+    is_compact: bool
+    dense_us: float | None
+    compact_us: float | None
+    measured: bool
+    reason: str
 
 
-_SURELY_FASTER = 0.5  # share of kept weights up to which the dense layer needn't be timed
+def decision_of(module: nn.Module) -> Decision | None:
+    """The decision about a layer of a compact network, if there was one."""
+    decision: Decision | None = module.__dict__.get(_DECISION)
+    return decision
 
 
-_SMALL_PLANE = 64  # pixels of an output below which it must be, since vectors aren't full
-
-
-def _hooks(module: nn.Module) -> bool:
+def has_hooks(module: nn.Module) -> bool:
+    """Whether somebody registered a forward hook."""
     return bool(module._forward_hooks or module._forward_pre_hooks)
 
 
-def _replace_one_by_one(model: nn.Module) -> list[str]:
+def replace_one_by_one(model: nn.Module) -> list[str]:
+    """Replace the pruned convolutions of a network that isn't traced; returns their names."""
     made: dict[nn.Module, ColumnConv2d] = {}  # a layer of two names stays one layer
     names = []
     for name, module in list(model.named_modules(remove_duplicate=False)):
-        if not name or _hooks(module):
+        if not name or has_hooks(module):
             continue
         if _replaceable(module, name) and _is_pruned(module):
             if module not in made:
@@ -45,6 +77,58 @@ def _replace_one_by_one(model: nn.Module) -> list[str]:
             set_module(model, name, made[module])
             names.append(name)
     return names
+
+
+def replace_convolutions(graph: fx.GraphModule, tune: bool = False) -> dict[str, Decision]:
+    """Replace the convolutions of a graph that are faster compact, each with its epilogue.
+
+    Args:
+        graph: The traced network. Its nodes know the shapes that they have for the example.
+        tune: Whether layers are measured on their device, or estimated by the cost model.
+
+    Returns:
+        The decisions by name of the layers for which there was a choice.
+    """
+    order = {node: i for i, node in enumerate(graph.graph.nodes)}
+    decisions: dict[str, Decision] = {}
+    for node in list(graph.graph.nodes):
+        conv, name = module_of(graph, node), str(node.target)
+        if node not in order or not _replaceable(conv, name):
+            continue
+        if len(node.args) != 1 or node.kwargs:
+            continue
+        chain = chain_after(graph, node)
+        layer = ColumnConv2d.of(conv, chain.epilogue).train(conv.training)
+        shape, residual = shape_of(node.args[0]), chain.residual is not None
+        assert shape is not None
+        if tune:
+            decision = _measure(conv, layer, shape, residual)
+        else:
+            decision = decide(layer.spec, len(layer.columns), shape, conv.weight, residual)
+        decisions[name] = decision
+        for module in (conv, layer):
+            module.__dict__[_DECISION] = decision
+        if not decision.is_compact:
+            continue
+        calls = [x for x in graph.graph.nodes if x.op == "call_module" and x.target == node.target]
+        if times_called(graph, name) > 1:  # another call has another epilogue
+            if _is_pruned(conv) and len(calls) == times_called(graph, name):
+                set_module(graph, name, ColumnConv2d.of(conv).train(conv.training))
+            continue
+        end = chain.end
+        set_module(graph, name, layer)
+        arguments = (node.args[0],) if chain.residual is None else (node.args[0], chain.residual)
+        with graph.graph.inserting_after(end):
+            fused = graph.graph.call_module(name, arguments)
+        fused.meta = dict(end.meta)
+        end.replace_all_uses_with(fused)
+        for old in (*reversed(chain.nodes), node):
+            graph.graph.erase_node(old)
+            order.pop(old, None)
+    graph.graph.lint()
+    graph.delete_all_unused_submodules()
+    graph.recompile()
+    return decisions
 
 
 def _replaceable(module: nn.Module | None, name: str) -> TypeGuard[nn.Conv2d]:
@@ -65,59 +149,39 @@ def _is_pruned(conv: nn.Conv2d) -> bool:
     return bool((conv.weight.detach().flatten(1).abs().amax(0) == 0).any())
 
 
-def _replace_convolutions(graph: fx.GraphModule) -> None:
-    order = {node: i for i, node in enumerate(graph.graph.nodes)}
-    for node in list(graph.graph.nodes):
-        conv = module_of(graph, node)
-        if node not in order or not _replaceable(conv, str(node.target)):
-            continue
-        chain = chain_after(graph, node)
-        layer = ColumnConv2d.of(conv, chain.clamp, chain.post).train(conv.training)
-        if len(node.args) != 1 or node.kwargs or not _pays(conv, layer, chain):
-            continue
-        name = str(node.target)
-        calls = [x for x in graph.graph.nodes if x.op == "call_module" and x.target == node.target]
-        if times_called(graph, name) > 1:  # another call has another chain
-            if _is_pruned(conv) and len(calls) == times_called(graph, name):
-                set_module(graph, name, ColumnConv2d.of(conv).train(conv.training))
-            continue
-        end = chain.end
-        set_module(graph, name, layer)
-        arguments = (node.args[0],) if chain.residual is None else (node.args[0], chain.residual)
-        with graph.graph.inserting_after(end):
-            fused = graph.graph.call_module(name, arguments)
-        fused.meta = dict(end.meta)
-        end.replace_all_uses_with(fused)
-        for old in (*reversed(chain.nodes), node):
-            graph.graph.erase_node(old)
-            order.pop(old, None)
-    graph.graph.lint()
-    graph.delete_all_unused_submodules()
-    graph.recompile()
+def decide(
+    spec: ConvSpec, kept: int, shape: tuple[int, ...], like: Tensor, residual: bool
+) -> Decision:
+    """Whether a layer is to be compact, without a clock.
+
+    Args:
+        spec: The convolution and its epilogue.
+        kept: Kept columns.
+        shape: Of the input, ``(B, C, H, W)``.
+        like: A tensor of the layer's device and dtype.
+        residual: Whether another tensor is added to the convolution's output.
+    """
+    every = spec.geometry.num_columns
+    if like.is_cuda:
+        reason = f"a rule for GPUs: compact if at most {_MOST_ON_GPU:.0%} of the columns are kept"
+        return Decision(kept <= _MOST_ON_GPU * every, None, None, False, reason)
+    if like.dtype == torch.float64 or not is_available():
+        reason = "no CPU kernel: compact if columns are pruned"
+        return Decision(kept < every, None, None, False, reason)
+    sizes = (shape, like.dtype, torch.get_num_threads(), residual)
+    dense_us = cost.dense_us(spec, *sizes)
+    compact_us = cost.layer_us(spec, kept, *sizes)
+    return Decision(compact_us < dense_us, dense_us, compact_us, False, "cost model")
 
 
-def _pays(conv: nn.Conv2d, layer: ColumnConv2d, chain: Chain) -> bool:
-    """Whether a layer is faster than the dense one with all that follows, by a short timing."""
-    share = len(layer.columns) / layer.geometry.num_columns
-    fast = conv.weight.is_cuda or (conv.weight.dtype != torch.float64 and is_available())
-    shape, out_shape = shape_of(chain.conv.args[0]), shape_of(chain.conv)
-    assert shape is not None and out_shape is not None
-    small = not conv.weight.is_cuda and math.prod(out_shape[2:]) < _SMALL_PLANE
-    if not fast or (share <= _SURELY_FASTER and not small):
-        return share < 1
+def _measure(
+    conv: nn.Conv2d, layer: ColumnConv2d, shape: tuple[int, ...], residual: bool
+) -> Decision:
     x = torch.zeros(shape, dtype=conv.weight.dtype, device=conv.weight.device)
-    residual = torch.zeros_like(conv(x)) if chain.residual is not None else None
-
-    def dense() -> Tensor:
-        y = conv(x)
-        if residual is not None:
-            y = y + residual
-        if chain.clamp != Clamp():
-            y = y.clamp_(*chain.clamp)
-        for op in chain.post:
-            y = op(y)
-        return y
-
     with torch.no_grad():
-        dense_ms, compact_ms = interleaved_ms([dense, lambda: layer(x, residual)], _ROUNDS, turn=0)
-    return compact_ms < dense_ms
+        added = torch.zeros_like(conv(x)) if residual else None
+        layer.tune(x, added)
+        dense_ms, compact_ms = interleaved_ms(
+            [lambda: layer.epilogue(conv(x), added), lambda: layer(x, added)], _ROUNDS, turn=0
+        )
+    return Decision(compact_ms < dense_ms, 1e3 * dense_ms, 1e3 * compact_ms, True, "measured")

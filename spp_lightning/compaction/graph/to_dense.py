@@ -39,8 +39,9 @@ def to_dense(model: nn.Module) -> nn.Module:
     Raises:
         ValueError: If ``model`` isn't a network.
 
+    >>> from spp_lightning.compaction.epilogue import RELU
     >>> conv = nn.Conv2d(3, 8, 3, padding=1)
-    >>> net = nn.Sequential(ColumnConv2d.of(conv, Clamp(0.0)), nn.Flatten())
+    >>> net = nn.Sequential(ColumnConv2d.of(conv, RELU), nn.Flatten())
     >>> dense = to_dense(net)
     >>> isinstance(dense[0], nn.Conv2d) and torch.equal(dense[0].weight, conv.weight)
     True
@@ -137,11 +138,12 @@ def _convolution(layer: ColumnConv2d) -> nn.Conv2d:
 def _calls(layer: ColumnConv2d, residual: Any = None) -> list[_Call]:
     """What a layer does after the convolution: functions, and their arguments after the first."""
     calls: list[_Call] = [] if residual is None else [(torch.add, (residual,), {})]
-    if layer.clamp == (0, math.inf):
+    clamp = layer.epilogue.clamp
+    if clamp == (0, math.inf):
         calls.append((F.relu, (), {}))
-    elif layer.clamp != Clamp():
-        calls.append((torch.clamp, tuple(layer.clamp), {}))
-    return calls + [_plane_call(op) for op in layer.post]
+    elif clamp != Clamp():
+        calls.append((torch.clamp, tuple(clamp), {}))
+    return calls + [_plane_call(op) for op in layer.epilogue.post]
 
 
 def _plane_call(op: PlaneOp) -> _Call:

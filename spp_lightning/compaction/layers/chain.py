@@ -2,57 +2,87 @@
 
 from __future__ import annotations
 
-import weakref
-from typing import NamedTuple, TypeGuard
-
 import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as modules
 
-from spp_lightning.compaction.kernels.cpu.chain import Linear, Sequence
-from spp_lightning.compaction.kernels.cpu.plan import Plan
-from spp_lightning.compaction.layers.column_conv import ColumnConv2d, is_plain, stamp_of
+from spp_lightning.compaction.kernels.cpu.chain import ChainHandle, Linear
+from spp_lightning.compaction.kernels.cpu.handle import Handle
+from spp_lightning.compaction.layers.column_conv import ColumnConv2d, is_plain, need_grad
 
-__all__ = ["column_sequence"]
+__all__ = ["column_chain", "tune_chain"]
 
 
-def column_sequence(
+def column_chain(
     x: Tensor, residual: Tensor | None, *layers: ColumnConv2d, linear: nn.Module | None = None
 ) -> Tensor:
-    """One layer after the other, with one call of the CPU kernels where that computes them all.
+    """Run layers in a row, by one call of the CPU kernels where that is faster.
+
+    One call is for float32 in evaluation, where nobody would notice: with hooks, gradients or other
+    dtypes, or under a compiler, the layers are called one by one.
 
     Args:
         x: Input of the first layer, ``(B, C, H, W)`` or ``(C, H, W)``.
         residual: Added to the last layer's convolution, of its shape, or None.
         layers: One or more, each with as many channels as the one before it has filters.
-        linear: What reads the last one's output, flattened from its second dimension on.
+        linear: A linear layer that reads the last layer's output, flattened from its second
+            dimension on.
 
     Returns:
-        The last layer's output, ``(B, N, H', W')`` or ``(N, H', W')``, bit for bit the same either
-        way; or that of ``linear``, ``(B, out_features)``, the same but for rounding.
+        The last layer's output, ``(B, N, H', W')`` or ``(N, H', W')``, the same bit for bit either
+        way. With ``linear`` its output, ``(B, out_features)``, the same up to rounding.
 
     Raises:
         ValueError: If a shape doesn't fit.
     """
-    at_once = (
-        not torch.compiler.is_compiling() and _is_own(layers[0]) and layers[0]._takes_at_once(x)
-    )
-    sequence = _sequence(x, residual, layers, linear) if at_once else None
-    if sequence is not None:
-        y = sequence.forward(x, residual)
-        if sequence.linear is not None:
+    directly = not torch.compiler.is_compiling() and _takes_directly(layers[0], x)
+    chain = _chain_of(x, residual, layers, linear) if directly else None
+    if chain is not None:
+        y = chain.forward(x, residual)
+        if chain.linear is not None:
             return y
     else:
         for layer in layers[:-1]:
             x = layer(x)
         y = layers[-1](x) if residual is None else layers[-1](x, residual)
-    return y if linear is None else _run_linear(linear, y, at_once)
+    return y if linear is None else _run_linear(linear, y, directly)
 
 
-def _run_linear(linear: nn.Module, x: Tensor, at_once: bool) -> Tensor:
+def tune_chain(
+    x: Tensor, residual: Tensor | None, *layers: ColumnConv2d, linear: nn.Module | None = None
+) -> dict[int, float]:
+    """Measure a chain, and use the faster of one call and several for inputs of this shape.
+
+    The arguments are those of :func:`column_chain`.
+
+    Returns:
+        Milliseconds by the threads of the one call, or 0 for one layer at a time; empty where the
+        layers can't be one call.
+    """
+    with torch.no_grad():
+        column_chain(x, residual, *layers, linear=linear)  # packs the weights
+        if not _takes_directly(layers[0], x):
+            return {}
+        chain = _chain_of(x, residual, layers, linear)
+        return {} if chain is None else chain.tune(x, residual)
+
+
+def _takes_directly(layer: object, x: Tensor) -> bool:
+    """Whether the kernels read an input as it is, and the layer is no subclass of another kind."""
+    return (
+        type(layer) is ColumnConv2d and "forward" not in layer.__dict__ and layer._takes_directly(x)
+    )
+
+
+def _run_linear(linear: nn.Module, x: Tensor, directly: bool) -> Tensor:
     # By the kernels wherever they can: torch rounds otherwise.
     tensors = None
-    if at_once and not _is_hooked() and _is_readable(x) and not _needs_grad(x, None):
+    if (
+        directly
+        and not _is_hooked()
+        and _is_readable(x)
+        and not (torch.is_grad_enabled() and x.requires_grad)
+    ):
         tensors = _tensors_of(linear)
     y: Tensor = linear(torch.flatten(x, 1)) if tensors is None else Linear(*tensors)(x)
     return y
@@ -63,98 +93,67 @@ def _is_hooked() -> bool:
     return bool(modules._global_forward_hooks or modules._global_forward_pre_hooks)
 
 
-def _sequence(
+def _chain_of(
     x: Tensor, residual: Tensor | None, layers: tuple[ColumnConv2d, ...], linear: nn.Module | None
-) -> Sequence | None:
-    """The layers as one call, if they all can be; with the linear one, if that can be, too."""
-    if _is_hooked():
+) -> ChainHandle | None:
+    """The layers as one call, if they all can be; with the linear layer, if that can be, too."""
+    if _is_hooked() or x.dtype != torch.float32:
         return None
-    found: _Known | None = layers[0]._known_sequence
-    if found is not None and found.fits(x, residual, layers, linear):
-        return found.sequence
-    plans, last, are_new = list[Plan](), layers[-1], False
+    found: ChainHandle | None = layers[0]._chain
+    tensors = None if linear is None else _tensors_of(linear)
+    if found is not None and _holds(found, x, residual, layers, tensors):
+        return found
+    handles, last, are_new = list[Handle](), layers[-1], False
     for layer in layers:
         if not _is_untouched(layer, ColumnConv2d):
             return None
-        known = layer._known_plan
-        plan = layer._plan_at_once(x, residual if layer is last else None)
-        if plan is None or (plans and not _follows(plans[-1], plan)):
+        before = layer._handle
+        handle = layer._handle_for(x, residual if layer is last else None)
+        if handle is None or not handle.counts_changes:
             return None
-        if layer._known_plan is None or layer._known_plan[0] is not plan:
-            return None  # its tensors don't count their changes
-        are_new = are_new or known is not layer._known_plan
-        plans.append(plan)
-    if are_new or x.dtype != torch.float32:  # weights that change at every call aren't worth it
-        return None
-    tensors = None if linear is None else _tensors_of(linear)
-    if len(plans) == 1 and tensors is None:
-        return None
+        if handles and not _follows(handles[-1], handle):
+            return None
+        are_new = are_new or before is not handle
+        handles.append(handle)
+    if are_new or (len(handles) == 1 and tensors is None):
+        return None  # weights that change at every call aren't worth a chain
     own = None if tensors is None else Linear(*tensors)
-    sequence = Sequence(plans, own, None if found is None else found.sequence)
-    layers[0]._known_sequence = _Known(sequence, layers, tensors)
-    return sequence
+    chain = layers[0]._chain = ChainHandle(handles, own, before=found)
+    return chain
 
 
-def _follows(before: Plan, plan: Plan) -> bool:
-    """Whether the kernels can let a plan read the one before it."""
-    return before.geometry.filters == plan.geometry.channels and plan.geometry.stride[1] == 1
-
-
-class _State(NamedTuple):
-    """What a layer was like when a sequence was made of it."""
-
-    layer: weakref.ref[ColumnConv2d]  # which has the sequence
-    weight: Tensor
-    bias: Tensor | None
-    columns: Tensor
-    stamp: tuple[int, ...]
-
-
-class _Known:
-    """A sequence, and what its layers were like when it was made."""
-
-    def __init__(
-        self,
-        sequence: Sequence,
-        layers: tuple[ColumnConv2d, ...],
-        linear: tuple[Tensor, Tensor | None] | None,
-    ) -> None:
-        self.sequence = sequence
-        self._layers = [
-            _State(weakref.ref(layer), *tensors, stamp_of(*tensors))
-            for layer, tensors in ((layer, layer._tensors()) for layer in layers)
-        ]
-        self._linear = None if linear is None else _place_of(*linear)
-
-    def fits(
-        self,
-        x: Tensor,
-        residual: Tensor | None,
-        layers: tuple[ColumnConv2d, ...],
-        linear: nn.Module | None,
-    ) -> bool:
-        """Whether nothing has changed that decides about it: faster than to look it all up."""
-        if x.dtype != torch.float32 or len(layers) != len(self._layers):
-            return False
-        for layer, (expected, weight, bias, columns, stamp) in zip(
-            layers, self._layers, strict=True
+def _holds(
+    chain: ChainHandle,
+    x: Tensor,
+    residual: Tensor | None,
+    layers: tuple[ColumnConv2d, ...],
+    linear: tuple[Tensor, Tensor | None] | None,
+) -> bool:
+    """Whether a chain is that of these layers, and they are what they were."""
+    if len(layers) != len(chain.handles):
+        return False
+    for layer, handle in zip(layers, chain.handles, strict=True):
+        own = layer.__dict__
+        parameters, columns = own["_parameters"], own["_buffers"].get("columns")
+        weight, bias = parameters.get("weight"), parameters.get("bias")
+        if not (
+            own.get("_handle") is handle
+            and _is_untouched(layer, ColumnConv2d)
+            and handle.holds(weight, columns, bias)
+            and not need_grad(weight, bias)
         ):
-            own = layer.__dict__
-            parameters = own["_parameters"]
-            if not (
-                layer is expected()
-                and _is_untouched(layer, ColumnConv2d)
-                and parameters.get("weight") is weight
-                and parameters.get("bias") is bias
-                and own["_buffers"].get("columns") is columns
-                and stamp_of(weight, bias, columns) == stamp
-                and not _needs_grad(weight, bias)
-            ):
-                return False
-        if residual is not None and not layers[-1]._adds_at_once(x, residual):
             return False
-        tensors = None if linear is None else _tensors_of(linear)
-        return (None if tensors is None else _place_of(*tensors)) == self._linear
+    if residual is not None and not layers[-1]._adds_directly(x, residual):
+        return False
+    if chain.linear is None or linear is None:
+        return chain.linear is None and linear is None
+    return chain.linear.is_of(*linear)
+
+
+def _follows(before: Handle, handle: Handle) -> bool:
+    """Whether the channel-blocked kernels let a layer read what the one before it computed."""
+    geometry = handle.spec.geometry
+    return before.spec.geometry.filters == geometry.channels and geometry.stride[1] == 1
 
 
 def _is_untouched(module: nn.Module, kind: type[nn.Module]) -> bool:
@@ -168,12 +167,6 @@ def _is_untouched(module: nn.Module, kind: type[nn.Module]) -> bool:
     )
 
 
-def _needs_grad(weight: Tensor, bias: Tensor | None) -> bool:
-    return torch.is_grad_enabled() and (
-        weight.requires_grad or (bias is not None and bias.requires_grad)
-    )
-
-
 def _tensors_of(linear: nn.Module) -> tuple[Tensor, Tensor | None] | None:
     """Weight and bias of a linear layer, if the kernels may read them in its place."""
     if not _is_untouched(linear, nn.Linear):
@@ -184,7 +177,7 @@ def _tensors_of(linear: nn.Module) -> tuple[Tensor, Tensor | None] | None:
     weight, bias = parameters["weight"], parameters["bias"]
     if weight is None or not _is_readable(weight) or (bias is not None and not _is_readable(bias)):
         return None
-    return None if _needs_grad(weight, bias) else (weight, bias)
+    return None if need_grad(weight, bias) else (weight, bias)
 
 
 def _is_readable(tensor: Tensor) -> bool:
@@ -195,14 +188,3 @@ def _is_readable(tensor: Tensor) -> bool:
         and tensor.is_cpu
         and is_plain(tensor)
     )
-
-
-def _place_of(weight: Tensor, bias: Tensor | None) -> tuple[object, ...]:
-    """Which tensors they are, as long as they live, and where; not what is in them."""
-    place = (id(weight), weight.data_ptr(), weight.shape)
-    return place if bias is None else (*place, id(bias), bias.data_ptr(), bias.shape)
-
-
-def _is_own(layer: object) -> TypeGuard[ColumnConv2d]:
-    """Whether a layer computes what this package wrote, and nobody put another one in its place."""
-    return type(layer) is ColumnConv2d and "forward" not in layer.__dict__

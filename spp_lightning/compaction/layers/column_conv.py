@@ -10,41 +10,42 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 from torch.nn.parameter import UninitializedParameter
 
-from spp_lightning.compaction.epilogue import Clamp, PlaneOp
+from spp_lightning.compaction.epilogue import Clamp, Epilogue
 from spp_lightning.compaction.geometry import Geometry, dense_weight, kept_columns
+from spp_lightning.compaction.kernels.cpu.checks import check_columns
+from spp_lightning.compaction.kernels.cpu.config import KernelConfig
+from spp_lightning.compaction.kernels.cpu.handle import Handle
 from spp_lightning.compaction.kernels.cpu.library import is_available
-from spp_lightning.compaction.kernels.cpu.plan import Plan, check_columns, plan_for
-from spp_lightning.compaction.layers.operator import (
-    column_conv2d,
-    column_conv2d_fused,
-    pack_geometry,
-    pack_post,
-)
+from spp_lightning.compaction.kernels.cpu.registry import handle_for
+from spp_lightning.compaction.layers.operator import column_conv2d
+from spp_lightning.compaction.spec import ConvSpec
 
-__all__ = ["ColumnConv2d", "is_plain", "stamp_of"]
+__all__ = ["ColumnConv2d", "is_plain", "need_grad"]
 
-_AT_ONCE = (torch.float32, torch.bfloat16)  # what the CPU kernels read
+_KERNEL_DTYPES = (torch.float32, torch.bfloat16)
 
 
 class ColumnConv2d(nn.Module):
-    """A convolution without its pruned columns, and with what follows it computed on the way.
+    """A convolution without its pruned columns, together with its epilogue.
 
-    Computes ``post(clamp(conv(x) + residual))``. It trains like any layer, its pruned columns stay
-    pruned. On CPUs the backward pass computes the convolution once more, rather than to keep its
-    output, where post operations follow.
+    Computes ``epilogue(conv(x) + residual)``. It trains like any layer; pruned columns stay pruned.
+    On CPUs, where the epilogue has operations on planes, the backward pass computes the convolution
+    once more instead of keeping its output.
+
+    The layer has one prepared handle, which holds the packed weights. It is packed anew when the
+    layer's tensors change (:class:`~spp_lightning.compaction.kernels.cpu.handle.Handle`).
 
     Args:
         geometry: The convolution.
         weight: Kept columns, ``(filters / groups, columns)``.
-        columns: Which they are, ``(columns,)``, int32, ascending: column (c, i, j) is
+        columns: Indices of the kept columns, ``(columns,)``, int32, ascending: column (c, i, j) is
             ``(c · kh + i) · kw + j``, c counted over all convolution groups.
-        bias: One per filter, ``(filters,)``, or None.
-        clamp: Limits of the output, the lower one first; ReLU is ``(0, inf)``.
-        post: Operations on the planes of the clamped output.
+        bias: ``(filters,)``, or None.
+        epilogue: Clamp and operations on planes.
 
     Raises:
         ValueError: If an argument is of another type, the shapes don't fit, or ``columns`` aren't
-            ascending or don't exist; when it is called, if an input doesn't fit.
+            ascending or don't exist; when the layer is called, if an input doesn't fit.
 
     >>> conv = nn.Conv2d(3, 8, 3, padding=1)
     >>> with torch.no_grad():
@@ -66,8 +67,7 @@ class ColumnConv2d(nn.Module):
         weight: Tensor,
         columns: Tensor,
         bias: Tensor | None = None,
-        clamp: Clamp = Clamp(),  # noqa: B008 (immutable)
-        post: tuple[PlaneOp, ...] = (),
+        epilogue: Epilogue = Epilogue(),  # noqa: B008 (immutable)
     ) -> None:
         super().__init__()
         if not isinstance(geometry, Geometry):
@@ -82,8 +82,9 @@ class ColumnConv2d(nn.Module):
         if not weight.is_floating_point() or (bias is not None and bias.dtype != weight.dtype):
             dtypes = weight.dtype if bias is None else f"{weight.dtype} and {bias.dtype}"
             raise ValueError(f"`weight` and `bias` must be of one floating dtype, got {dtypes}.")
-        geometry.check()
-        _check_post(post)
+        if not isinstance(epilogue, Epilogue):
+            raise ValueError(f"`epilogue` must be an Epilogue, got {epilogue!r}.")
+        ConvSpec(geometry, epilogue).check()
         check_columns(columns, geometry)
         shape = (geometry.filters // geometry.groups, len(columns))
         if tuple(weight.shape) != shape:
@@ -94,38 +95,44 @@ class ColumnConv2d(nn.Module):
         if bias is not None and tuple(bias.shape) != (geometry.filters,):
             raise ValueError(f"`bias` must be ({geometry.filters},), got {tuple(bias.shape)}.")
         self.geometry = geometry
-        self.clamp = Clamp.of(clamp)
-        self.post = tuple(post)
+        self.epilogue = epilogue
         self.weight = nn.Parameter(weight.detach().clone())
         own = None if bias is None else nn.Parameter(bias.detach().clone())
         self.register_parameter("bias", own)
         self.register_buffer("columns", columns.clone())
-        self._known_plan: Any = None
-        self._known_sequence: Any = None  # of this layer and those behind it
-        self._numbers = (pack_geometry(geometry), *pack_post(post))
+        self._handle: Handle | None = None
+        self._chain: Any = None  # of this layer and those behind it
 
     @classmethod
     def of(
         cls,
         conv: nn.Conv2d,
-        clamp: Clamp = Clamp(),  # noqa: B008 (immutable)
-        post: tuple[PlaneOp, ...] = (),
+        epilogue: Epilogue = Epilogue(),  # noqa: B008 (immutable)
     ) -> ColumnConv2d:
-        """The same convolution as a layer, without the columns that are all 0.
+        """The compact layer of a convolution: without the columns that are all 0.
+
+        Args:
+            conv: The convolution; it is left as it was.
+            epilogue: Clamp and operations on planes.
 
         Raises:
-            ValueError: If ``conv`` isn't an ``nn.Conv2d``, has no weights yet, or its padding isn't
-                zeros of one number per side.
+            ValueError: If ``conv`` isn't an ``nn.Conv2d`` or has no weights yet, or its padding
+                isn't zeros, or isn't the same on opposite sides.
         """
         if not isinstance(conv, nn.Conv2d) or isinstance(conv.weight, UninitializedParameter):
             raise ValueError(f"`conv` must be an nn.Conv2d with weights, got {conv!r}.")
         geometry = Geometry.of(conv)
         weight, columns = kept_columns(conv.weight.detach(), geometry)
-        layer = cls(geometry, weight, columns, conv.bias, clamp, post)
+        layer = cls(geometry, weight, columns, conv.bias, epilogue)
         layer.weight.requires_grad_(conv.weight.requires_grad)
         if layer.bias is not None and conv.bias is not None:
             layer.bias.requires_grad_(conv.bias.requires_grad)
         return layer
+
+    @property
+    def spec(self) -> ConvSpec:
+        """The convolution and its epilogue: all of the layer but its tensors."""
+        return ConvSpec(self.geometry, self.epilogue)
 
     @property
     def in_channels(self) -> int:
@@ -139,12 +146,12 @@ class ColumnConv2d(nn.Module):
 
     @property
     def kernel_size(self) -> tuple[int, int]:
-        """Rows and columns of the kernel."""
+        """Height and width of the kernel."""
         return self.geometry.kernel_size
 
     @property
     def stride(self) -> tuple[int, int]:
-        """Pixels between two outputs."""
+        """Input pixels between two outputs."""
         return self.geometry.stride
 
     @property
@@ -163,7 +170,7 @@ class ColumnConv2d(nn.Module):
         return self.geometry.groups
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        """The convolution and what follows it.
+        """Compute the convolution and its epilogue.
 
         Args:
             x: Input, ``(B, C, H, W)`` or ``(C, H, W)``.
@@ -173,14 +180,14 @@ class ColumnConv2d(nn.Module):
             The output, ``(B, N, H', W')`` or ``(N, H', W')``.
 
         Raises:
-            ValueError: If an input is no tensor, of another shape than the layer's, or on another
+            ValueError: If an input is no tensor, of another shape than the layer's, on another
                 device, or of another dtype outside autocast.
         """
         compiling = torch.compiler.is_compiling()
-        if not compiling and self._takes_at_once(x):
-            plan = self._plan_at_once(x, residual)
-            if plan is not None:
-                return plan.forward(x, residual)
+        if not compiling and self._takes_directly(x):
+            handle = self._handle_for(x, residual)
+            if handle is not None:
+                return handle.forward(x, residual)
         self._check_input("x", x)
         if residual is not None:
             self._check_input("residual", residual)
@@ -189,15 +196,14 @@ class ColumnConv2d(nn.Module):
             return self.forward(x[None], batch)[0]
         if not compiling and torch.autograd.forward_ad._current_level >= 0:
             return self._in_torch(x, residual)  # the operators have no forward derivatives
-        shape, post, alphas = self._numbers
+        spec = self.spec
         gradients = torch.is_grad_enabled() and self._needs_grad(x, residual)
-        if not gradients or (self.post and x.is_cpu):
-            return column_conv2d_fused(
-                x, self.weight, self.columns, self.bias, residual, shape, *self.clamp, post, alphas
-            )
+        tensors = (x, self.weight, self.columns, self.bias)
+        if not gradients or (self.epilogue.post and x.is_cpu):
+            return column_conv2d(*tensors, residual, *spec.pack())
         # Step by step, so that the backward pass finds the convolution's output.
-        y = column_conv2d(x, self.weight, self.columns, self.bias, shape)
-        return self._after_convolution(y, residual)
+        y = column_conv2d(*tensors, None, *ConvSpec(spec.geometry).pack())
+        return self.epilogue(y, residual)
 
     def _check_input(self, name: str, x: Tensor) -> None:
         if not isinstance(x, (Tensor, fx.Proxy)):
@@ -217,56 +223,35 @@ class ColumnConv2d(nn.Module):
         g = self.geometry
         weight = dense_weight(self.weight, self.columns, g)
         y = F.conv2d(x, weight, self.bias, g.stride, g.padding, g.dilation, g.groups)
-        return self._after_convolution(y, residual)
+        return self.epilogue(y, residual)
 
-    def _after_convolution(self, y: Tensor, residual: Tensor | None) -> Tensor:
-        if residual is not None:
-            y = y + residual
-        if self.clamp == (0, math.inf):
-            y = F.relu(y)
-        elif self.clamp != Clamp():
-            y = y.clamp(*self.clamp)
-        for op in self.post:
-            y = op(y)
-        return y
-
-    def _tensors(self) -> tuple[Tensor, Tensor | None, Tensor]:
-        # Reads a module's dicts where it can: its attributes take ten times as long.
+    def _tensors(self) -> tuple[Tensor, Tensor, Tensor | None]:
+        # A module's dicts where that is possible: its attributes take ten times as long.
         weight, columns = self._parameters.get("weight"), self._buffers.get("columns")
         if weight is None or columns is None or "bias" not in self._parameters:  # parametrized
-            return self.weight, self.bias, self.columns
-        return weight, self._parameters["bias"], columns
+            return self.weight, self.columns, self.bias
+        return weight, columns, self._parameters["bias"]
 
-    def _plan_at_once(self, x: Tensor, residual: Tensor | None) -> Plan | None:
-        # What computes the layer, if nothing about it needs the operator.
-        weight, bias, columns = tensors = self._tensors()
-        # The plan that was made last, if it still fits. That takes a microsecond, plan_for ten.
-        known, plan = self._known_plan, None
-        if (
-            known is not None
-            and known[1] is weight
-            and known[2] is bias
-            and known[3] is columns
-            and known[4] == stamp_of(weight, bias, columns)
-        ):
-            plan = known[0]
-        elif type(weight) not in (nn.Parameter, Tensor):
+    def _handle_for(self, x: Tensor, residual: Tensor | None) -> Handle | None:
+        """The handle, if it computes the layer for these inputs and nothing needs the operator."""
+        weight, _, bias = tensors = self._tensors()
+        handle = self._handle
+        if handle is not None and not handle.holds(*tensors):
+            handle = None
+        if handle is None and type(weight) not in (nn.Parameter, Tensor):
             return None
-        if weight.dtype != x.dtype:
+        if weight.dtype != x.dtype or need_grad(weight, bias):
             return None
-        if torch.is_grad_enabled() and (
-            weight.requires_grad or (bias is not None and bias.requires_grad)
-        ):
+        if residual is not None and not self._adds_directly(x, residual):
             return None
-        if residual is not None and not self._adds_at_once(x, residual):
-            return None
-        if plan is None:
-            plan = plan_for(weight, columns, bias, self.geometry, self.clamp, self.post)
-            if not any(t is not None and t.is_inference() for t in tensors):
-                self._known_plan = (plan, *tensors, stamp_of(*tensors))
-        return plan
+        if handle is None:
+            before, handle = self._handle, handle_for(*tensors, self.spec)
+            if before is not None:
+                handle.tuned = before.tuned
+            self._handle = handle
+        return handle
 
-    def _adds_at_once(self, x: Tensor, residual: Tensor) -> bool:
+    def _adds_directly(self, x: Tensor, residual: Tensor) -> bool:
         return (
             type(residual) is Tensor
             and residual.dtype == x.dtype
@@ -274,8 +259,37 @@ class ColumnConv2d(nn.Module):
             and not (torch.is_grad_enabled() and residual.requires_grad)
         )
 
+    def tune(self, x: Tensor, residual: Tensor | None = None) -> dict[KernelConfig, float]:
+        """Measure the kernel configs on an input, and use the fastest for inputs of its shape.
+
+        Only configs of equal outputs, bit for bit, are measured. Copies and files of the layer know
+        nothing of it.
+
+        Args:
+            x: Input, ``(B, C, H, W)``.
+            residual: Added to the convolution's output, of its shape.
+
+        Returns:
+            Milliseconds by kernel config; empty where the CPU kernels don't compute the layer.
+        """
+        with torch.no_grad():
+            handle = self._handle_for(x, residual) if self._takes_directly(x) else None
+            return {} if handle is None else handle.tune(x, residual)
+
+    def config_for(self, x: Tensor) -> KernelConfig | None:
+        """The kernel config for inputs of the shape of ``x``, with as many threads as torch uses.
+
+        Returns:
+            The config; None where the CPU kernels don't compute the layer.
+        """
+        with torch.no_grad():
+            handle = self._handle_for(x, None) if self._takes_directly(x) else None
+            if handle is None:
+                return None
+            return handle.config_for(x.shape, x.dtype, torch.get_num_threads())
+
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_known_plan": None, "_known_sequence": None}
+        return {**self.__dict__, "_handle": None, "_chain": None}
 
     def _needs_grad(self, x: Tensor, residual: Tensor | None) -> bool:
         return (
@@ -285,13 +299,13 @@ class ColumnConv2d(nn.Module):
             or (residual is not None and residual.requires_grad)
         )
 
-    def _takes_at_once(self, x: Tensor) -> bool:
-        # Spares the way through torch's dispatcher, which takes longer than a small layer.
+    def _takes_directly(self, x: Tensor) -> bool:
+        # Without torch's dispatcher, which takes longer than a small layer.
         return (
             type(x) is Tensor
             and not torch._C._is_tracing()  # whose shapes are tensors
             and x.is_cpu
-            and x.dtype in _AT_ONCE
+            and x.dtype in _KERNEL_DTYPES
             and not (x.requires_grad and torch.is_grad_enabled())
             and x.dim() == 4
             and x.shape[1] == self.geometry.channels
@@ -302,11 +316,11 @@ class ColumnConv2d(nn.Module):
             and not torch._C._len_torch_function_stack()
             and torch._C._functorch.peek_interpreter_stack() is None
             and torch.autograd.forward_ad._current_level < 0
-            and (self._known_plan is not None or is_available())
+            and (self._handle is not None or is_available())
         )
 
     def to_dense(self) -> nn.Conv2d:
-        """The convolution alone as an ordinary layer, with zeros in the pruned columns."""
+        """The convolution without its epilogue as an ``nn.Conv2d``, zeros in pruned columns."""
         g = self.geometry
         conv = nn.Conv2d(
             g.channels,
@@ -327,7 +341,7 @@ class ColumnConv2d(nn.Module):
         return conv.train(self.training)
 
     def extra_repr(self) -> str:  # noqa: D102
-        g = self.geometry
+        g, clamp = self.geometry, self.epilogue.clamp
         parts = [
             f"{g.channels}, {g.filters}, kernel_size={g.kernel_size}, stride={g.stride}",
             f"padding={g.padding}",
@@ -335,26 +349,20 @@ class ColumnConv2d(nn.Module):
             f"groups={g.groups}" if g.groups != 1 else "",
             f"columns={len(self.columns)} of {g.num_columns}",
             "bias=False" if self.bias is None else "",
-            "relu" if self.clamp == (0, math.inf) else "",
-            f"clamp={tuple(self.clamp)}" if self.clamp not in (Clamp(), (0, math.inf)) else "",
-            *(op.kind for op in self.post),
+            "relu" if clamp == (0, math.inf) else "",
+            f"clamp={tuple(clamp)}" if clamp not in (Clamp(), (0, math.inf)) else "",
+            *(op.kind for op in self.epilogue.post),
         ]
         return ", ".join(part for part in parts if part)
 
 
 def is_plain(tensor: Tensor) -> bool:
-    """Whether a tensor's memory holds its values in order; a negated view's holds the opposite."""
+    """Whether a tensor's memory holds its values in order; that of a negated view doesn't."""
     return tensor.is_contiguous() and not tensor.is_neg()
 
 
-def stamp_of(weight: Tensor, bias: Tensor | None, columns: Tensor) -> tuple[int, ...]:
-    """What changes when a tensor's values do."""
-    counts = (weight._version, weight.data_ptr(), columns._version, columns.data_ptr())
-    return counts if bias is None else (*counts, bias._version, bias.data_ptr())
-
-
-def _check_post(post: object) -> None:
-    if not isinstance(post, (tuple, list)) or not all(isinstance(x, PlaneOp) for x in post):
-        raise ValueError(f"`post` must be a tuple of PlaneOps, got {post!r}.")
-    for op in post:
-        op.check()
+def need_grad(weight: Tensor, bias: Tensor | None) -> bool:
+    """Whether torch records what is computed with these parameters."""
+    return torch.is_grad_enabled() and (
+        weight.requires_grad or (bias is not None and bias.requires_grad)
+    )

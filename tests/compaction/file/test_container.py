@@ -23,7 +23,7 @@ from torch.nn import functional as F
 
 import spp_lightning
 from spp_lightning import ConvNet
-from spp_lightning.compaction.epilogue import Clamp, PlaneOp
+from spp_lightning.compaction.epilogue import Clamp, Epilogue, PlaneOp
 from spp_lightning.compaction.file.container import load_compact, save_compact
 from spp_lightning.compaction.graph.network import CompactNetwork
 from spp_lightning.compaction.graph.to_dense import to_dense
@@ -720,11 +720,11 @@ def test_hostile_json(structure, tmp_path):
 def test_a_norm_is_square_and_odd(kernel, tmp_path):
     op = PlaneOp("local_response_norm", kernel, alpha=0.1)
     with pytest.raises(ValueError, match="`kernel_size` of a norm must be square and odd"):
-        ColumnConv2d.of(nn.Conv2d(3, 4, 3), Clamp(), (op,))
+        ColumnConv2d.of(nn.Conv2d(3, 4, 3), Epilogue(post=(op,)))
     graph = fx.Graph()
     graph.output(graph.call_module("layer", (graph.placeholder("x"),)))
     net = CompactNetwork.of(fx.GraphModule({"layer": ColumnConv2d.of(nn.Conv2d(3, 4, 3))}, graph))
-    net.layer.post = (op,)
+    net.layer.epilogue = Epilogue(post=(op,))
     with pytest.raises(ValueError, match="must be square and odd"):
         save_compact(net, tmp_path / "net.spp")
 
@@ -747,11 +747,11 @@ def test_every_part_of_a_layer_is_kept(tmp_path):
         PlaneOp("local_response_norm", alpha=5e-5),
     )
     conv = pruned(nn.Conv2d(4, 6, (3, 5), (2, 1), (1, 2), (1, 2), 2, bias=False))
-    layer = ColumnConv2d.of(conv, Clamp(-1.5), post)
+    layer = ColumnConv2d.of(conv, Epilogue(Clamp(-1.5), post))
     graph = fx.Graph()
     x = graph.placeholder("x")
     graph.output(graph.call_module("layer", (x,)))
     save_compact(CompactNetwork.of(fx.GraphModule({"layer": layer}, graph)), tmp_path / "net.spp")
     again = load_compact(tmp_path / "net.spp").layer
-    assert (again.geometry, again.clamp, again.post) == (layer.geometry, layer.clamp, layer.post)
+    assert again.spec == layer.spec
     assert again.bias is None and repr(again) == repr(layer)

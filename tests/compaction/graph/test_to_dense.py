@@ -12,7 +12,7 @@ from networks import pruned
 from torch import fx, nn
 
 from spp_lightning import ConvNet
-from spp_lightning.compaction.epilogue import Clamp, PlaneOp
+from spp_lightning.compaction.epilogue import RELU, Clamp, Epilogue, PlaneOp
 from spp_lightning.compaction.graph.network import CompactNetwork
 from spp_lightning.compaction.graph.to_dense import to_dense
 from spp_lightning.compaction.layers.column_conv import ColumnConv2d
@@ -100,7 +100,7 @@ class Tree(nn.Module):
 @pytest.mark.parametrize("post", POSTS)
 def test_layers_in_an_ordinary_network(post):
     conv = pruned(nn.Conv2d(4, 6, 3, stride=2, padding=1, groups=2, bias=False))
-    tree = Tree(ColumnConv2d.of(conv, *POSTS[post])).eval()
+    tree = Tree(ColumnConv2d.of(conv, Epilogue(*POSTS[post]))).eval()
     tree.first.weight.requires_grad_(False)
     before = copy.deepcopy(tree.state_dict())
     dense = to_dense(tree)
@@ -115,7 +115,7 @@ def test_layers_in_an_ordinary_network(post):
 
 
 def test_a_layer_alone_and_a_graph_inside_a_network():
-    layer = ColumnConv2d.of(pruned(nn.Conv2d(3, 4, 3)), Clamp(0.0))
+    layer = ColumnConv2d.of(pruned(nn.Conv2d(3, 4, 3)), RELU)
     x = torch.randn(1, 3, 6, 6, generator=torch.Generator().manual_seed(1))
     assert difference(to_dense(layer)(x), layer(x)) < 1e-6
 

@@ -9,31 +9,25 @@ import pytest
 import torch
 from cases import (
     NORM,
-    SENTINEL,
     Case,
     Tensors,
     cases,
     guarded,
-    intact,
-    plan,
     tensors,
 )
+from facade import EXACT, Kernel, handle, has_pairs, output, prepared, set_instruction_set
+from facade import gradients as gradients_of
 from hypothesis import given, settings
 from torch import Tensor
 from torch.nn import functional as F
 
 from spp_lightning import native
-from spp_lightning.compaction import timing
-from spp_lightning.compaction.epilogue import Clamp, PlaneOp
+from spp_lightning.compaction.epilogue import RELU, Clamp, Epilogue, PlaneOp
 from spp_lightning.compaction.geometry import Geometry, dense_weight
 from spp_lightning.compaction.kernels.cpu import library
-from spp_lightning.compaction.kernels.cpu import plan as cpu
 
 BUILT = native.library() is not None
-pytestmark = [
-    pytest.mark.skipif(not BUILT, reason="built without the kernels"),
-    pytest.mark.usefixtures("any_way"),
-]
+pytestmark = pytest.mark.skipif(not BUILT, reason="built without the kernels")
 
 THREADS = (1, 2, 3, 5)
 
@@ -52,23 +46,12 @@ def dense(case: Case, t: Tensors, dtype=torch.float64) -> Tensor:
     return y
 
 
-def way(case: Case, x: Tensor, out: Tensor, variant: int, threads: int) -> cpu.Way:
-    g = case.geometry
-    conv_shape = (len(x), g.filters, *g.out_size(x.shape[2], x.shape[3]))
-    return cpu.Way.of(x.shape, x.dtype, conv_shape, tuple(out.shape), variant, threads)
-
-
-def outputs(case: Case, t: Tensors, variants=cpu._VARIANTS):
-    """What each variant and number of threads gives, from memory full of NaN."""
-    made = plan(case, t)
-    shape = made.forward(t.x, t.residual).shape
-    for variant in variants:
+def outputs(case: Case, t: Tensors, kernels=EXACT):
+    """What each kernel and number of threads gives."""
+    made = handle(case, t)
+    for kernel in kernels:
         for threads in THREADS:
-            out = guarded(torch.full(shape, math.nan, dtype=case.dtype), SENTINEL)
-            if out.numel():
-                made._run(t.x, t.residual, out, way(case, t.x, out, variant, threads))
-            assert intact(out), f"variant {variant}, {threads} threads"
-            yield out
+            yield output(made, t.x, t.residual, kernel, threads)
 
 
 def error(y: Tensor, expected: Tensor, size: Tensor | None = None) -> float:
@@ -90,13 +73,13 @@ def check_forward(case: Case) -> None:
 
 
 def check_bfloat16(case: Case) -> None:
-    """Outputs are rounded once, at the end; pairs of columns don't round otherwise than others."""
+    """Outputs are rounded once, at the end."""
     t = tensors(case._replace(dtype=torch.bfloat16))
     expected = dense(case, t)
     scale = max(float(expected.abs().max()), 1e-3) if expected.numel() else 1.0
-    pairs = [(cpu._PAIRS,)] if cpu.library().spp_has_pairs() else []
-    for variants in (cpu._VARIANTS, *pairs):
-        first, *others = outputs(case._replace(dtype=torch.bfloat16), t, variants)
+    pairs = [(Kernel.PAIRS,)] if has_pairs() else []
+    for kernels in (EXACT, *pairs):
+        first, *others = outputs(case._replace(dtype=torch.bfloat16), t, kernels)
         assert first.dtype == torch.bfloat16 and first.shape == expected.shape
         assert not first.isnan().any()
         rounded = 2**-8 * expected.abs() + 1e-5 * scale
@@ -106,10 +89,10 @@ def check_bfloat16(case: Case) -> None:
 
 def check_backward(case: Case) -> None:
     """Of the convolution alone, and of all that is fused with it."""
-    t, g = tensors(case._replace(residual=False)), case.geometry
+    t = tensors(case._replace(residual=False))
     check_gradients(case._replace(clamp=Clamp(), post=()), t, t.grad, t.grad.double(), False, 1e-6)
     # The kernels' own output, so that both take the same pixels for the greatest.
-    y = cpu.Plan(t.weight, t.columns, t.bias, g).forward(t.x).double().requires_grad_()
+    y = handle(case, t, Epilogue()).forward(t.x).double().requires_grad_()
     low, high = case.clamp
     out = torch.where((y > low) & (y < high), y, y.detach().clamp(low, high))  # 0 at the limits
     for op in case.post:
@@ -135,37 +118,23 @@ def check_gradients(
     expected = gradients(t.x, t.weight, conv_grad)
     # Products may cancel each other out; they are rounded by their sizes.
     sizes = gradients(t.x.abs(), t.weight.abs(), conv_grad.abs())
-    made, results = plan(case, t), []
+    made, results = handle(case, t), []
     for threads in THREADS:
-        of_all = [
-            guarded(torch.full(y.shape, math.nan), SENTINEL)
-            for y in (t.x, t.weight, torch.empty(g.filters))
-        ]
-        how = way(case, t.x, grad, threads % 2, threads)
-        pointers = (y.data_ptr() for y in (t.weight, t.x, grad))
-        assert made._library.spp_backward(
-            *(made.handle, how.address, *pointers, fused), *(y.data_ptr() for y in of_all)
-        )
+        of_all = gradients_of(made, t, grad, fused, threads)
         for y, value, size in zip(of_all, expected, sizes, strict=True):
-            assert intact(y)
             assert error(y, value, size) < tolerance
         # Each alone is the same, and where one isn't wanted nothing is written.
         for i, y in enumerate(of_all if threads == 1 else ()):
-            alone = [torch.full_like(y, math.nan) if n == i else None for n in range(3)]
-            made._library.spp_backward(
-                *(made.handle, how.address),
-                *(x.data_ptr() for x in (t.weight, t.x, grad)),
-                fused,
-                *(None if x is None else x.data_ptr() for x in alone),
-            )
+            alone = gradients_of(made, t, grad, fused, threads, [n == i for n in range(3)])
             assert torch.equal(alone[i], y)
+            assert all(x.isnan().all() for n, x in enumerate(alone) if n != i)
         results.append(of_all[0])
     assert all(torch.equal(results[0], other) for other in results)
 
 
 @settings(deadline=None, max_examples=250, derandomize=True)
 @given(cases())
-def test_outputs_are_a_dense_convolutions_whatever_the_variant_and_threads(case):
+def test_outputs_are_a_dense_convolutions_whatever_the_kernel_and_threads(case):
     check_forward(case)
 
 
@@ -191,7 +160,7 @@ CASES = {
     "stride": Case(EVERY._replace(stride=(2, 3)), (13, 11), 5, SOME),
     "padding wider than the kernel": Case(EVERY._replace(padding=(7, 6)), (2, 3), 2, SOME),
     "padding above and below only": Case(Geometry(3, 5, (3, 1), padding=(4, 0)), (5, 9), 2, (1, 8)),
-    "dilation beyond the picture": Case(
+    "dilation beyond the image": Case(
         EVERY._replace(padding=(9, 9), dilation=(9, 9)), (4, 5), 1, SOME
     ),
     "more columns than a panel": Case(
@@ -248,11 +217,11 @@ def test_every_instruction_set(case, isa):
 
 def test_an_unknown_instruction_set_is_refused():
     best = library.instruction_set()
-    assert not cpu.library().spp_set_isa(b"abacus")
+    assert not set_instruction_set("abacus")
     assert library.instruction_set() == best
 
 
-@pytest.mark.parametrize("variant", cpu._VARIANTS)
+@pytest.mark.parametrize("kernel", EXACT)
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize(
     "post",
@@ -264,7 +233,7 @@ def test_an_unknown_instruction_set_is_refused():
     ],
     ids=["", "max_pool", "avg_pool", "norm"],
 )
-def test_what_is_no_number_goes_where_torch_takes_it(post, value, variant, isa):
+def test_what_is_no_number_goes_where_torch_takes_it(post, value, kernel, isa):
     case = Case(EVERY, (10, 19), 2, SOME, clamp=Clamp(-4.0), post=post)
     for pixel in [(0, 0, 0, 0), (1, 3, 9, 18), (0, 2, 4, 15), (1, 1, 5, 0)]:
         t = tensors(case)
@@ -276,8 +245,7 @@ def test_what_is_no_number_goes_where_torch_takes_it(post, value, variant, isa):
         for op in post:
             expected = op(expected)
         assert value == -math.inf or not expected.isfinite().all()
-        out = torch.zeros(expected.shape)
-        plan(case, t)._run(t.x, None, out, way(case, t.x, out, variant, 1))
+        out = output(handle(case, t), t.x, None, kernel)
         assert torch.equal(out.isnan(), expected.isnan())
         assert torch.equal(out.isinf(), expected.isinf())
         finite = expected.isfinite()
@@ -285,23 +253,23 @@ def test_what_is_no_number_goes_where_torch_takes_it(post, value, variant, isa):
 
 
 def test_large_outputs_are_those_of_single_images(isa):
-    """They are written past the cache; those of one image here aren't."""
-    g = Geometry(3, 64, (3, 3), padding=(1, 1))
-    t = tensors(Case(g, (64, 64), 5, SOME[:5]))
-    made = cpu.Plan(t.weight, t.columns, t.bias, g, Clamp(0.0))
+    """They are written by non-temporal stores; those of one image here aren't."""
+    case = Case(Geometry(3, 64, (3, 3), padding=(1, 1)), (64, 64), 5, SOME[:5])
+    t = tensors(case)
+    made = handle(case, t, RELU)
     expected = torch.cat([made.forward(x[None].contiguous()) for x in t.x])
     assert expected.nbytes > 4 * 2**20 > expected[0].nbytes
-    for variant in cpu._VARIANTS:
+    for kernel in EXACT:
         for threads in THREADS:
             out = torch.full(expected.shape, math.nan)  # aligned, as guarded memory isn't
-            made._run(t.x, None, out, made.way_of(t.x.shape, t.x.dtype, variant, threads))
+            made.run(prepared(made, t.x, kernel, threads), t.x, None, out)
             assert torch.equal(out, expected)
 
 
 def test_gradients_dont_depend_on_what_was_computed_before(isa):
     case = Case(EVERY, (6, 5), 16, SOME, post=(PlaneOp("max_pool", (3, 3), (2, 2)), NORM))
     t = tensors(case)
-    made, every = plan(case, t), (True, True, True)
+    made, every = handle(case, t), (True, True, True)
     pooled = torch.randn_like(made.forward(t.x))
     for fused, grad in ((False, t.grad), (True, pooled)):
         alone = made.backward(grad[:1], t.weight, t.x[:1], every, fused)
@@ -313,17 +281,17 @@ def test_gradients_dont_depend_on_what_was_computed_before(isa):
         assert all(not y.isnan().any() for y in again)
 
 
-def test_several_python_threads_run_one_plan():
+def test_several_python_threads_run_one_handle():
     case = Case(EVERY, (20, 21), 3, SOME, post=(PlaneOp("max_pool", (2, 2), (2, 2)),))
     t = tensors(case)
-    made, inputs = plan(case, t), [t.x + i for i in range(4)]
+    made, inputs = handle(case, t), [t.x + i for i in range(4)]
     expected, wrong = [made.forward(x) for x in inputs], []
 
     def work(i):
         for n in range(30):
-            choice = (n % 2, 1 + n % 3)
+            choice = (EXACT[n % 2], 1 + n % 3)
             out = torch.full_like(expected[i], math.nan)
-            made._run(inputs[i], None, out, way(case, inputs[i], out, *choice))
+            made.run(prepared(made, inputs[i], *choice), inputs[i], None, out)
             if not torch.equal(out, expected[i]):
                 wrong.append(choice)
 
@@ -335,67 +303,38 @@ def test_several_python_threads_run_one_plan():
     assert not wrong
 
 
-def test_torch_says_how_many_threads(monkeypatch):
-    monkeypatch.setattr(cpu, "fastest", timing.fastest)
-    case = Case(EVERY, (20, 21), 3, SOME)
-    t = tensors(case)
-    made, seen, run = plan(case, t), set(), cpu.Plan._run
-    monkeypatch.setattr(
-        cpu.Plan, "_run", lambda self, *args: (seen.add(args[-1].native.threads), run(self, *args))
-    )
-    before = torch.get_num_threads()
-    try:
-        for threads in (3, 1):
-            seen.clear()
-            torch.set_num_threads(threads)
-            made.forward(t.x)
-            assert seen == {threads, 1}  # small: one thread may be faster
-    finally:
-        torch.set_num_threads(before)
-
-
-def test_the_way_is_chosen_once_per_size(monkeypatch):
-    case = Case(EVERY, (8, 8), 2, SOME)
-    t = tensors(case)
-    made, sizes, choose = plan(case, t), [], cpu.Plan._fastest
-
-    def fastest(self, x, *args):
-        sizes.append(tuple(x.shape))
-        return choose(self, x, *args)
-
-    monkeypatch.setattr(cpu.Plan, "_fastest", fastest)
-    for x in (t.x, t.x, t.x[:1], t.x):
-        made.forward(x)
-    assert sizes == [(2, 4, 8, 8), (1, 4, 8, 8)]
-
-
 # Takes most of what it may allocate beforehand; then nothing is left for the kernels' own memory.
 _WITHOUT_MEMORY = """
 import itertools, resource
 import torch
-from spp_lightning.compaction import timing
-from spp_lightning.compaction.kernels.cpu import plan as cpu
-from spp_lightning.compaction.epilogue import PlaneOp
+from spp_lightning.compaction.epilogue import Epilogue, PlaneOp
 from spp_lightning.compaction.geometry import Geometry
+from spp_lightning.compaction.kernels.cpu.config import Kernel, KernelConfig
+from spp_lightning.compaction.kernels.cpu.handle import Handle
+from spp_lightning.compaction.spec import ConvSpec
 
 n, pool = 512, PlaneOp("max_pool", (3, 3), (2, 2), (1, 1))  # rows in two windows: no bands
 weight, columns = torch.zeros(4, 144), torch.arange(144, dtype=torch.int32)
-plan = cpu.Plan(weight, columns, None, Geometry(16, 4, (3, 3), padding=(1, 1)), post=(pool,))
+spec = ConvSpec(Geometry(16, 4, (3, 3), padding=(1, 1)), Epilogue(post=(pool,)))
+handle = Handle(weight, columns, None, spec)
 torch.set_num_threads(2)
-plan.forward(torch.zeros(2, 16, 8, 8))  # starts the threads
-pictures, grads = torch.zeros(2, 16, n, n), torch.zeros(2, 4, n, n)
+small = torch.zeros(2, 16, 8, 8)
+threads = handle.prepare(small.shape, small.dtype, KernelConfig(Kernel.PIXELS, 2))
+handle.run(threads, small, None, torch.zeros(threads.out_shape))  # starts the threads
+images, grads = torch.zeros(2, 16, n, n), torch.zeros(2, 4, n, n)
 pooled, out = torch.zeros(2, 4, n // 2, n // 2), torch.zeros(2, 4, n // 2, n // 2)
 with open("/proc/self/statm") as file:
     used = int(file.read().split()[0]) * resource.getpagesize()
 resource.setrlimit(resource.RLIMIT_AS, (used + 2**20, used + 2**20))
-for variant, threads, batch in itertools.product((0, 1, 3, 4, 5), (1, 2), (1, 2)):
+kernels = (Kernel.PIXELS, Kernel.CHANNELS, Kernel.WINOGRAD_4, Kernel.WINOGRAD_2)
+for kernel, threads, batch in itertools.product(kernels, (1, 2), (1, 2)):
     torch.set_num_threads(threads)
-    x, grad = pictures[:batch], grads[:batch]
-    way = cpu.Way.of(x.shape, x.dtype, (batch, 4, n, n), (), variant, threads)
+    x, grad = images[:batch], grads[:batch]
+    config = KernelConfig(kernel, threads)
     for run in (
-        lambda: plan._run(x, None, out, way),
-        lambda: plan.backward(grad, weight, x, (False, True, False), False),
-        lambda: plan.backward(pooled[:batch], weight, x, (False, True, False), True),
+        lambda: handle.run(handle.prepare(x.shape, x.dtype, config), x, None, out),
+        lambda: handle.backward(grad, weight, x, (False, True, False), False),
+        lambda: handle.backward(pooled[:batch], weight, x, (False, True, False), True),
     ):
         try:
             run()
@@ -411,4 +350,4 @@ def test_running_out_of_memory_is_an_error():
     assert done.returncode == 0, done.stderr
     gradient = "There is no memory left for the gradient of a convolution.\n"
     expected = "There is no memory left to compute a convolution.\n" + 2 * gradient
-    assert done.stdout == 20 * expected, done.stderr
+    assert done.stdout == 16 * expected, done.stderr

@@ -4,7 +4,8 @@ import math
 
 import pytest
 import torch
-from cases import NORM, SENTINEL, Case, guarded, intact, kept, pair, plan, pools, tensors
+from cases import NORM, Case, kept, pair, pools, tensors
+from facade import EXACT, WINOGRAD, Kernel, handle, output, prepared
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -12,30 +13,16 @@ from torch.nn import functional as F
 
 from spp_lightning import compact
 from spp_lightning.compaction import ColumnConv2d
-from spp_lightning.compaction.epilogue import Clamp, PlaneOp
+from spp_lightning.compaction.epilogue import RELU, Clamp, PlaneOp
 from spp_lightning.compaction.geometry import Geometry, dense_weight
-from spp_lightning.compaction.kernels.cpu import chain, library, winograd
-from spp_lightning.compaction.kernels.cpu import plan as cpu
+from spp_lightning.compaction.kernels.cpu import library, winograd
+from spp_lightning.compaction.kernels.cpu.chain import ChainHandle
+from spp_lightning.compaction.kernels.cpu.handle import Handle
 
-pytestmark = [
-    pytest.mark.skipif(not library.is_available(), reason="built without the kernels"),
-    pytest.mark.usefixtures("any_way"),
-]
+pytestmark = pytest.mark.skipif(not library.is_available(), reason="built without the kernels")
 
 LARGE = Geometry(64, 64, (3, 3), padding=(1, 1))
 SIDES = {4: 1e-5, 2: 2e-6}  # outputs of a tile, per side, and the error they may have
-
-
-def output(
-    made: cpu.Plan, x: Tensor, residual: Tensor | None = None, side: int = 4, threads: int = 1
-) -> Tensor:
-    """What the kernels give, from memory full of NaN and with guards around the output."""
-    way = made.way_of(x.shape, x.dtype, cpu.WINOGRAD[side], threads)
-    out = guarded(torch.full(way.out_shape, math.nan), SENTINEL)
-    if out.numel():
-        made._run(x, residual, out, way)
-    assert intact(out)
-    return out
 
 
 def check(case: Case) -> None:
@@ -49,9 +36,10 @@ def check(case: Case) -> None:
     y = y.clamp(*case.clamp)
     for op in case.post:
         y = op(y)
-    made = plan(case, t)
+    made = handle(case, t)
     for side, error in SIDES.items():
-        first, *others = (output(made, t.x, t.residual, side, n) for n in (1, 2, 3, 5))
+        kernel = WINOGRAD[side]
+        first, *others = (output(made, t.x, t.residual, kernel, n) for n in (1, 2, 3, 5))
         assert first.shape == y.shape and not first.isnan().any()
         assert float((first - y).abs().max() if y.numel() else 0) < error * scale
         assert all(torch.equal(first, other) for other in others)
@@ -103,15 +91,16 @@ def test_every_instruction_set(case, isa):
 
 
 def test_large_outputs_are_those_of_single_images(isa):
-    """They are written past the cache; those of one image here aren't."""
-    t = tensors(Case(LARGE._replace(channels=5), (64, 64), 5, tuple(range(45))))
-    made = cpu.Plan(t.weight, t.columns, t.bias, LARGE._replace(channels=5), Clamp(0.0))
-    for side, variant in cpu.WINOGRAD.items():
-        expected = torch.cat([output(made, x[None].contiguous(), side=side) for x in t.x])
+    """They are written by non-temporal stores; those of one image here aren't."""
+    case = Case(LARGE._replace(channels=5), (64, 64), 5, tuple(range(45)))
+    t = tensors(case)
+    made = handle(case, t, RELU)
+    for kernel in WINOGRAD.values():
+        expected = torch.cat([output(made, x[None].contiguous(), None, kernel) for x in t.x])
         assert expected.nbytes > 4 * 2**20 > expected[0].nbytes
         for threads in (1, 2, 3):
             out = torch.full(expected.shape, math.nan)  # aligned, as guarded memory isn't
-            made._run(t.x, None, out, made.way_of(t.x.shape, t.x.dtype, variant, threads))
+            made.run(prepared(made, t.x, kernel, threads), t.x, None, out)
             assert torch.equal(out, expected)
 
 
@@ -119,12 +108,12 @@ def test_large_outputs_are_those_of_single_images(isa):
     ("side", "rows", "cols"), [(4, slice(0, 8), slice(4, 12)), (2, slice(2, 6), slice(6, 10))]
 )
 def test_what_is_no_number_reaches_its_tiles_at_most(side, rows, cols):
-    geometry = LARGE._replace(channels=4, filters=9)
-    t = tensors(Case(geometry, (12, 20), 2, tuple(range(36))))
-    made = cpu.Plan(t.weight, t.columns, None, geometry)
-    clean = output(made, t.x, side=side)
+    case = Case(LARGE._replace(channels=4, filters=9), (12, 20), 2, tuple(range(36)), bias=False)
+    t = tensors(case)
+    made = handle(case, t)
+    clean = output(made, t.x, None, WINOGRAD[side])
     t.x[1, 2, 3, 8] = math.nan
-    out = output(made, t.x, side=side)
+    out = output(made, t.x, None, WINOGRAD[side])
     reached = torch.zeros(2, 9, 12, 20, dtype=torch.bool)
     reached[1, :, rows, cols] = True  # the tiles that read it
     assert out[1, :, 2:5, 7:10].isnan().all()
@@ -134,16 +123,13 @@ def test_what_is_no_number_reaches_its_tiles_at_most(side, rows, cols):
 # --- where they are used ---
 
 
-def variant_of(made: cpu.Plan, x: Tensor) -> int:
-    made.forward(x)
-    (way,) = made._ways.values()
-    return way.native.variant
+def kernel_of(made: Handle, x: Tensor) -> Kernel:
+    return made.config_for(x.shape, x.dtype, torch.get_num_threads()).kernel
 
 
-def made_of(geometry: Geometry, share: float) -> cpu.Plan:
-    columns = torch.arange(round(share * geometry.num_columns), dtype=torch.int32)
-    weight = torch.randn(geometry.filters // geometry.groups, len(columns))
-    return cpu.Plan(weight, columns, None, geometry)
+def made_of(geometry: Geometry, share: float) -> Handle:
+    case = Case(geometry, (56, 56), 1, tuple(range(round(share * geometry.num_columns))))
+    return handle(case, tensors(case))
 
 
 @pytest.mark.parametrize(
@@ -164,39 +150,41 @@ def made_of(geometry: Geometry, share: float) -> cpu.Plan:
 )
 def test_it_is_used_where_it_is_faster(change, share, size, side):
     geometry = LARGE._replace(**change)
-    variant = variant_of(made_of(geometry, share), torch.randn(1, geometry.channels, size, size))
+    kernel = kernel_of(made_of(geometry, share), torch.empty(1, geometry.channels, size, size))
     if side is None:
-        assert variant not in cpu.WINOGRAD.values()
+        assert kernel in EXACT
     else:
-        assert variant == cpu.WINOGRAD[side]
+        assert kernel == WINOGRAD[side]
 
 
 def test_only_for_float32():
     made = made_of(LARGE, 1.0)
-    x = torch.randn(1, 64, 56, 56).bfloat16()
-    assert variant_of(made, x) not in cpu.WINOGRAD.values()
+    assert kernel_of(made, torch.randn(1, 64, 56, 56).bfloat16()) in EXACT
 
 
-def test_the_choice_depends_on_no_time_and_no_batch(monkeypatch):
-    """A picture's output is the same bit for bit, alone or in a batch, whatever is fast today."""
+def test_the_choice_depends_on_no_batch():
+    """An image's output is the same bit for bit, alone or in a batch."""
     made, x = made_of(LARGE, 1.0), torch.randn(3, 64, 28, 28)
-    outputs = []
-    for choice in (0, -1):
-        made._ways.clear()
-        monkeypatch.setattr(cpu, "fastest", lambda ways, i=choice: i % len(ways))
-        outputs += [made.forward(x), torch.cat([made.forward(one[None]) for one in x])]
-    assert all(torch.equal(outputs[0], other) for other in outputs[1:])
+    assert torch.equal(made.forward(x), torch.cat([made.forward(one[None]) for one in x]))
 
 
-def test_a_sequence_leaves_them_to_their_own_kernels(monkeypatch):
-    monkeypatch.setattr(chain, "fastest", lambda ways: len(ways) - 1)
-    plans = [made_of(LARGE, share) for share in (0.2, 1.0)]
-    small, large = torch.randn(1, 64, 4, 4), torch.randn(1, 64, 56, 56)
-    sequence = chain.Sequence(plans)
-    for x in (small, large):
-        one_by_one = plans[1].forward(plans[0].forward(x))
-        assert torch.equal(sequence.forward(x), one_by_one)
-    assert [run is None for run in sequence._runs.values()] == [False, True]
+def test_tuning_leaves_them_alone():
+    """They round otherwise: a clock must not choose between them and other kernels."""
+    for share, kernels in ((1.0, {Kernel.WINOGRAD_4}), (0.2, {*EXACT})):
+        made, x = made_of(LARGE, share), torch.randn(1, 64, 28, 28)
+        before = made.forward(x)
+        assert {config.kernel for config in made.tune(x)} == kernels
+        assert torch.equal(made.forward(x), before)
+
+
+def test_a_chain_leaves_them_to_their_own_kernels():
+    chain = ChainHandle([made_of(LARGE, share) for share in (0.2, 1.0)])
+    for size, possible in ((4, True), (56, False)):
+        x = torch.randn(1, 64, size, size)
+        assert chain.choice(tuple(x.shape), 1).possible == possible
+        assert torch.equal(chain.forward(x), chain.one_by_one(x, None))
+        assert len(chain.tune(x)) == 1 + possible
+        assert torch.equal(chain.forward(x), chain.one_by_one(x, None))
 
 
 def test_an_unpruned_network_gets_faster_layers():
@@ -210,7 +198,7 @@ def test_an_unpruned_network_gets_faster_layers():
 
 @pytest.mark.parametrize(("size", "side"), [(24, 4), (14, 2)])
 def test_training_differentiates_what_it_computes(size, side):
-    layer = ColumnConv2d.of(nn.Conv2d(32, 48, 3, padding=1), Clamp(0.0))
+    layer = ColumnConv2d.of(nn.Conv2d(32, 48, 3, padding=1), RELU)
     conv = nn.Conv2d(32, 48, 3, padding=1).double()
     conv.load_state_dict({"weight": layer.weight.view(48, 32, 3, 3), "bias": layer.bias})
     x = torch.randn(2, 32, size, size)

@@ -6,12 +6,12 @@ import io
 import math
 import pickle
 import threading
-import time
 import weakref
 
 import pytest
 import torch
-from cases import NORM, SENTINEL, Case, cases, guarded, intact, plan, pools, tensors
+from cases import NORM, SENTINEL, Case, cases, guarded, intact, pools, tensors
+from facade import handle
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import fx, nn
@@ -19,15 +19,15 @@ from torch.nn import functional as F
 from torch.nn.utils import parametrize
 
 from spp_lightning import ConvNet, compact
-from spp_lightning.compaction import ColumnConv2d, load_compact, pipeline, save_compact, to_dense
+from spp_lightning.compaction import ColumnConv2d, load_compact, save_compact, to_dense
 from spp_lightning.compaction.epilogue import Clamp, PlaneOp
 from spp_lightning.compaction.geometry import Geometry
 from spp_lightning.compaction.graph.network import CompactNetwork
 from spp_lightning.compaction.graph.program import compile_steps
-from spp_lightning.compaction.kernels.cpu import chain, library
-from spp_lightning.compaction.layers import chain as chains
+from spp_lightning.compaction.kernels.cpu import library
+from spp_lightning.compaction.kernels.cpu.chain import ChainHandle, Linear
+from spp_lightning.compaction.layers.chain import column_chain, tune_chain
 
-pytestmark = pytest.mark.usefixtures("any_way")
 native = pytest.mark.skipif(not library.is_available(), reason="built without the kernels")
 
 POOL = PlaneOp("max_pool", (3, 3), (2, 2), ceil_mode=True)
@@ -83,15 +83,14 @@ def rows_of_cases(draw):
 
 def check(row: list[Case]) -> None:
     every = [tensors(case) for case in row]
-    sequence = chain.Sequence(tuple(plan(case, t) for case, t in zip(row, every, strict=True)))
+    chain = ChainHandle([handle(case, t) for case, t in zip(row, every, strict=True)])
     x, residual = every[0].x, every[-1].residual
-    expected = sequence._one_by_one(x, residual)
+    expected = chain.one_by_one(x, residual)
     for threads in (1, 2, 3, 5):
-        run = sequence._run_of(x, threads)
+        prepared = chain.prepare(x.shape, threads)
         out = guarded(torch.full(expected.shape, math.nan), SENTINEL)
         if out.numel():
-            added = None if residual is None else residual.data_ptr()
-            assert sequence._forward(run.handle, x.data_ptr(), added, None, out.data_ptr())
+            chain.at_once(prepared, x, residual, out)
         assert torch.equal(out, expected), f"{threads} threads"
         assert intact(out)
 
@@ -169,12 +168,6 @@ class Block(nn.Module):
         return F.relu(x + self.last(F.relu(self.middle(F.relu(self.first(x))))))
 
 
-@pytest.fixture(autouse=True)
-def _all_compact(monkeypatch):
-    """A busy machine might find that a layer is faster dense."""
-    monkeypatch.setattr(pipeline, "interleaved_ms", lambda *_, **__: [1.0, 0.5])
-
-
 @pytest.fixture
 def net():
     """The compact ConvNet without its linear layer, whose sums torch rounds as it likes."""
@@ -233,28 +226,29 @@ def test_others_are_not():
 
 
 @native
-@pytest.mark.parametrize("slow", ["_at_once", "_one_by_one"])
-def test_the_faster_way_is_taken(net, monkeypatch, slow):
-    x, calls = torch.randn(4, 3, 32, 32), []
-    expected = one_by_one(net)(x)
+def test_one_call_or_several_is_decided_by_the_cost_model(net):
+    """The small network is one call; of large images each layer is called alone."""
+    small, large = torch.randn(1, 3, 32, 32), torch.randn(1, 3, 512, 512)
+    for x, is_chained in ((small, True), (large, False)):
+        for _ in range(2):  # the first call packs the weights
+            assert torch.equal(net(x), one_by_one(net)(x))
+        threads = torch.get_num_threads()
+        assert bool(net.conv1._chain.threads_for(tuple(x.shape), threads)) == is_chained
 
-    def spy(name):
-        function = getattr(chain.Sequence, name)
 
-        def call(self, *args):
-            calls.append(name)
-            time.sleep(0.02 if name == slow else 0)
-            return function(self, *args)
-
-        monkeypatch.setattr(chain.Sequence, name, call)
-
-    spy("_at_once")
-    spy("_one_by_one")
+@native
+def test_tuned_chains_compute_the_same(net):
+    x = torch.randn(2, 3, 32, 32)
+    layers = (net.conv1, net.conv2, net.conv3)
+    expected = net(x)
+    measured = tune_chain(x, None, *layers)
+    assert 0 in measured and len(measured) > 1 and min(measured.values()) > 0
     assert torch.equal(net(x), expected)
-    assert {*calls} == {"_at_once", "_one_by_one"}
-    calls.clear()
-    assert torch.equal(net(x), expected)
-    assert calls == [{"_at_once": "_one_by_one", "_one_by_one": "_at_once"}[slow]]
+    with torch.no_grad():
+        net.conv2.weight.mul_(2)
+    for _ in range(2):
+        net(x)
+    assert [*net.conv1._chain.tuned] == [(*x.shape, torch.get_num_threads())]
 
 
 def test_new_weights_are_seen(net):
@@ -269,26 +263,18 @@ def test_new_weights_are_seen(net):
 
 
 @native
-def test_a_way_is_chosen_once_whatever_the_weights(net, monkeypatch):
-    x, choices = torch.randn(2, 3, 32, 32), []
-    choose = chain.Sequence._fastest
-    monkeypatch.setattr(
-        chain.Sequence,
-        "_fastest",
-        lambda self, *args: (choices.append(len(args)), choose(self, *args))[1],
-    )
+def test_weights_that_change_at_every_call_make_no_chain(net):
+    x = torch.randn(2, 3, 32, 32)
     for _ in range(3):
         net(x)
-    assert len(choices) == 1
-    known = net.conv1._known_sequence
+    chain = net.conv1._chain
     with torch.no_grad():
         net.conv2.weight.mul_(2)
     expected = one_by_one(net)(x)
     net(x)
-    assert net.conv1._known_sequence is known  # weights may be new at every call
+    assert net.conv1._chain is chain
     assert torch.equal(net(x), expected)
-    assert net.conv1._known_sequence is not known
-    assert len(choices) == 1
+    assert net.conv1._chain is not chain
 
 
 def test_layers_in_the_place_of_others(net):
@@ -304,7 +290,7 @@ def test_layers_in_the_place_of_others(net):
     del net.conv2.forward
     assert torch.equal(net(x), expected)
     own = net.conv2
-    net.conv2 = Zero(own.geometry, own.weight, own.columns, own.bias, own.clamp, own.post)
+    net.conv2 = Zero(own.geometry, own.weight, own.columns, own.bias, own.epilogue)
     net.requires_grad_(False)
     assert torch.equal(net(x), zero)
     net.conv2 = own
@@ -322,7 +308,7 @@ def test_channels_that_dont_fit_are_an_error():
         layer.requires_grad_(False)
     for _ in range(3):
         with pytest.raises(ValueError, match="40"):
-            chains.column_sequence(torch.randn(1, 3, 8, 8), None, *layers)
+            column_chain(torch.randn(1, 3, 8, 8), None, *layers)
 
 
 def test_an_input_is_read_before_it_is_written_to():
@@ -426,17 +412,16 @@ def test_linear_sums(features, bias, isa):
     """Alone, at once and shared by threads: the same bits, near those of float64."""
     linear = nn.Linear(*features, bias=bias).requires_grad_(False)
     case = Case(Geometry(2, features[0], (3, 3)), (3, 3), 1, tuple(range(18)))
-    own = plan(case, tensors(case))
-    sequence = chain.Sequence([own], chain.Linear(linear.weight, linear.bias))
+    own = handle(case, tensors(case))
+    chain = ChainHandle([own], Linear(linear.weight, linear.bias))
     for batch in (1, 2, 5):
         x = torch.randn(batch, 2, 3, 3)
-        expected = sequence._one_by_one(x, None)
+        expected = chain.one_by_one(x, None)
         exact = F.linear(own.forward(x).flatten(1).double(), linear.weight.double(), None)
         exact += 0 if linear.bias is None else linear.bias
         torch.testing.assert_close(expected.double(), exact, rtol=1e-5, atol=1e-5)
         for threads in (1, 2, 3):
-            run = sequence._run_of(x, threads)
-            assert torch.equal(sequence._at_once(run, x, None), expected)
+            assert torch.equal(chain.at_once(chain.prepare(x.shape, threads), x, None), expected)
 
 
 def other_bias(fc, put):
@@ -502,11 +487,8 @@ def test_a_transposed_linear_layer():
     torch.testing.assert_close(fast(x), F.linear(features, linear.weight, linear.bias))
 
 
-@pytest.mark.parametrize("slow", ["_at_once", "_one_by_one"])
-def test_features_are_checked_whatever_the_way(classifier, monkeypatch, slow):
+def test_features_are_checked(classifier):
     x = torch.randn(2, 3, 32, 32)
-    if library.is_available():
-        monkeypatch.setattr(chain, "fastest", lambda calls: slow == "_at_once")
     for _ in range(3):
         classifier(x)
     for features in (6000, 960):
@@ -617,7 +599,7 @@ class Flat(nn.Module):
         (lambda x: x.flatten(2).flatten(1), False),
     ],
 )
-def test_only_what_flattens_pictures_is_joined(flatten, is_joined):
+def test_only_what_flattens_images_is_joined(flatten, is_joined):
     x = torch.randn(2, 3, 8, 8)
     fast = compact(net := pruned(Flat(flatten)), x)
     assert fast.joined_layers == ([["conv", "linear"]] if is_joined else [])
@@ -641,7 +623,7 @@ def test_compilers_see_the_operators(net):
     with torch.no_grad():
         program = torch.export.export(net, (x,))
         names = [str(node.target) for node in program.graph.nodes]
-        assert names.count("spp_lightning.column_conv2d_fused.default") == 3
+        assert names.count("spp_lightning.column_conv2d.default") == 3
         assert torch.equal(program.module()(x), net(x))
         file = io.BytesIO()
         torch.jit.save(torch.jit.trace(net, x), file)
@@ -656,10 +638,10 @@ def test_wrong_inputs_are_named(net):
     block = compact(pruned(Block()), torch.randn(1, 8, 9, 9))
     layers = (block.first, block.middle, block.last)
     x = torch.randn(1, 8, 9, 9)
-    for _ in range(2):  # when it is timed, and after that
+    for _ in range(2):  # when it is prepared, and after that
         with pytest.raises(ValueError, match="`residual` must be of shape"):
-            chains.column_sequence(x, torch.randn(1, 8, 9, 8), *layers)
-        chains.column_sequence(x, x, *layers)
+            column_chain(x, torch.randn(1, 8, 9, 8), *layers)
+        column_chain(x, x, *layers)
 
 
 @native

@@ -1,23 +1,24 @@
-"""Compact layers in a row as one call of the CPU kernels."""
+"""Layers in a row as one call of the channel-blocked kernels."""
 
 from __future__ import annotations
 
 import ctypes
 import math
-import weakref
+from collections.abc import Sequence
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from spp_lightning.compaction.kernels.cpu import autotune, cost
+from spp_lightning.compaction.kernels.cpu.checks import check_tensor
+from spp_lightning.compaction.kernels.cpu.config import Kernel, KernelConfig
+from spp_lightning.compaction.kernels.cpu.handle import Handle, NativeChain
 from spp_lightning.compaction.kernels.cpu.library import library
-from spp_lightning.compaction.kernels.cpu.plan import FILTERS, SMALL, Plan, Way, check_tensor
-from spp_lightning.compaction.timing import fastest
+from spp_lightning.compaction.kernels.cpu.tables import ShapeTable
 
-__all__ = ["Linear", "Sequence"]
-
-# Numbers of a picture between two layers beyond which it leaves the cache anyway.
-_MOST_NUMBERS = 2**20
+__all__ = ["ChainHandle", "Linear", "PreparedChain"]
 
 
 class _NativeLinear(ctypes.Structure):
@@ -42,7 +43,7 @@ class Linear:
         self.out_features, self.in_features = weight.shape
         if bias is not None:
             check_tensor("bias", bias, (self.out_features,))
-        self._tensors = (weight, bias)  # while they are held, nobody else gets their addresses
+        self._tensors = (weight, bias)  # while they are held, no other tensor gets their addresses
         self._native = _NativeLinear(
             weight.data_ptr(),
             None if bias is None else bias.data_ptr(),
@@ -50,12 +51,21 @@ class Linear:
             self.out_features,
         )
         self.address = ctypes.addressof(self._native)
+        self._place = _place_of(weight, bias)
+
+    def is_of(self, weight: Tensor, bias: Tensor | None) -> bool:
+        """Whether it reads these tensors, at the place where they are now."""
+        return (
+            weight is self._tensors[0]
+            and bias is self._tensors[1]
+            and self._place == _place_of(weight, bias)
+        )
 
     def __call__(self, x: Tensor) -> Tensor:
-        """Run it on pictures, ``(B, N, H, W)``, float32, contiguous: ``(B, out_features)``.
+        """Compute flattened images, ``(B, N, H, W)``, float32, contiguous: ``(B, out_features)``.
 
         Raises:
-            ValueError: If they have other features.
+            ValueError: If they have another number of features.
         """
         self.check(x.shape)
         out = torch.empty((len(x), self.out_features), dtype=torch.float32)
@@ -65,10 +75,10 @@ class Linear:
         return out
 
     def check(self, shape: tuple[int, ...]) -> None:
-        """Check that pictures of a shape, ``(B, N, H, W)``, have its features.
+        """Check that images of a shape, ``(B, N, H, W)``, have as many features as it reads.
 
         Raises:
-            ValueError: If they have others.
+            ValueError: If they don't.
         """
         features = math.prod(shape[1:])
         if features != self.in_features:
@@ -78,80 +88,90 @@ class Linear:
             )
 
 
-class _Run:
-    """How inputs of one shape are computed all at once."""
-
-    def __init__(self, plans: list[Plan], ways: list[Way], linear: Linear | None) -> None:
-        functions, pointers = library(), ctypes.c_void_p * len(plans)
-        self.handle = functions.spp_sequence(
-            pointers(*(plan.handle for plan in plans)),
-            pointers(*(way.address for way in ways)),
-            len(plans),
-        )
-        if not self.handle:
-            raise MemoryError("There is no memory left for the weights of a convolution.")
-        weakref.finalize(self, functions.spp_free_sequence, self.handle)
-        self.conv_shape, self.out_shape = ways[-1].conv_shape, ways[-1].out_shape
-        if linear is not None:
-            self.out_shape = (self.out_shape[0], linear.out_features)
+def _place_of(weight: Tensor, bias: Tensor | None) -> tuple[object, ...]:
+    """Where tensors are, not what is in them."""
+    place = (weight.data_ptr(), weight.shape)
+    return place if bias is None else (*place, bias.data_ptr(), bias.shape)
 
 
-class Sequence:
-    """Plans of which each reads the output of the one before it, float32.
+class PreparedChain(NamedTuple):
+    """What a chain prepared for inputs of one shape: one call, or none for one layer at a time."""
 
-    A picture goes through all of them before the next one does, and what one plan computed is read
-    by the next one from the cache and as it is.
+    native: NativeChain | None
+    conv_shape: tuple[int, ...] = ()  # of the last convolution's output
+    out_shape: tuple[int, ...] = ()
+
+
+class ChainHandle:
+    """Layers of which each reads the output of the one before it, float32.
+
+    In one call, an image goes through all layers before the next image does. A layer finds in the
+    cache what the layer before it computed, in the order in which it was computed. The output is
+    the same bit for bit as one layer after the other gives.
 
     Args:
-        plans: One or more; each but the first with a stride of 1 along the rows, and with as many
+        handles: One or more; each but the first with a stride of 1 along the rows, and with as many
             channels as the one before it has filters.
-        linear: A linear layer that reads the last plan's pictures flattened, if there is one.
-        before: That of the same layers with other weights, whose choices are taken over.
+        linear: A linear layer that reads the last layer's images flattened, if there is one.
+        before: The chain of the same layers with their old weights, whose tuned choices are taken
+            over.
     """
 
     def __init__(
-        self, plans: list[Plan], linear: Linear | None = None, before: Sequence | None = None
+        self,
+        handles: Sequence[Handle],
+        linear: Linear | None = None,
+        before: ChainHandle | None = None,
     ) -> None:
-        self.plans, self.linear = plans, linear
+        self.handles, self.linear = tuple(handles), linear
+        # Threads of the one call, or 0 for one layer at a time, by shape and number of threads.
+        self.tuned: dict[tuple[int, ...], int] = {} if before is None else before.tuned
         self._forward = library().spp_forward_sequence
-        self._runs: dict[tuple[int, ...], _Run | None] = {}  # None: one plan after the other
-        self._threads: dict[tuple[int, ...], int] = {}  # of a run, 0 without one
-        if before is not None:
-            self._threads.update(before._threads)
+        self._prepared: ShapeTable[PreparedChain] = ShapeTable()
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        """Run the plans: all at once, or one after the other where that was faster.
+        """Run the layers.
 
         Args:
             x: Input, ``(B, C, H, W)``, float32, contiguous.
-            residual: Added in the last plan before its clamp; contiguous.
+            residual: Added in the last layer before its clamp; contiguous.
 
         Returns:
-            The last plan's output, the same bit for bit as one plan after the other gives; or the
-            linear layer's.
+            The last layer's output, or the linear layer's.
 
         Raises:
             ValueError: If a shape doesn't fit.
+            MemoryError: If there is no memory for it.
         """
         key = (*x.shape, torch.get_num_threads())
-        if key not in self._runs:
-            if key not in self._threads:
-                self._threads[key] = self._fastest(x, residual)
-            threads = self._threads[key]
-            self._runs[key] = self._run_of(x, threads) if threads else None
-        run = self._runs[key]
-        if run is None:
-            return self._one_by_one(x, residual)
+        prepared = self._prepared.get(key)
+        if prepared is None:
+            threads = self.threads_for(key[:-1], key[-1])
+            made = self.prepare(x.shape, threads) if threads else PreparedChain(None)
+            prepared = self._prepared.put(key, made)
+        if prepared.native is None:
+            return self.one_by_one(x, residual)
         if residual is not None:
-            check_tensor("residual", residual, run.conv_shape)
-        return self._at_once(run, x, residual)
+            check_tensor("residual", residual, prepared.conv_shape)
+        return self.at_once(prepared, x, residual)
 
-    def _at_once(self, run: _Run, x: Tensor, residual: Tensor | None) -> Tensor:
-        out = torch.empty(
-            *run.out_shape, dtype=torch.float32
-        )  # numbers are read faster than a tuple
+    def at_once(
+        self,
+        prepared: PreparedChain,
+        x: Tensor,
+        residual: Tensor | None,
+        out: Tensor | None = None,
+    ) -> Tensor:
+        """Run all layers in one call; shapes aren't checked.
+
+        Raises:
+            MemoryError: If there is no memory for it.
+        """
+        if out is None:
+            # Numbers one by one are read faster than a tuple.
+            out = torch.empty(*prepared.out_shape, dtype=torch.float32)
         if not self._forward(
-            run.handle,
+            prepared.native.address,  # type: ignore[union-attr]
             x.data_ptr(),
             None if residual is None else residual.data_ptr(),
             None if self.linear is None else self.linear.address,
@@ -160,46 +180,66 @@ class Sequence:
             raise MemoryError("There is no memory left to compute a convolution.")
         return out
 
-    def _one_by_one(self, x: Tensor, residual: Tensor | None) -> Tensor:
-        for plan in self.plans[:-1]:
-            x = plan.forward(x)
-        y = self.plans[-1].forward(x, residual)
+    def one_by_one(self, x: Tensor, residual: Tensor | None) -> Tensor:
+        """Run one layer after the other."""
+        for handle in self.handles[:-1]:
+            x = handle.forward(x)
+        y = self.handles[-1].forward(x, residual)
         return y if self.linear is None else self.linear(y)
 
-    def _run_of(self, x: Tensor, threads: int) -> _Run:
-        return _Run(self.plans, self._ways(x, threads), self.linear)
+    def threads_for(self, shape: tuple[int, ...], threads: int) -> int:
+        """Threads of the one call, or 0 for one layer at a time: tuned, or by the cost model."""
+        tuned = self.tuned.get((*shape, threads))
+        return self.choice(shape, threads).threads if tuned is None else tuned
 
-    def _ways(self, x: Tensor, threads: int) -> list[Way]:
-        ways, shape = list[Way](), tuple(x.shape)
-        for plan in self.plans:
-            ways.append(plan.way_of(shape, x.dtype, FILTERS, threads))
-            shape = ways[-1].out_shape
+    def choice(self, shape: tuple[int, ...], threads: int) -> cost.ChainChoice:
+        """What the cost model says of inputs of a shape."""
         if self.linear is not None:
-            self.linear.check(shape)
-        return ways
+            self.linear.check(self._shapes(shape)[-1])
+        layers = tuple((handle.spec, handle.num_columns) for handle in self.handles)
+        return cost.choose_chain(layers, shape, threads)
 
-    def _fastest(self, x: Tensor, residual: Tensor | None) -> int:
-        counts = [torch.get_num_threads()]
-        ways = self._ways(x, counts[0])
-        self._one_by_one(x, residual)  # checks the residual, and times each plan's own ways
-        pixels = [math.prod(way.out_shape[2:]) for way in ways[:-1]]
-        numbers = (plan.padded_filters * n for plan, n in zip(self.plans, pixels, strict=False))
-        if not len(x) or max(numbers, default=0) > _MOST_NUMBERS:
-            return 0
-        shapes = [tuple(x.shape), *(way.out_shape for way in ways[:-1])]
-        chosen = (
-            plan.winograd_variant(shape, x.dtype)
-            for plan, shape in zip(self.plans, shapes, strict=True)
-        )
-        if any(variant is not None for variant in chosen):
-            return 0  # the kernels of a sequence round otherwise
-        macs = sum(plan.macs(way) for plan, way in zip(self.plans, ways, strict=True))
-        if counts[0] > 1 and macs < SMALL:
-            counts.append(1)
-        runs = [self._run_of(x, count) for count in counts]
-        at_once = [partial(self._at_once, run, x, residual) for run in runs]
-        best = fastest([partial(self._one_by_one, x, residual), *at_once])
-        if best == 0:
-            for plan in self.plans:
-                plan.drop_unused()
-        return [0, *counts][best]
+    def tune(self, x: Tensor, residual: Tensor | None = None) -> dict[int, float]:
+        """Measure the chain on an input, and keep the fastest way for its shape.
+
+        Returns:
+            Milliseconds by the threads of the one call, or 0 for one layer at a time.
+        """
+        threads = torch.get_num_threads()
+        shape = tuple(x.shape)
+        calls = {0: partial(self.one_by_one, x, residual)}
+        if self.choice(shape, threads).possible:
+            for count in dict.fromkeys((threads, 1)):
+                calls[count] = partial(self.at_once, self.prepare(shape, count), x, residual)
+        times = autotune.milliseconds(list(calls.values()))
+        measured = dict(zip(calls, times, strict=True))
+        key = (*shape, threads)
+        self.tuned[key] = min(measured, key=lambda count: measured[count])
+        self._prepared.pop(key)
+        return measured
+
+    def prepare(self, shape: Sequence[int], threads: int) -> PreparedChain:
+        """What :meth:`at_once` needs for inputs of a shape.
+
+        Raises:
+            ValueError: If the shape doesn't fit the layers.
+            MemoryError: If there is no memory for it.
+        """
+        config, steps = KernelConfig(Kernel.CHANNELS, threads), []
+        for handle in self.handles:
+            steps.append(handle.prepare(shape, torch.float32, config, alone=False))
+            shape = steps[-1].out_shape
+        out_shape = steps[-1].out_shape
+        if self.linear is not None:
+            self.linear.check(out_shape)
+            out_shape = (out_shape[0], self.linear.out_features)
+        native = NativeChain(self.handles, steps)
+        return PreparedChain(native, steps[-1].conv_shape, out_shape)
+
+    def _shapes(self, shape: tuple[int, ...]) -> list[tuple[int, ...]]:
+        shapes = [shape]
+        for handle in self.handles:
+            batch, _, height, width = shapes[-1]
+            size = handle.spec.out_size(height, width)
+            shapes.append((batch, handle.spec.geometry.filters, *size))
+        return shapes

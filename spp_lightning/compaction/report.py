@@ -1,0 +1,185 @@
+"""What compact() chose for each layer of a network, and why."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from spp_lightning.compaction.geometry import Geometry, kept_columns
+from spp_lightning.compaction.graph.replace import decide, decision_of
+from spp_lightning.compaction.layers.column_conv import ColumnConv2d
+from spp_lightning.compaction.spec import ConvSpec
+
+__all__ = ["CompactReport", "LayerReport", "compact_report"]
+
+
+class LayerReport(NamedTuple):
+    """What was chosen for a convolution.
+
+    Attributes:
+        name: Of the layer.
+        kept: Kept columns.
+        columns: All columns.
+        kernel: Name of the kernel that runs; ``"dense"`` for a layer that torch computes.
+        threads: Threads that the kernel uses.
+        us: Microseconds of the layer and its epilogue for the input; None where there is no
+            estimate.
+        dense_us: Microseconds of the dense layer and its epilogue, likewise.
+        reason: ``"cost model"``, ``"measured"``, or a rule in words.
+    """
+
+    name: str
+    kept: int
+    columns: int
+    kernel: str
+    threads: int
+    us: float | None
+    dense_us: float | None
+    reason: str
+
+
+class CompactReport(NamedTuple):
+    """What was chosen for a network; as text, a table.
+
+    Attributes:
+        layers: One row per convolution that the input passes, in the order of the forward pass.
+        chains: Names of the layers that one call of the kernels computes, for each such call.
+    """
+
+    layers: tuple[LayerReport, ...]
+    chains: tuple[tuple[str, ...], ...]
+
+    def __str__(self) -> str:
+        head = ("layer", "columns", "kernel", "threads", "µs", "dense µs", "why")
+        rows = [
+            (
+                *(row.name, f"{row.kept} of {row.columns}", row.kernel, str(row.threads)),
+                *("-" if us is None else f"{us:.1f}" for us in (row.us, row.dense_us)),
+                row.reason,
+            )
+            for row in self.layers
+        ]
+        widths = [max(len(row[i]) for row in (head, *rows)) for i in range(len(head))]
+        lines = [
+            "  ".join(
+                cell.rjust(width) if i in (3, 4, 5) else cell.ljust(width)
+                for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+            ).rstrip()
+            for row in (head, *rows)
+        ]
+        calls = [f"One call: {', '.join(names)}." for names in self.chains]
+        return "\n".join([*lines, *calls])
+
+
+def compact_report(network: nn.Module, example_input: Tensor | tuple[Tensor, ...]) -> CompactReport:
+    """What runs in a compact network, layer by layer, for an input.
+
+    The report follows from the network and the cost model, so there is one for networks from files,
+    too, and for other inputs than the one that the network was made with. Times are estimates of
+    the cost model, or what ``compact(..., tune=True)`` measured.
+
+    Args:
+        network: What :func:`compact` or :func:`load_compact` returned. It is run in evaluation mode
+            and left as it was.
+        example_input: A batch of inputs, or a tuple of the positional arguments.
+
+    Raises:
+        ValueError: If ``network`` isn't a network with convolutions.
+
+    >>> from spp_lightning import compact
+    >>> net = nn.Sequential(nn.Conv2d(16, 32, 3), nn.ReLU(), nn.Conv2d(32, 8, 3))
+    >>> with torch.no_grad():
+    ...     _ = net[2].weight[:, :, 1:].zero_()
+    >>> x = torch.zeros(1, 16, 32, 32)
+    >>> report = compact_report(compact(net, x), x)
+    >>> [(row.name, row.kept, row.columns) for row in report.layers]
+    [('0', 144, 144), ('2', 96, 288)]
+    """
+    if not isinstance(network, nn.Module):
+        raise ValueError(f"`network` must be an nn.Module, got {type(network).__name__}.")
+    layers: dict[nn.Module, str] = {
+        module: name
+        for name, module in network.named_modules()
+        if isinstance(module, (ColumnConv2d, nn.Conv2d))
+    }
+    if not layers:
+        raise ValueError("`network` must have convolutions; this one has none.")
+    seen = _inputs_of(network, layers, example_input)
+    rows = tuple(_row(layers[module], module, *inputs) for module, inputs in seen.items())
+    return CompactReport(rows, tuple(_chains(layers, seen)))
+
+
+_Inputs = dict[nn.Module, tuple[Tensor, bool]]  # the first argument, and whether there is another
+
+
+def _inputs_of(
+    network: nn.Module, layers: dict[nn.Module, str], example: Tensor | tuple[Tensor, ...]
+) -> _Inputs:
+    seen: _Inputs = {}
+
+    def note(module: nn.Module, given: tuple[Any, ...]) -> None:
+        seen.setdefault(module, (given[0], len(given) > 1 and given[1] is not None))
+
+    arguments = example if isinstance(example, tuple) else (example,)
+    modes = {module: module.training for module in network.modules()}
+    hooks = []
+    try:
+        network.eval()
+        with torch.no_grad():
+            for _ in range(2):  # the first call packs the weights, the second makes chains
+                network(*arguments)
+            hooks = [layer.register_forward_pre_hook(note) for layer in layers]
+            network(*arguments)
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for module, mode in modes.items():
+            module.training = mode
+    return seen
+
+
+def _row(name: str, module: nn.Module, x: Tensor, residual: bool) -> LayerReport:
+    threads = torch.get_num_threads()
+    decided = decision_of(module)
+    shape = tuple(x.shape) if x.dim() == 4 else (1, *x.shape)
+    if isinstance(module, ColumnConv2d):
+        kept, every = len(module.columns), module.geometry.num_columns
+        if decided is None or not decided.measured:
+            decided = decide(module.spec, kept, shape, x, residual)
+        config = module.config_for(x)
+        kernel = "Triton" if x.is_cuda else "dense convolution of torch"
+        if config is not None:
+            kernel, threads = str(config.kernel), config.threads
+        return LayerReport(
+            name, kept, every, kernel, threads, decided.compact_us, decided.dense_us, decided.reason
+        )
+    assert isinstance(module, nn.Conv2d)
+    kept = every = module.in_channels * module.weight[0, 0].numel()
+    try:
+        geometry = Geometry.of(module)
+    except ValueError:
+        decided = None
+    else:
+        kept = len(kept_columns(module.weight.detach(), geometry)[1])
+        decided = decided or decide(ConvSpec(geometry), kept, shape, x, residual)
+    us = None if decided is None else decided.dense_us
+    reason = "its padding isn't zeros" if decided is None else decided.reason
+    if module.groups == module.in_channels > 1:
+        reason = "depthwise"
+    elif decided is not None and decided.is_compact:
+        reason = "several calls share it"
+    return LayerReport(name, kept, every, "dense", threads, us, us, reason)
+
+
+def _chains(layers: dict[nn.Module, str], seen: _Inputs) -> list[tuple[str, ...]]:
+    handles = {
+        module._handle: name for module, name in layers.items() if isinstance(module, ColumnConv2d)
+    }
+    chains = []
+    for module, (x, _) in seen.items():
+        chain = module._chain if isinstance(module, ColumnConv2d) else None
+        if chain is not None and chain.threads_for(tuple(x.shape), torch.get_num_threads()):
+            chains.append(tuple(handles[handle] for handle in chain.handles))
+    return chains
