@@ -60,6 +60,7 @@ def save_compact(model: nn.Module, path: str | Path) -> None:
         OSError: If the file can't be written.
 
     >>> import tempfile
+    >>> from torch import fx
     >>> net = CompactNetwork.of(fx.symbolic_trace(nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU())))
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     save_compact(net, f"{folder}/net.spp")
