@@ -1,4 +1,4 @@
-"""The settings of a pruning run, checked."""
+"""The settings of a pruning run: what each one means, its default, and its check."""
 
 from __future__ import annotations
 
@@ -18,17 +18,45 @@ _DEFAULT_SPEEDUP = 4.0
 
 @dataclass(frozen=True)
 class SPPSettings:
-    """What to prune, how far and how fast. :class:`~spp_lightning.SPPPruner` tells what each is.
+    """What to prune, how far, and how fast.
+
+    :class:`~spp_lightning.SPPCallback` and :class:`~spp_lightning.SPPPruner` take these as
+    arguments of their own.
+
+    Args:
+        prune_ratio: Target sparsity in [0, 1). A float applies to every layer. A dict maps
+            layer-name patterns (``fnmatch``) to ratios: the first matching pattern wins, and
+            layers that match none are not pruned. Default: 0.75, unless ``speedup`` is given.
+        speedup: Target speedup of the layers, dense MACs / pruned MACs, at least 1. Speedup S is
+            the ratio 1 − 1/S. Give ``prune_ratio`` or ``speedup``, not both.
+        granularity: The weight group that is pruned: ``"column"`` of the weight matrix (one
+            position ``(c, i, j)`` across all filters that read channel ``c``), input
+            ``"channel"``, or ``"filter"``.
+        criterion: Importance of a group: its ``"l1"`` or ``"l2"`` norm.
+        use_rank: Update p by the rank of the importance. False: by the importance itself, scaled
+            like ranks.
+        interval: Optimizer steps between two updates of p, at least 1.
+        A: Change of p in one update for the least important group, in (0, 1].
+        u: Flatness of the update, in (0, 1). A smaller ``u`` takes more updates to the target.
+        crossing: Where the update changes sign, in (0, 1]: 0 is the rank of the last group to be
+            pruned, 1 the rank of the most important group. SPP uses 0.5.
+        recovery: Whether p may fall again, as in SPP.
+        masking: ``"sample"`` draws a mask from p at every step, as in SPP. ``"scale"`` multiplies
+            every group by 1 − p instead.
+        layers: Patterns (``fnmatch``) of the layers to prune. Default: every convolution that is
+            not depthwise.
+        start_step: Optimizer step of the first update.
+        seed: Seed of the masks. The mask of a step depends on p, the seed and the step only.
 
     Raises:
-        ValueError: If an argument is outside its range or of another type, or both
+        ValueError: If an argument has the wrong type or is out of range, or if both
             ``prune_ratio`` and ``speedup`` are given.
 
     >>> SPPSettings(speedup=4).ratio, SPPSettings().ratio
     (0.75, 0.75)
     """
 
-    prune_ratio: float | Mapping[str, float] | None = None
+    prune_ratio: float | dict[str, float] | None = None
     speedup: float | None = None
     granularity: Granularity = "column"
     criterion: Criterion = "l1"
@@ -46,8 +74,8 @@ class SPPSettings:
     def __post_init__(self) -> None:
         if self.prune_ratio is not None and self.speedup is not None:
             raise ValueError(
-                "`prune_ratio` and `speedup` must not both be given, as a speedup S means a ratio"
-                f" of 1 - 1/S; got prune_ratio={self.prune_ratio} and speedup={self.speedup}."
+                "`prune_ratio` and `speedup` must not both be given: a speedup S is the ratio"
+                f" 1 - 1/S. Got prune_ratio={self.prune_ratio} and speedup={self.speedup}."
             )
         if isinstance(self.prune_ratio, Mapping):
             if not self.prune_ratio:
@@ -82,13 +110,13 @@ class SPPSettings:
 
     @property
     def ratio(self) -> float | Mapping[str, float]:
-        """The pruning ratio asked for, of all layers or by pattern: given, or 1 − 1/speedup."""
+        """Target sparsity, of all layers or by pattern: ``prune_ratio``, or 1 − 1/``speedup``."""
         if self.prune_ratio is not None:
             return self.prune_ratio
         return 1 - 1 / (self.speedup or _DEFAULT_SPEEDUP)
 
     def as_dict(self) -> dict[str, Any]:
-        """The settings as plain numbers, strings, lists and dicts, ``speedup`` as the ratio."""
+        """The settings as plain numbers, strings, lists and dicts; ``speedup`` as its ratio."""
         ratio = self.ratio
         plain = asdict(self) | {
             "prune_ratio": (

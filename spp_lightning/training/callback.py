@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -12,8 +11,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
-from spp_lightning.method.groups import Criterion, Granularity
-from spp_lightning.method.masks import Masking
+from spp_lightning.method.arguments import takes_settings
 from spp_lightning.method.pruner import SPPPruner
 from spp_lightning.method.settings import SPPSettings
 from spp_lightning.training.tensorboard import log_layout, log_update
@@ -24,51 +22,37 @@ __all__ = ["SPPCallback"]
 class SPPCallback(Callback):
     """Prunes a trained network's convolutions by SPP while a Trainer trains it on.
 
-    Add it to a Trainer and fit: it prunes until exactly the target share of every layer's weight
-    groups is out, then the rest of the fit retrains what is left. At the end of the fit pruned
-    weights are exactly 0 and nothing of the pruning is left on the network. The network's
-    ``state_dict`` is that of the unpruned network at all times, and so are its checkpoints; the
-    pruning's own state is saved with them, and a run resumed by ``fit(ckpt_path=…)`` goes on as if
-    it had never stopped. Another fit of the same module goes on where the last one ended; another
-    module is pruned from the start. Trained on without the callback, pruned weights grow back.
+    Add it to a Trainer and fit. It prunes until exactly the target share of every layer's weight
+    groups is pruned; the rest of the fit retrains the network. At the end of the fit pruned weights
+    are exactly 0, and the network is a plain one. If it trains on without the callback, pruned
+    weights grow back.
+
+    At all times ``state_dict`` is that of the unpruned network, and so are checkpoints. They also
+    hold the state of the pruning: a run resumed by ``fit(ckpt_path=…)`` ends as if it had never
+    stopped, given the batches that the uninterrupted run would have seen. Another fit of the same
+    module goes on where the last one ended; another module is pruned from the start.
 
     A step is a batch after which an optimizer has stepped: with gradient accumulation one step,
-    not one micro-batch.
+    not one micro-batch. Validation while pruning uses the expected mask, weights times 1 − p.
 
-    The sparsity is in the progress bar and in the Trainer's metrics as ``sparsity``; sparsity,
-    recovered groups and MACs go to the Trainer's loggers at every update, histograms of the
-    pruning probabilities and a chart of all layers to TensorBoard.
+    The sparsity is in the progress bar and in the Trainer's metrics as ``sparsity``. At every
+    update the Trainer's loggers get sparsity, recovered groups and MACs; TensorBoard also gets
+    histograms of p and a chart of all layers.
 
     Args:
-        prune_ratio: Share of weight groups to prune, in [0, 1), of every layer or by pattern of
-            layer names, of which the first that matches counts and without which a layer isn't
-            pruned. Give this, or ``speedup``, or neither for 0.75.
-        speedup: Factor by which the layers' MACs are to fall, at least 1; S is a ratio of 1 − 1/S.
-        granularity: What one weight group is: ``"column"`` of the weight matrix (an input position
-            ``(c, i, j)`` across the filters), input ``"channel"`` or ``"filter"``.
-        criterion: Importance of a group: its ``"l1"`` or ``"l2"`` norm.
-        use_rank: Move p by the rank of the importance; if False, by the importance itself.
-        interval: Optimizer steps between two updates of p, at least 1.
-        A: Change of p at rank 0 in one update, in (0, 1].
-        u: Flatness of an update, in (0, 1).
-        crossing: Rank at which p doesn't change, from the target (0) to the last group (1), in
-            (0, 1]. The method's own is 0.5.
-        recovery: Whether p may fall again; the method's own rule lets it.
-        masking: ``"sample"`` draws masks from p at every step, the method's own way; ``"scale"``
-            multiplies every group by 1 − p instead.
-        layers: Patterns (``fnmatch``) of the names of the layers to prune; default every
-            convolution but depthwise ones.
-        start_step: Optimizer step at which pruning starts.
-        seed: Decides the masks, together with the step and nothing else.
+        settings: The fields of :class:`~spp_lightning.method.settings.SPPSettings`, each as an
+            argument: ``prune_ratio``, ``speedup``, ``granularity``, ``criterion``, ``use_rank``,
+            ``interval``, ``A``, ``u``, ``crossing``, ``recovery``, ``masking``, ``layers``,
+            ``start_step``, ``seed``.
 
     Attributes:
+        settings: The checked settings.
         pruner: The :class:`~spp_lightning.SPPPruner` of the last fit; ``None`` before the first.
 
     Raises:
-        ValueError: At once if an argument is outside its range or ``prune_ratio`` and ``speedup``
-            are both given; at the start of a fit if a pattern matches no layer, the strategy
-            shards weights, or a checkpoint is of other layers or settings; at an update if a
-            weight isn't finite.
+        ValueError: At once if a setting is out of range. At the start of a fit if a pattern matches
+            no layer, the strategy shards weights, or a checkpoint is of other layers or settings.
+            At an update if a weight is not finite.
 
     Source: Wang et al., BMVC 2018.
 
@@ -76,45 +60,14 @@ class SPPCallback(Callback):
     >>> trainer = Trainer(callbacks=[SPPCallback(speedup=4)], logger=False)
     """
 
-    def __init__(
-        self,
-        prune_ratio: float | dict[str, float] | None = None,
-        speedup: float | None = None,
-        granularity: Granularity = "column",
-        criterion: Criterion = "l1",
-        use_rank: bool = True,
-        interval: int = 180,
-        A: float = 0.05,
-        u: float = 0.25,
-        crossing: float = 0.5,
-        recovery: bool = True,
-        masking: Masking = "sample",
-        layers: Sequence[str] | None = None,
-        start_step: int = 0,
-        seed: int = 0,
-    ) -> None:
-        self._arguments: dict[str, Any] = {
-            "prune_ratio": prune_ratio,
-            "speedup": speedup,
-            "granularity": granularity,
-            "criterion": criterion,
-            "use_rank": use_rank,
-            "interval": interval,
-            "A": A,
-            "u": u,
-            "crossing": crossing,
-            "recovery": recovery,
-            "masking": masking,
-            "layers": layers,
-            "start_step": start_step,
-            "seed": seed,
-        }
-        SPPSettings(**self._arguments)  # Bad input fails here, not in the middle of a fit.
+    @takes_settings(SPPSettings)
+    def __init__(self, settings: SPPSettings) -> None:
+        self.settings = settings
         self.pruner: SPPPruner | None = None
         self._restored: dict[str, Any] | None = None
         self._fitting = False
-        self._step = 0  # steps taken since pruning began to count
-        self._global_step = 0  # the Trainer's count when last looked at
+        self._step = 0  # optimizer steps that pruning has counted, over all fits
+        self._global_step = 0  # the Trainer's count at the last batch
         self._show_sparsity = False
 
     # -- beginning and end ---------------------------------------------------------------------
@@ -128,9 +81,9 @@ class SPPCallback(Callback):
             )
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: D102
-        # The network is on its device by now, and a checkpoint's state is loaded.
+        # By now the network is on its device, and a checkpoint's state is loaded.
         if self.pruner is None or self.pruner.model is not pl_module:
-            self.pruner = SPPPruner(pl_module, **self._arguments)
+            self.pruner = SPPPruner(pl_module, **vars(self.settings))
             self._step = 0
         self._fitting = True
         if self._restored is not None:
@@ -143,8 +96,8 @@ class SPPCallback(Callback):
         self._global_step = trainer.global_step
         self._show_sparsity = True
         for saving in trainer.checkpoint_callbacks:
-            # ModelCheckpoint forgets over a resume what it saved last: with gradient accumulation
-            # it would save again at once, in the middle of a step, without the gradients.
+            # After a resume ModelCheckpoint does not know what it saved last. With gradient
+            # accumulation it would save at once, in the middle of a step, without the gradients.
             if isinstance(saving, ModelCheckpoint) and trainer.global_step:
                 saving._last_global_step_saved = trainer.global_step
         self._announce(trainer, pruner)
@@ -173,12 +126,12 @@ class SPPCallback(Callback):
         self._leave(trainer)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:  # noqa: D102
-        self._restored = None  # left by a fit that never began, or by a test of a checkpoint
+        self._restored = None  # of a fit that never began, or of a checkpoint that was tested
         if stage == "fit":
             self._leave(trainer)
 
     def _leave(self, trainer: Trainer) -> None:
-        """Leave a plain network, however the fit ends. The state stays, to be saved and resumed."""
+        """Leave a plain network, however the fit ends. The state stays for saving and resuming."""
         self._fitting = False
         if self.pruner is not None:
             self.pruner.fold(*trainer.optimizers)
@@ -213,15 +166,15 @@ class SPPCallback(Callback):
     # -- saving --------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """The pruning's state, plain: loads with ``torch.load(weights_only=True)``."""
+        """The state of the pruning: a plain dict, for ``torch.load(weights_only=True)``."""
         state = None if self.pruner is None else self.pruner.state_dict()
         return {"step": self._step, "pruner": state}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from a state: now if a fit has begun, else at the start of the next one.
+        """Go on from a state: at once if a fit has begun, else at the start of the next fit.
 
         Raises:
-            ValueError: If the state isn't one of these layers and settings.
+            ValueError: If the state is of other layers or other settings.
         """
         missing = {"step", "pruner"} - state_dict.keys()
         if missing:
@@ -230,12 +183,12 @@ class SPPCallback(Callback):
         if not isinstance(step, int) or isinstance(step, bool) or step < 0:
             raise ValueError(f"The state's step must be a whole number, got {step!r}.")
         if state_dict["pruner"] is None:
-            # Saved before any fit, as by a tuner that tries one out and then takes it back.
+            # Saved before any fit: a tuner does so, trains a little, and loads the state again.
             self.pruner, self._step = None, 0
         elif not self._fitting:
             self._restored = state_dict
         else:
-            # Attached only then: a state that is refused must leave the loaded weights alone.
+            # First load, then attach: a state that is refused must not change loaded weights.
             self._active_pruner.load_state_dict(state_dict["pruner"])
             self._active_pruner.attach()
             self._step = step
@@ -249,8 +202,8 @@ class SPPCallback(Callback):
 
     def _after_update(self, trainer: Trainer) -> None:
         for callback in trainer.callbacks:  # type: ignore[attr-defined]  # set by a connector
-            # Lightning's WeightAveraging and StochasticWeightAveraging: an average would bring
-            # back, at the end, what it remembers of the pruned weights.
+            # Lightning's WeightAveraging and StochasticWeightAveraging: at the end the average
+            # would bring back what it holds of the pruned weights.
             average = getattr(callback, "_average_model", None)
             if isinstance(average, AveragedModel):
                 average = average.module
@@ -260,7 +213,7 @@ class SPPCallback(Callback):
             log_update(trainer.loggers, self._active_pruner, trainer.global_step)
 
     def _announce(self, trainer: Trainer, pruner: SPPPruner) -> None:
-        """Say what will be pruned and how long it takes; warn if the Trainer stops before."""
+        """Say what is pruned and how long it takes; warn if the Trainer stops before that."""
         groups = ", ".join(
             f"{name} {target} of {pruner.num_groups[name]}"
             for name, target in pruner.num_target.items()
@@ -279,11 +232,11 @@ class SPPCallback(Callback):
         )
         remaining = trainer.estimated_stepping_batches - trainer.global_step
         if not trainer.lightning_module.automatic_optimization:
-            # Each optimizer counts there where one step counts here.
+            # The Trainer counts each optimizer's step, this class each batch that steps.
             remaining //= max(len(trainer.optimizers), 1)
         if remaining < needed:
             smaller = f", or take a smaller `interval` than {pruner.settings.interval}"
-            advice = "" if self._step else smaller  # a resumed run must keep its settings
+            advice = "" if self._step else smaller  # a resumed run keeps its settings
             rank_zero_warn(
                 f"SPP takes about {needed} more steps to its target, but the Trainer stops after"
                 f" {remaining}. Fit longer{advice}."

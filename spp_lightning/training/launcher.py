@@ -1,8 +1,8 @@
 """The ``lightning run`` command.
 
-``lightning run [OPTIONS] SCRIPT [ARGS]`` starts a script in one process per device. The work is
-done by Lightning's own launcher, the one behind ``fabric run``; this module reads the command line
-and hands it over. A script picks the options up with `launcher_options`.
+``lightning run [OPTIONS] SCRIPT [ARGS]`` starts a script in one process per device. This module
+reads the command line; Lightning's launcher behind ``fabric run`` does the work. The script reads
+the options with `launcher_options`.
 """
 
 from __future__ import annotations
@@ -19,29 +19,29 @@ __all__ = ["launcher_options", "main"]
 
 _HELP = """Start SCRIPT under torchrun, in one process per device.
 
-SCRIPT_ARGS go to the script. An option that the launcher knows is the launcher's own wherever it
-stands; write it after `--` to give it to the script: `lightning run train.py -- --devices=2`.
+SCRIPT_ARGS go to the script. The launcher takes every option that it knows, wherever it stands.
+Options after `--` go to the script: `lightning run train.py -- --devices=2`.
 
 The old form `lightning run model SCRIPT` works as well.
 
-A Trainer gets the options by `Trainer(**spp_lightning.launcher_options())`; a Fabric object reads
-them by itself. Runs side by side on one machine need different `--main-port`s.
+A Trainer gets the options by `Trainer(**spp_lightning.launcher_options())`. A Fabric object reads
+them by itself. Two runs at the same time on one machine need different `--main-port`s.
 """
 
 _NO_SDK = """\
 lightning: only `lightning run [OPTIONS] SCRIPT [ARGS]` is available here; it starts a training
 script in one process per device (`lightning run --help` lists the options). All other subcommands
-belong to Lightning's cloud command line: `pip install lightning-sdk` to get them."""
+belong to Lightning's cloud command line; `pip install lightning-sdk` installs them."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the ``lightning`` command: ``run`` here, everything else in ``lightning-sdk``.
 
     Args:
-        argv: The words after ``lightning``; those of this process by default.
+        argv: The arguments after ``lightning``. Default: those of this process.
 
     Returns:
-        The exit code: 2 if the words are for ``lightning-sdk`` and it is not installed.
+        The exit code: 2 if the subcommand belongs to ``lightning-sdk`` and that is not installed.
 
     Raises:
         SystemExit: After ``run``, with the exit code of the script (128 + n if signal n ended it),
@@ -83,7 +83,7 @@ def _run(args: list[str]) -> NoReturn:
             rank, failure = error.get_first_failure()
             code = failure.exitcode
             print(f"lightning: rank {rank} of {words[0]} failed, exit code {code}", file=sys.stderr)
-            # A negative code is the signal that ended the process; shells report it as 128 + n.
+            # A negative code is the signal that ended the process. Shells report it as 128 + n.
             sys.exit(code if code > 0 else 128 - code)
 
     options = [p for p in cli._main.commands["run"].params if isinstance(p, click.Option)]
@@ -99,7 +99,7 @@ def _run(args: list[str]) -> NoReturn:
 
 
 def _is_old_form(words: list[str]) -> bool:
-    # A file may be called "model", too: then the word is the old form's only in front of a script.
+    # A file may be called "model". Then the word is the old form's only in front of a script.
     if words[0] != "model":
         return False
     return not Path("model").is_file() or (len(words) > 1 and Path(words[1]).exists())
@@ -111,7 +111,7 @@ def _sdk_command() -> Callable[[], Any] | None:
     except metadata.PackageNotFoundError:
         return None
     for entry in entry_points:
-        # Calling our own entry point from here would never end.
+        # Our own entry point would call this function again, without end.
         ours = entry.value.split(":")[0].split(".")[0] == "spp_lightning"
         if entry.group == "console_scripts" and entry.name == "lightning" and not ours:
             command: Callable[[], Any] = entry.load()
@@ -122,15 +122,15 @@ def _sdk_command() -> Callable[[], Any] | None:
 def launcher_options() -> dict[str, Any]:
     """Trainer arguments that ``lightning run`` or ``fabric run`` was started with.
 
-    The Trainer does not look for them itself: without them, every process would train on its own.
-    Use ``Trainer(**launcher_options(), max_epochs=10)``.
+    The Trainer does not read them itself. Without them every process would train on its own. Use
+    ``Trainer(**launcher_options(), max_epochs=10)``.
 
     Returns:
         Those of ``accelerator``, ``devices``, ``strategy``, ``num_nodes`` and ``precision`` that
-        the launcher set; nothing if the script was started without a launcher.
+        the launcher set. Empty if the script was started without a launcher.
 
     Raises:
-        ValueError: If one of the ``LT_*`` environment variables is malformed.
+        ValueError: If an ``LT_*`` environment variable has no valid value.
 
     >>> os.environ.update(LT_DEVICES="0,1", LT_STRATEGY="ddp")
     >>> launcher_options()
@@ -178,7 +178,7 @@ def _devices(text: str) -> int | list[int]:
         # The launcher starts one process for "auto"; the Trainer would take every GPU.
         return 1
     if "," in text:
-        # A comma at the end makes one index a list: "1," is the device 1, "1" is one device.
+        # A comma at the end makes a list of one index: "1," is device 1, "1" is one device.
         indices = [int(part) for part in text.strip().removesuffix(",").split(",")]
         if min(indices) < 0 or len(set(indices)) < len(indices):
             raise ValueError

@@ -1,4 +1,4 @@
-"""What a pruning run shows: scalars for any Lightning logger, more for TensorBoard."""
+"""Logs a pruning run: scalars to every Lightning logger, histograms and a chart to TensorBoard."""
 
 from __future__ import annotations
 
@@ -12,15 +12,16 @@ __all__ = ["log_layout", "log_update", "pruning_scalars"]
 
 
 def pruning_scalars(pruner: SPPPruner) -> dict[str, float]:
-    """The state of a pruning run in numbers.
+    """Compute the scalars that are logged at every update.
 
     Args:
         pruner: The pruner.
 
     Returns:
-        ``sparsity/total`` and ``sparsity/LAYER``, shares of the groups; ``recovered/LAYER``, how
-        many groups' p fell in the last update; and, if the MACs of all layers are known,
-        ``macs/remaining`` per input and ``macs/speedup``, both of the pruned layers.
+        ``sparsity/total`` and ``sparsity/LAYER``: shares of the groups pruned.
+        ``recovered/LAYER``: number of groups whose p fell in the last update.
+        ``macs/remaining``, per input, and ``macs/speedup``, both over the pruned layers: only once
+        the MACs of all layers are known.
     """
     scalars = {"sparsity/total": pruner.total_sparsity}
     scalars |= {f"sparsity/{name}": share for name, share in pruner.sparsity.items()}
@@ -34,7 +35,7 @@ def pruning_scalars(pruner: SPPPruner) -> dict[str, float]:
 
 
 def log_layout(loggers: Iterable[Logger]) -> None:
-    """Add a chart with the sparsity of all layers together to TensorBoard's custom scalars."""
+    """Add one chart with the sparsity of every layer to TensorBoard's custom scalars."""
     layout = {"SPP": {"sparsity of all layers": ["Multiline", [r"sparsity/.+"]]}}
     for logger in loggers:
         if isinstance(logger, TensorBoardLogger):
@@ -42,7 +43,7 @@ def log_layout(loggers: Iterable[Logger]) -> None:
 
 
 def log_update(loggers: Iterable[Logger], pruner: SPPPruner, step: int) -> None:
-    """Log the state of a pruning run: scalars everywhere, histograms of p to TensorBoard.
+    """Log scalars to every logger, and histograms of p to TensorBoard.
 
     Args:
         loggers: The Trainer's loggers.

@@ -1,7 +1,9 @@
 """SPPCallback in a Lightning Trainer."""
 
+import inspect
 import logging
 import math
+import pickle
 
 import pytest
 import torch
@@ -18,7 +20,8 @@ from lightning.pytorch.strategies import FSDPStrategy
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 
-from spp_lightning import ConvNet, DigitsDataModule, SPPCallback
+from spp_lightning import ConvNet, DigitsDataModule, SPPCallback, SPPPruner
+from spp_lightning.method.settings import SPPSettings
 
 FAST = {"A": 0.5, "interval": 1}  # at its target within about ten steps
 
@@ -389,6 +392,21 @@ def test_nan_weight_names_layer_and_step_and_keeps_the_state(tiny):
 def test_bad_argument_fails_at_once(arguments, message):
     with pytest.raises(ValueError, match=message):
         SPPCallback(**arguments)
+
+
+def test_settings_are_plain_arguments_with_their_documentation():
+    """As ``help``, editors and the command line see them."""
+    fields = inspect.signature(SPPSettings, eval_str=True).parameters
+    assert len(fields) == 14
+    for cls, own in ((SPPCallback, []), (SPPPruner, ["model"])):
+        parameters = inspect.signature(cls).parameters
+        assert list(parameters) == [*own, *fields]
+        assert all(parameters[name] == field for name, field in fields.items())
+        assert all(f"\n    {name}: " in cls.__init__.__doc__ for name in fields)
+    callback = pickle.loads(pickle.dumps(SPPCallback(0.5, layers=["conv1"])))
+    assert callback.settings == SPPSettings(prune_ratio=0.5, layers=["conv1"])
+    with pytest.raises(TypeError, match="intervall"):
+        SPPCallback(intervall=90)
 
 
 def test_pattern_without_a_layer_lists_what_is_there(tiny):

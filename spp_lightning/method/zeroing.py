@@ -1,0 +1,44 @@
+"""Sets pruned groups to 0 in a weight, its gradient and the optimizers' state."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+
+from torch import Tensor, nn
+from torch.optim import LBFGS, Optimizer
+
+from spp_lightning.method.layer import PrunedLayer
+
+__all__ = ["zero_pruned"]
+
+
+def zero_pruned(
+    layers: Iterable[PrunedLayer], alive: Tensor, optimizers: Sequence[Optimizer] = ()
+) -> None:
+    """Set every pruned group to 0, in place.
+
+    All pruned groups are zeroed, not only new ones: this undoes whatever else wrote to them.
+
+    Args:
+        layers: The layers under pruning.
+        alive: Which groups of all layers are kept, ``(groups,)``, bool.
+        optimizers: Optimizers whose state of the pruned weights is set to 0, too.
+    """
+    for optimizer in optimizers:
+        if isinstance(optimizer, LBFGS):
+            # Its past directions mix all weights and would move the pruned ones again.
+            optimizer.state.clear()
+    for layer in layers:
+        if layer.num_pruned:
+            layer.groups.zero(alive[layer.span], *_tensors_of(layer.weight, optimizers))
+
+
+def _tensors_of(weight: nn.Parameter, optimizers: Sequence[Optimizer]) -> Iterator[Tensor]:
+    """The weight, its gradient, and every tensor of its shape that an optimizer keeps for it."""
+    yield weight
+    if weight.grad is not None:
+        yield weight.grad
+    for optimizer in optimizers:
+        for value in optimizer.state.get(weight, {}).values():
+            if isinstance(value, Tensor) and value.shape == weight.shape:
+                yield value
