@@ -9,6 +9,7 @@ names of ``spp_lightning`` alone, because the checkout may be an older one.
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 import logging
 import os
@@ -86,13 +87,10 @@ def in_training(name: str) -> tuple[nn.Module, torch.optim.Optimizer, Tensor, Te
 def step_row(name: str) -> Row:
     """A training step with SPP in the middle of pruning, between two updates."""
     net, optimizer, images, labels = in_training(name)
-    pruner = halfway(net, optimizer)
-    steps = 0
+    draw_masks = between_updates(halfway(net, optimizer), optimizer)
 
     def step() -> Tensor:
-        nonlocal steps
-        steps += 1
-        pruner.step(1 + steps % (INTERVAL - 1), optimizer)
+        draw_masks()
         loss = cross_entropy(net(images), labels)
         loss.backward()
         optimizer.step()
@@ -106,15 +104,7 @@ def pruner_row(name: str) -> Row:
     """What SPP adds to a step between two updates: drawing and applying the masks."""
     net, optimizer, *_ = in_training(name)
     pruner = halfway(net, optimizer)
-    steps = 0
-
-    def step() -> None:
-        nonlocal steps
-        steps += 1
-        pruner.step(1 + steps % (INTERVAL - 1), optimizer)
-
-    step()
-    return Row.of(step, probabilities(pruner))
+    return Row.of(between_updates(pruner, optimizer), probabilities(pruner))
 
 
 def update_row(name: str) -> Row:
@@ -136,6 +126,12 @@ def halfway(net: nn.Module, optimizer: torch.optim.Optimizer) -> SPPPruner:
     for _ in range(pruner.expected_updates // 2):
         pruner.update(optimizer)
     return pruner
+
+
+def between_updates(pruner: SPPPruner, optimizer: torch.optim.Optimizer) -> Callable[[], object]:
+    """The pruner's step, at which an update is never due."""
+    steps = itertools.cycle(range(1, INTERVAL))
+    return lambda: pruner.step(next(steps), optimizer)
 
 
 def probabilities(pruner: SPPPruner) -> Tensor:
