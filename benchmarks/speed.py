@@ -8,7 +8,7 @@ share is the measured speedup over that. "Dense" is the fastest way to run the u
 network that was found on the machine: eager PyTorch in NCHW and channels-last, oneDNN with packed
 weights, ``torch.compile`` with frozen weights, and onnxruntime. All contenders take turns in one
 process; the times are medians over the turns. Columns are drawn at random, and every output is
-compared with float64.
+compared with float64. Each row names the kernels that ran.
 
 Parts: ``layers`` (3×3 of VGG and ResNet, batch 1 and 8), ``pointwise`` (1×1), ``networks``,
 ``training`` (a step of the compact ConvNet against one of the dense one), ``bfloat16`` (some layers
@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import statistics
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
@@ -42,7 +43,7 @@ from harness.workloads import (
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from spp_lightning import ConvNet, compact
+from spp_lightning import ConvNet, compact, compact_report
 from spp_lightning.compaction import ColumnConv2d, instruction_set
 
 GOALS: dict[str, dict[float, float]] = {  # share of the theoretical speedup, per prune ratio
@@ -128,15 +129,25 @@ def row_of(
     """Dense variants and compact networks of all ratios, timed in turns."""
     net.eval().requires_grad_(False)
     calls: dict[str, Call] = dict(dense_calls(net, x, threads))
-    error = 0.0
+    error, kernels = 0.0, {}
     for ratio in RATIOS:
         pruned = prune_randomly(net, ratio)
-        fast = make(pruned, x).requires_grad_(False)
+        fast = make(pruned, x).eval().requires_grad_(False)
+        kernels[str(ratio)] = kernels_of(fast, x)
         error = max(error, relative_error(fast, pruned, x))
         calls[f"compact {ratio}"] = partial(fast, x)
     with torch.no_grad():
         times = in_turns(calls, rounds)
-    return {"name": name, "threads": threads, **speedups(times, goals), "error": error}
+    row = {"name": name, "threads": threads, **speedups(times, goals)}
+    return row | {"kernels": kernels, "error": error}
+
+
+def kernels_of(fast: nn.Module, x: Tensor) -> str:
+    """The kernels that run in a compact network, and how many layers each computes."""
+    found = compact_report(fast, x)
+    counts = Counter(layer.kernel for layer in found.layers)
+    chains = [f"chains ×{len(found.chains)}"] if found.chains else []
+    return ", ".join([*(f"{kernel} ×{count}" for kernel, count in counts.items()), *chains])
 
 
 def speedups(times: dict[str, list[float]], goals: dict[float, float]) -> dict[str, Any]:
@@ -251,6 +262,11 @@ def report(rows: list[Row]) -> str:
         "",
         markdown_table(head, map(cells, rows)),
     ]
+    recorded = [row for row in rows if "kernels" in row]
+    if recorded:
+        head = ["kernels that ran, by layers", "threads", *(f"R = {ratio:g}" for ratio in RATIOS)]
+        table = [[row["name"], row["threads"], *row["kernels"].values()] for row in recorded]
+        text += ["", markdown_table(head, table)]
     return "\n".join(text)
 
 

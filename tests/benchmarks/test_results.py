@@ -40,6 +40,7 @@ def test_a_row_of_speed_is_checked_and_complete():
     conv, x = nn.Conv2d(4, 6, 3, padding=1), torch.randn(1, 4, 9, 9)
     row = speed.row_of("tiny", {0.5: 2.0}, conv, x, speed._column_layer, rounds=2, threads=1)
     assert row["error"] < 1e-6
+    assert all(kernels.endswith(" ×1") for kernels in row["kernels"].values())
     assert row["theory"] == {"0.0": 1, "0.5": 2, "0.75": 4, "0.9": pytest.approx(10)}
     times = {key: value["p50"] for key, value in row["milliseconds"].items()}
     dense = ("eager", "eager, channels-last", "oneDNN, packed", "onnxruntime")
