@@ -18,23 +18,21 @@ from __future__ import annotations
 import argparse
 import copy
 import json
-import logging
 import os
-import platform
 import subprocess
 import sys
 import tempfile
-import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
-from datetime import date
 from fnmatch import fnmatchcase
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import lightning
 import torch
+from harness.arguments import quiet
+from harness.context import ROOT, context
+from harness.results import Results, Row, markdown_table
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import (
     BaseFinetuning,
@@ -50,8 +48,6 @@ from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from spp_lightning import DigitsDataModule, SPPCallback
 
-ROOT = Path(__file__).resolve().parents[1]
-RESULTS = ROOT / "benchmarks" / "results" / "training_matrix"
 TARGETS = {"conv1": 21, "conv2": 54}  # of 27 and 72 columns, at 4x
 STEPS, SAVE_EVERY = 48, 12
 RESUMED_FROM = (12, 36)  # steps: while pruning and while retraining
@@ -548,63 +544,31 @@ def in_processes(case: Case, folder: Path) -> Result:
 # --- the table ---
 
 
-def context() -> dict[str, Any]:
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True
-    ).stdout.strip()
-    return {
-        "command": "OMP_NUM_THREADS=1 python benchmarks/training_matrix.py",
-        "data": "noise, 3x8x8; digits in the last row of one process",
-        "device": f"CPU, {torch.get_num_threads()} threads, {platform.machine()}",
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "lightning": lightning.__version__,
-        },
-        "date": date.today().isoformat(),
-        "commit": commit,
-    }
+def cells(row: Row) -> list[Any]:
+    """A row of the table."""
+    pruned = ", ".join(f"{n} of {TARGETS[name]}" for name, n in row["pruned"].items())
+    remarks = [*(f"**{promise}**" for promise in row["broken"]), row["note"]]
+    return [
+        *(row["name"], row["steps"], row["updates"], pruned, row["revived"]),
+        *("yes" if row["plain"] else "no", row["resumed"], "; ".join(filter(None, remarks))),
+    ]
 
 
-def row(result: Result) -> str:
-    pruned = ", ".join(f"{n} of {TARGETS[name]}" for name, n in result.pruned.items())
-    cells = (
-        result.name,
-        f"{result.steps}",
-        f"{result.updates}",
-        pruned,
-        f"{result.revived}",
-        "yes" if result.plain else "no",
-        result.resumed,
-        "; ".join([*(f"**{b}**" for b in result.broken), *([result.note] if result.note else [])]),
-    )
-    return f"| {' | '.join(cells)} |"
-
-
-HEADER = """\
-| trained with | steps | updates of p | columns pruned | revived | plain | resumed | |
-| --- | --- | --- | --- | --- | --- | --- | --- |"""
-
-
-def save(results: list[Result]) -> None:
-    """Write the results beside this script's others."""
-    facts = context()
-    content = {"context": facts, "rows": [asdict(result) for result in results]}
-    RESULTS.with_suffix(".json").write_text(json.dumps(content, indent=2) + "\n")
-    kept = sum(not result.broken for result in results)
-    versions = ", ".join(f"{name} {version}" for name, version in facts["versions"].items())
-    lines = [
-        f"{kept} of {len(results)} ways to train keep every promise: the exact number of columns"
+def report(rows: list[Row]) -> str:
+    """The rows as Markdown."""
+    kept = sum(not row["broken"] for row in rows)
+    head = [
+        *("trained with", "steps", "updates of p", "columns pruned", "revived", "plain", "resumed"),
+        "",
+    ]
+    return (
+        f"{kept} of {len(rows)} ways to train keep every promise: the exact number of columns"
         " pruned, none revived before or after any batch, a plain network after the fit, and a"
         " resumed run that ends bit for bit like the uninterrupted one wherever it does so without"
-        " SPP.\n",
-        HEADER,
-        *(row(result) for result in results),
-        f"\nSPP at 4x with {', '.join(f'`{k}={v}`' for k, v in PRUNING.items())}. {facts['data']};"
-        f" {facts['device']}; {versions}; one run and two resumed ones a row (three in two"
-        f" processes); {facts['date']}, commit {facts['commit']}; `{facts['command']}`.",
-    ]
-    RESULTS.with_suffix(".md").write_text("\n".join(lines) + "\n")
+        f" SPP.\n\n{markdown_table(head, map(cells, rows))}\n\n"
+        f"SPP at 4x with {', '.join(f'`{k}={v}`' for k, v in PRUNING.items())}; one run and two"
+        " resumed ones a row (three in two processes)."
+    )
 
 
 def main() -> int:
@@ -613,30 +577,29 @@ def main() -> int:
     parser.add_argument("--only", help="names of the rows to run, as a pattern")
     parser.add_argument("--rank-in", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    warnings.simplefilter("ignore")
-    for name in ("lightning.pytorch", "lightning.fabric"):
-        logging.getLogger(name).setLevel(logging.ERROR)
+    quiet()
     chosen = [case for case in CASES if fnmatchcase(case.name, arguments.only or "*")]
     if arguments.rank_in is not None:
         result = check(chosen[0], arguments.rank_in)
         path = arguments.rank_in / f"rank{os.environ['RANK']}.json"
         path.write_text(json.dumps(asdict(result)))
         return 0
-    results = []
-    print(HEADER, flush=True)
+    data = "noise, 3x8x8; digits in the last row of one process"
+    about = context("lightning", threads=torch.get_num_threads(), data=data)
+    rows = []
     for case in chosen:
         if case.name.startswith("Stateful") and find_spec("torchdata") is None:
             print(f"{case.name}: not tried, as torchdata isn't installed")
             continue
         with tempfile.TemporaryDirectory() as folder:
             run = check if case.ranks == 1 else in_processes
-            results.append(run(case, Path(folder)))
-        print(row(results[-1]), flush=True)
-    broken = [result.name for result in results if result.broken]
-    print(f"\n{len(results) - len(broken)} of {len(results)} rows keep every promise.")
+            rows.append({**asdict(run(case, Path(folder))), "context": about})
+        print(f"| {' | '.join(map(str, cells(rows[-1])))} |", flush=True)
+    kept = sum(not row["broken"] for row in rows)
+    print(f"\n{kept} of {len(rows)} rows keep every promise.")
     if arguments.only is None:
-        save(results)
-    return int(bool(broken))
+        Results("training_matrix", report).replace(rows)
+    return int(kept < len(rows))
 
 
 if __name__ == "__main__":

@@ -72,4 +72,5 @@ def each_thread_count(options: Options) -> Iterator[int]:
 def quiet() -> None:
     """Silence what Lightning, the exporters and torch.compile say to short runs."""
     warnings.simplefilter("ignore")
-    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.ERROR)

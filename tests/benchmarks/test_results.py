@@ -9,6 +9,7 @@ import real_networks
 import speed
 import steps
 import torch
+import training_matrix
 from harness.context import RESULTS
 from harness.results import Results
 from torch import nn
@@ -22,6 +23,7 @@ REPORTS = {
     "speed_avx2": speed.report,
     "speed_avx512": speed.report,
     "steps_cpu": steps.report,
+    "training_matrix": training_matrix.report,
 }
 
 
