@@ -28,6 +28,11 @@ class Roles(griffe.Extension):
             item.docstring.value = _EXAMPLE.sub(
                 lambda match: f"```pycon\n{match[0].rstrip()}\n```\n", text
             )
+        if isinstance(item, griffe.Function) and any(
+            re.match("takes_.*settings", str(decorator.value)) for decorator in item.decorators
+        ):
+            # Callers give the fields of the settings, each as an argument.
+            item.parameters["settings"].kind = griffe.ParameterKind("variadic keyword")
         for member in item.members.values():
             if isinstance(member, griffe.Object):  # not what it imports
                 self._rewrite(member, homes)

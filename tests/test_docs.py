@@ -40,6 +40,7 @@ WITH_PYTHON = [page for page in PAGES if any(_blocks(page, "python"))]
 def test_python_runs(page, tmp_path, monkeypatch):
     """The blocks of a page run from top to bottom, as one script."""
     monkeypatch.chdir(tmp_path)
+    threads = torch.get_num_threads()
     torch.manual_seed(0)
     names = {"__name__": _name(page)}
     for line, code, skip in _blocks(page, "python"):
@@ -47,6 +48,7 @@ def test_python_runs(page, tmp_path, monkeypatch):
         compiled = compile("\n" * line + code, str(page), "exec")
         if not skip:
             exec(compiled, names)
+    torch.set_num_threads(threads)
 
 
 def test_few_blocks_are_left_out():
