@@ -194,15 +194,19 @@ def _check_planes(planes: Any, counts: Mapping[str, int], size: int) -> None:
 
 
 def _split(flat: Tensor) -> np.ndarray[Any, Any]:
+    size = flat.dtype.itemsize
+    if not flat.numel():  # numpy's empty arrays have strides that torch can't view
+        return np.empty((size, 0), np.uint8)
     if flat.dtype == torch.int32:
         flat = torch.from_numpy(np.diff(flat.numpy(), prepend=np.int32(0)))
-    size = flat.dtype.itemsize
     planes: np.ndarray[Any, Any] = flat.view(torch.uint8).numpy().reshape(-1, size).T
     return planes
 
 
 def _join(by_plane: np.ndarray[Any, Any], name: str) -> Tensor:
-    if name == "bool" and by_plane.size and by_plane.max() > 1:
+    if not by_plane.size:
+        return torch.empty(0, dtype=DTYPES[name])
+    if name == "bool" and by_plane.max() > 1:
         raise ValueError("a bool must be 0 or 1")  # torch relies on it
     flat = torch.from_numpy(by_plane.reshape(-1)).view(DTYPES[name])
     if name == "int32":

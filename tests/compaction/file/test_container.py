@@ -194,6 +194,33 @@ def test_special_numbers_and_layouts_are_kept(tmp_path):
     assert again.get_submodule("0").weight.is_contiguous(memory_format=torch.channels_last)
 
 
+class Layouts(nn.Module):
+    """Tensors that aren't contiguous, and such without numbers."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("expanded", torch.ones(1, 4).expand(3, 4))
+        self.register_buffer("strided", torch.arange(24)[::2].view(3, 4))
+        self.register_buffer("transposed", torch.arange(12).to(torch.int32).view(4, 3).t())
+        self.register_buffer("empty", torch.zeros(3, 0, dtype=torch.int32))
+        self.register_buffer("conjugated", torch.ones(3, 4, dtype=torch.complex64).conj())
+
+    def forward(self, x):
+        return x * self.expanded * self.strided + self.transposed, self.empty, self.conjugated
+
+
+def test_tensors_of_any_layout(tmp_path):
+    net = CompactNetwork.of(fx.symbolic_trace(Layouts()))
+    save_compact(net, tmp_path / "net.spp")
+    again = load_compact(tmp_path / "net.spp")
+    for name, tensor in tensors(net).items():
+        found = tensors(again)[name]
+        assert torch.equal(found, tensor) and found.dtype == tensor.dtype, name
+        assert found.untyped_storage().nbytes() == found.numel() * found.element_size(), name
+    x = torch.randn(3, 4)
+    assert all(torch.equal(a, b) for a, b in zip(net(x), again(x), strict=True))
+
+
 def test_a_fresh_process_needs_no_class_of_the_network(tmp_path):
     net, x = make("squeezenet")
     save_compact(net, tmp_path / "net.spp")

@@ -1,0 +1,1 @@
+"""Random layers, networks and files, and what must hold of each."""
