@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_leaves
 from spp_lightning.compaction.graph.channels import remove_channels
 from spp_lightning.compaction.graph.fold import absorb_constants, fold_batch_norms
 from spp_lightning.compaction.graph.network import CompactNetwork
+from spp_lightning.compaction.graph.norms import make_norms_layers
 from spp_lightning.compaction.graph.replace import (
     Decision,
     has_hooks,
@@ -95,6 +96,7 @@ def compact(
         graph = trace(model, inputs)
     except Exception as error:  # whatever a network may raise that cannot be traced
         return _one_by_one(original, f"can't be traced ({type(error).__name__}: {error})")
+    make_norms_layers(graph)
     if fold:
         fold_batch_norms(graph)
         absorb_constants(graph)

@@ -159,7 +159,6 @@ def _check_path(name: str) -> None:
         raise ValueError(f"{name!r} must have at most {_MOST_PARTS} parts")
 
 
-# What every network has for itself, such as `training` and `steps`.
 _OWN = frozenset(vars(CompactNetwork([Step("output", "output", "output", (None,))], {})))
 
 

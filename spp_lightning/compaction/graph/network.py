@@ -45,7 +45,10 @@ class CompactNetwork(nn.Module):
     torch.Size([4, 3])
     """
 
-    compact_steps: tuple[Step, ...]
+    # Defaults of the class: what is an attribute of the class isn't free as a name.
+    compact_steps: tuple[Step, ...] = ()
+    _rows: tuple[Row, ...] = ()
+    _program: Program = compile_steps([Step("output", "output", "output", (None,))])
 
     def __init__(
         self,
@@ -63,8 +66,8 @@ class CompactNetwork(nn.Module):
 
     def _set_steps(self, steps: Sequence[Step]) -> None:
         self.compact_steps = tuple(steps)
-        self._rows: tuple[Row, ...] = join(self.compact_steps, self.get_submodule)
-        self._program: Program = compile_steps(self.compact_steps, self._rows)
+        self._rows = join(self.compact_steps, self.get_submodule)
+        self._program = compile_steps(self.compact_steps, self._rows)
 
     @classmethod
     def of(cls, graph: fx.GraphModule) -> CompactNetwork:

@@ -45,8 +45,17 @@ def trace(model: nn.Module, inputs: tuple[Tensor, ...]) -> fx.GraphModule:
     traced.recompile()
     with torch.no_grad():
         ShapeProp(traced).propagate(*inputs)
+    _check_names(traced)
     _check_methods(traced)
     return traced
+
+
+def _check_names(graph: fx.GraphModule) -> None:
+    """Check that a compact network can have the layers and tensors under their names."""
+    for node in graph.graph.nodes:
+        first = str(node.target).partition(".")[0]
+        if node.op in ("call_module", "get_attr") and hasattr(CompactNetwork, first):
+            raise ValueError(f"the name {first!r} isn't free in a CompactNetwork")
 
 
 def _check_methods(graph: fx.GraphModule) -> None:
