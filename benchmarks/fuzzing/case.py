@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import random
-import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
 from unittest import mock
+
+from spp_lightning.compaction.kernels.cpu import cost
 
 __all__ = ["Failure", "any_kernel", "shrink"]
 
@@ -20,28 +21,25 @@ class Failure(Exception):
 
 @contextmanager
 def any_kernel(seed: int) -> Iterator[None]:
-    """Let chance choose where kernels would be timed: faster, and it reaches all of them."""
-    r = random.Random(seed)
+    """Let chance choose kernels, chains and layers, where the cost model would: all are reached."""
+    r, choose, choose_chain = random.Random(seed), cost.choose, cost.choose_chain
 
-    def choose(functions: list[Any]) -> int:
-        for function in functions:
-            function()
-        return r.randrange(len(functions))
+    def any_config(*args: Any) -> cost.Choice:
+        best = choose(*args)
+        threads = args[4]
+        return best._replace(config=r.choice(cost.candidates(best.config, threads)))
 
-    with mock.patch.multiple("spp_lightning.compaction.timing", fastest=choose):
-        timed = [
-            module
-            for name, module in sys.modules.items()
-            if name.startswith("spp_lightning.compaction.kernels") and hasattr(module, "fastest")
-        ]
-        patches = [mock.patch.object(module, "fastest", choose) for module in timed]
-        for patch in patches:
-            patch.start()
-        try:
-            yield
-        finally:
-            for patch in patches:
-                patch.stop()
+    def any_chain(layers: Any, shape: Any, threads: int) -> cost.ChainChoice:
+        best = choose_chain(layers, shape, threads)
+        return best._replace(threads=r.choice([0, 1, threads])) if best.possible else best
+
+    with mock.patch.multiple(
+        cost,
+        choose=any_config,
+        choose_chain=any_chain,
+        dense_us=lambda *_: r.choice([0.0, 1e9, 1e9]),
+    ):
+        yield
 
 
 def shrink(

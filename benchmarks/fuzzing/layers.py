@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fuzzing.case import Failure, any_kernel
-from spp_lightning.compaction.epilogue import Clamp, PlaneOp
+from spp_lightning.compaction.epilogue import Clamp, Epilogue, PlaneOp
 from spp_lightning.compaction.geometry import Geometry, dense_weight
 from spp_lightning.compaction.layers.column_conv import ColumnConv2d
 
@@ -129,7 +129,7 @@ def _check(case: LayerCase) -> None:
     weight = normal(g.filters // g.groups, len(case.columns))
     columns = torch.tensor(case.columns, dtype=torch.int32)
     bias = normal(g.filters) if case.bias else None
-    layer = ColumnConv2d(g, weight, columns, bias, Clamp(*case.clamp), case.post)
+    layer = ColumnConv2d(g, weight, columns, bias, Epilogue(Clamp(*case.clamp), case.post))
     out = (case.batch, g.filters, *g.out_size(*case.size))
     x = _laid_out(normal(case.batch, g.channels, *case.size), case.layout)
     residual = normal(*out) if case.residual else None
