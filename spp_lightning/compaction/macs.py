@@ -16,11 +16,10 @@ __all__ = ["count_macs"]
 
 
 def count_macs(model: nn.Module, example_input: Any) -> dict[str, int]:
-    """Multiply-accumulate operations for an input of every convolution and linear layer.
+    """Multiply-accumulate operations of every convolution and linear layer for an input.
 
-    Weights in columns or filters that are 0 throughout don't count: the numbers are those of a
-    network that skips them, as a compact one does. One MAC is one multiplication and one addition;
-    biases, norms and pools aren't counted.
+    Weights in columns or filters that are 0 throughout don't count, since a compact network skips
+    them. One MAC is one multiplication and one addition; biases, norms and pools aren't counted.
 
     Args:
         model: The network. It is run once in evaluation mode, and left as it was.

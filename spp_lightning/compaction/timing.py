@@ -1,4 +1,4 @@
-"""A network beside its compact one: outputs, and the time that both take."""
+"""Two networks compared: their outputs, and the time that they take."""
 
 from __future__ import annotations
 
@@ -12,13 +12,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Times", "difference", "fastest", "interleaved_ms", "measure"]
+__all__ = ["Times", "difference", "interleaved_ms", "measure"]
 
 _ROUNDS = 30
-_BUDGET = 4.0  # seconds, after which there are no more rounds than _LEAST
-_LEAST = 5
-_CHOICE = 0.002  # seconds that a choice takes, where _LEAST turns take less
-_TURN = 0.01  # seconds of a turn, at least: shorter ones measure the clock
+_BUDGET = 4.0  # seconds after which no round begins, once there were _LEAST
+_LEAST = 5  # rounds
+_TURN = 0.01  # least seconds of a turn: shorter ones measure the clock
 
 
 class Times(NamedTuple):
@@ -35,12 +34,15 @@ class Times(NamedTuple):
 
 
 def difference(model: nn.Module, fast: nn.Module, x: Tensor) -> float:
-    """The largest difference between two networks' outputs, as a share of the largest output.
+    """The largest difference between the outputs of two networks, over the largest output.
 
     Args:
         model: A network whose output for ``x`` is a tensor.
-        fast: Another one.
+        fast: Another network.
         x: Input of both.
+
+    Returns:
+        A number without a unit; 0 for equal outputs.
 
     Raises:
         ValueError: If an output isn't a tensor, or the shapes differ.
@@ -61,9 +63,9 @@ def difference(model: nn.Module, fast: nn.Module, x: Tensor) -> float:
 
 
 def measure(model: nn.Module, fast: nn.Module, shape: tuple[int, ...], batch: int) -> Times:
-    """Time a network and its compact one side by side, on the CPU.
+    """Time a network and its compact network in turns, on the CPU.
 
-    The network is timed with NCHW and with channels-last weights and inputs; the faster one counts.
+    The dense network is timed twice, in NCHW and channels-last; the faster layout counts.
 
     Args:
         model: The network; left as it was.
@@ -86,12 +88,12 @@ def measure(model: nn.Module, fast: nn.Module, shape: tuple[int, ...], batch: in
 def interleaved_ms(
     functions: Sequence[Callable[[], object]], rounds: int = _ROUNDS, turn: float = _TURN
 ) -> list[float]:
-    """Median milliseconds of functions that take turns, so that what slows one slows all.
+    """Median milliseconds per call of functions that take turns: what slows one slows all.
 
     Args:
         functions: What to time; each is called twice before.
-        rounds: Turns of each, at most.
-        turn: Seconds of a turn, at least; 0 for a single call.
+        rounds: Most turns of each function.
+        turn: Least seconds of a turn; 0 for a single call.
 
     >>> short, long = interleaved_ms([lambda: None, lambda: time.sleep(0.01)])
     >>> short < 1 and 10 < long
@@ -117,30 +119,6 @@ def interleaved_ms(
             _wait()
             milliseconds.append(1000 * (time.perf_counter() - begin) / count)
     return [statistics.median(milliseconds) for milliseconds in turns]
-
-
-def fastest(functions: Sequence[Callable[[], object]]) -> int:
-    """Which of some functions takes the least time, by the first quartile of a few turns of each.
-
-    Not the median, since other programs may hold up all but a few turns; nor the shortest one,
-    since threads that wait for each other rarely have such luck.
-
-    >>> fastest([lambda: time.sleep(0.002), lambda: None])
-    1
-    """
-    seconds: list[list[float]] = [[] for _ in functions]
-    for function in functions:
-        function()
-    start = time.perf_counter()
-    while len(seconds[0]) < _LEAST or (
-        len(seconds[0]) < _ROUNDS and time.perf_counter() - start < _CHOICE
-    ):
-        for function, taken in zip(functions, seconds, strict=True):
-            begin = time.perf_counter()
-            function()
-            taken.append(time.perf_counter() - begin)
-    quartiles = [statistics.quantiles(taken, n=4)[0] for taken in seconds]
-    return quartiles.index(min(quartiles))
 
 
 def _wait() -> None:

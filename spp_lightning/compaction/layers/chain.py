@@ -35,7 +35,13 @@ def column_chain(
     Raises:
         ValueError: If a shape doesn't fit.
     """
-    directly = not torch.compiler.is_compiling() and _takes_directly(layers[0], x)
+    first = layers[0]
+    directly = (
+        not torch.compiler.is_compiling()
+        and type(first) is ColumnConv2d
+        and "forward" not in first.__dict__
+        and first._takes_directly(x)
+    )
     chain = _chain_of(x, residual, layers, linear) if directly else None
     if chain is not None:
         y = chain.forward(x, residual)
@@ -61,17 +67,10 @@ def tune_chain(
     """
     with torch.no_grad():
         column_chain(x, residual, *layers, linear=linear)  # packs the weights
-        if not _takes_directly(layers[0], x):
+        if type(layers[0]) is not ColumnConv2d or not layers[0]._takes_directly(x):
             return {}
         chain = _chain_of(x, residual, layers, linear)
         return {} if chain is None else chain.tune(x, residual)
-
-
-def _takes_directly(layer: object, x: Tensor) -> bool:
-    """Whether the kernels read an input as it is, and the layer is no subclass of another kind."""
-    return (
-        type(layer) is ColumnConv2d and "forward" not in layer.__dict__ and layer._takes_directly(x)
-    )
 
 
 def _run_linear(linear: nn.Module, x: Tensor, directly: bool) -> Tensor:

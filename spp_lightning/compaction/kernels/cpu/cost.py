@@ -42,38 +42,34 @@ _BLOCK = 4  # filters that the pixel-vectorised kernels compute at once
 _VECTORS = 3  # of pixels in one of their tiles
 _PANEL = 256  # columns of one of their panels
 _L1, _L2 = 24_000, 400_000  # bytes of weights that stay in a core's caches between two tiles
-_CACHE_LINE = 64  # bytes
 
 # Numbers of an image between two layers of a chain beyond which it leaves the cache anyway.
 _MOST_CHAINED = 2**20
 
 
 class _Times(NamedTuple):
-    """Nanoseconds of the kernels' parts."""
+    """Nanoseconds of the kernels' parts; a vector is as long as the instruction set has them."""
 
+    product: float  # a product of two vectors, and its sum
+    call: float  # of the kernels, without any computing
     # Pixel-vectorised.
-    product: float  # of two vectors, sum included
     pack: float  # a vector of pixels into a panel
-    block: float  # of filters of a tile: beginning and end
+    block: float  # beginning and end of a block of filters of a tile
     tile: float
     partial: float  # a vector of sums, stored and read again between two panels
-    weights: float  # a cache line of weights that L2 doesn't hold
+    copy: float  # a vector of a source plane
     # Channel-blocked.
-    channel_product: float
-    step: float  # a column of a tile
-    step_l1: float  # more, where the weights leave L1
-    step_l2: float  # more, where they leave L2
+    plane: float  # a plane of the input that a tile reads
+    step_l1: float  # a column of a tile, where the weights leave L1
+    step_l2: float  # likewise, where they leave L2
     channel_copy: float  # a vector of a source plane
     transpose: float  # a vector of the output
     column: float
-    # Both.
-    copy: float  # a vector of a source plane
-    call: float
     # The epilogue, per vector: strided windows, windows at every pixel, and a residual.
     pool: float
     window: float
     residual: float
-    plane: float
+    post_plane: float
     channel_pool: float
     channel_window: float
     channel_residual: float
@@ -84,25 +80,23 @@ class _Times(NamedTuple):
 # best of 5 to 40 calls. For other instruction sets a vector of another length is taken to need the
 # same time; that wasn't measured.
 _TIMES = _Times(
-    product=0.184,
-    pack=1.21,
-    block=13.6,
-    tile=48.6,
-    partial=2.83,
-    weights=0.376,
-    channel_product=0.142,
-    step=1.0,
-    step_l1=0.246,
-    step_l2=0.133,
-    channel_copy=1.73,
-    transpose=1.75,
-    column=1.84,
-    copy=5.67,
-    call=3900,
+    product=0.187,
+    call=3840,
+    pack=1.02,
+    block=13.2,
+    tile=53.5,
+    partial=4.16,
+    copy=6.39,
+    plane=0.585,
+    step_l1=0.369,
+    step_l2=0.237,
+    channel_copy=3.68,
+    transpose=1.67,
+    column=3.39,
     pool=1.9,
     window=4.9,
     residual=0.6,
-    plane=40,
+    post_plane=40,
     channel_pool=1.7,
     channel_window=4.2,
     channel_residual=2.8,
@@ -335,9 +329,6 @@ def _pixel_vectorised(layer: _Layer) -> float:
     time = t.product * layer.columns * blocks / g.groups * _BLOCK * products
     time += t.pack * layer.columns * vectors + tiles * (t.block * blocks + t.tile * g.groups)
     time += t.partial * blocks * tiles * _BLOCK * _VECTORS * (math.ceil(columns / _PANEL) - 1)
-    weights = 4 * layer.columns * blocks / g.groups * _BLOCK  # bytes
-    if weights > _L2:
-        time += t.weights * tiles * weights / _CACHE_LINE
     same_rows = g.stride == (1, 1) and layer.width == layer.out_width
     if not same_rows or layer.sources <= g.taps:
         time += t.copy * layer.source_vectors
@@ -350,7 +341,9 @@ def _channel_blocked(layer: _Layer, is_first: bool, is_last: bool) -> float:
     tiles, pixels = _tiles_of_row(layer.out_width, layer.most_pixels)
     inside = _rows_inside(layer) * chunks * layer.columns  # steps of a tile, over all rows
     vectors = CHUNK / layer.lanes
-    time = t.channel_product * inside * pixels * vectors + t.step * inside * tiles
+    time = t.product * inside * pixels * vectors
+    if layer.columns:
+        time += t.plane * inside * tiles * layer.sources / layer.columns
     weights = 4 * layer.columns / g.groups * CHUNK  # bytes, of a chunk
     if weights > _L1:
         time += t.step_l1 * inside * tiles
@@ -377,7 +370,7 @@ def _planes_epilogue(layer: _Layer) -> float:
         out = op.out_size(height, width)
         numbers = height * width if _is_strided(op) else math.prod(out)
         each = _TIMES.pool if _is_strided(op) else _TIMES.window
-        time += filters * (each * numbers / layer.lanes + _TIMES.plane)
+        time += filters * (each * numbers / layer.lanes + _TIMES.post_plane)
         height, width = out
     return time
 

@@ -1,34 +1,37 @@
-"""Where Winograd's minimal filtering is faster than computing the kept columns one by one."""
+"""The rule that says which layers Winograd's minimal filtering computes."""
 
 from __future__ import annotations
 
 import math
 
 from spp_lightning.compaction.geometry import Geometry
+from spp_lightning.compaction.kernels.cpu.config import CHUNK
 
-__all__ = []
+__all__ = ["tile_side"]
 
-_CHUNK = 16  # channels and filters are computed in chunks
-# In products, as measured on AVX-512; narrower vectors take longer for all of it.
-_WEIGHTS = 8  # that the weights of a product take to come from memory, each time
-_TILES = 56  # that they are used for before they are read again, at least
-_TRANSFORMS = {4: 420, 2: 120}  # of the inputs or outputs of a tile
+# Times, in products, as measured with AVX-512; narrower vectors take longer for all of them.
+_WEIGHTS = 8  # reading a product's weights from memory
+_TILES = 56  # least number of tiles between two readings of the weights
+_TRANSFORMS = {4: 420, 2: 120}  # transforming a tile's inputs or outputs, by outputs per side
 _MARGIN = 0.8  # of the time of the other kernels
-_MARGIN_OF_LARGE_TILES = 0.9  # of that of tiles of 2×2, which are more exact
+_MARGIN_OF_LARGE_TILES = 0.9  # of the time of 2×2 tiles, which are more exact
 
 
 def tile_side(geometry: Geometry, num_columns: int, size: tuple[int, int]) -> int | None:
-    """Outputs per side of the tiles by which Winograd's minimal filtering computes a layer, if so.
+    """Outputs per side of the tiles by which Winograd's minimal filtering computes a layer.
 
-    Tiles of 4×4 take a quarter of the products and those of 2×2 four ninths, whatever is pruned:
-    pruned columns are zeros. Both round otherwise than the other kernels. That must not depend on
-    how long something took once, nor on batch size or threads: it is decided by a model of the
-    costs, and a layer always gives the same output for the same picture.
+    Pruned columns count as zeros: whatever is pruned, 4×4 tiles take a quarter of the products and
+    2×2 tiles four ninths. Both round otherwise than the other kernels. The rule therefore reads
+    neither a clock nor the batch size nor the number of threads: a layer always gives the same
+    output for the same image.
 
     Args:
         geometry: The convolution.
-        num_columns: How many columns are kept.
-        size: Height and width of its output.
+        num_columns: Kept columns.
+        size: Height and width of the output.
+
+    Returns:
+        4 or 2; None if another kernel computes the layer.
 
     >>> layer = Geometry(64, 64, (3, 3), padding=(1, 1))
     >>> [tile_side(layer, kept, (56, 56)) for kept in (576, 288, 144)]
@@ -46,11 +49,11 @@ def tile_side(geometry: Geometry, num_columns: int, size: tuple[int, int]) -> in
 
 
 def _cost(geometry: Geometry, side: int, size: tuple[int, int]) -> int:
-    """The time with tiles of so many outputs per side, in products."""
+    """The time with tiles of ``side`` × ``side`` outputs, in products."""
     tiles = math.prod(math.ceil(n / side) for n in size)
     channels, filters = (
-        math.ceil(n / _CHUNK) * _CHUNK for n in (geometry.channels, geometry.filters)
+        math.ceil(n / CHUNK) * CHUNK for n in (geometry.channels, geometry.filters)
     )
-    places = (side + geometry.kernel_size[0] - 1) ** 2  # products of a tile, channel and filter
+    places = (side + geometry.kernel_size[0] - 1) ** 2  # products per tile, channel and filter
     products = tiles + _WEIGHTS * math.ceil(tiles / _TILES)
     return places * channels * filters * products + _TRANSFORMS[side] * tiles * (channels + filters)
