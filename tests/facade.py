@@ -9,15 +9,18 @@ from cases import SENTINEL, Case, Tensors, guarded, intact
 from torch import Tensor
 
 from spp_lightning.compaction.epilogue import Epilogue
+from spp_lightning.compaction.kernels.cpu.chain import ChainHandle
 from spp_lightning.compaction.kernels.cpu.config import WINOGRAD, Kernel, KernelConfig
 from spp_lightning.compaction.kernels.cpu.handle import Handle, Prepared
 from spp_lightning.compaction.kernels.cpu.library import library
+from spp_lightning.compaction.layers.column_conv import ColumnConv2d
 from spp_lightning.compaction.spec import ConvSpec
 
 __all__ = [
     "EXACT",
     "WINOGRAD",
     "Kernel",
+    "chain_of",
     "gradients",
     "handle",
     "has_pairs",
@@ -72,6 +75,11 @@ def gradients(
     made.run_backward(how, grad, t.weight, t.x, fused, pointers)
     assert all(intact(y) for y in found)
     return found
+
+
+def chain_of(layer: ColumnConv2d) -> ChainHandle | None:
+    """The chain that begins with a layer, if one was made."""
+    return layer._chain
 
 
 def has_pairs() -> bool:

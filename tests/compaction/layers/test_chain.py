@@ -11,7 +11,7 @@ import weakref
 import pytest
 import torch
 from cases import NORM, SENTINEL, Case, cases, guarded, intact, pools, tensors
-from facade import handle
+from facade import chain_of, handle
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import fx, nn
@@ -233,7 +233,7 @@ def test_one_call_or_several_is_decided_by_the_cost_model(net):
         for _ in range(2):  # the first call packs the weights
             assert torch.equal(net(x), one_by_one(net)(x))
         threads = torch.get_num_threads()
-        assert bool(net.conv1._chain.threads_for(tuple(x.shape), threads)) == is_chained
+        assert bool(chain_of(net.conv1).threads_for(tuple(x.shape), threads)) == is_chained
 
 
 @native
@@ -248,7 +248,7 @@ def test_tuned_chains_compute_the_same(net):
         net.conv2.weight.mul_(2)
     for _ in range(2):
         net(x)
-    assert [*net.conv1._chain.tuned] == [(*x.shape, torch.get_num_threads())]
+    assert [*chain_of(net.conv1).tuned] == [(*x.shape, torch.get_num_threads())]
 
 
 def test_new_weights_are_seen(net):
@@ -267,14 +267,14 @@ def test_weights_that_change_at_every_call_make_no_chain(net):
     x = torch.randn(2, 3, 32, 32)
     for _ in range(3):
         net(x)
-    chain = net.conv1._chain
+    chain = chain_of(net.conv1)
     with torch.no_grad():
         net.conv2.weight.mul_(2)
     expected = one_by_one(net)(x)
     net(x)
-    assert net.conv1._chain is chain
+    assert chain_of(net.conv1) is chain
     assert torch.equal(net(x), expected)
-    assert net.conv1._chain is not chain
+    assert chain_of(net.conv1) is not chain
 
 
 def test_layers_in_the_place_of_others(net):
