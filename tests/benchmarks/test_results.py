@@ -1,5 +1,6 @@
 """The committed results: the Markdown is what the rows give, and each row has its context."""
 
+import choices
 import cifar10
 import control_group
 import kill_resume
@@ -15,6 +16,7 @@ from harness.results import Results
 from torch import nn
 
 REPORTS = {
+    "choices": choices.report,
     "cifar10_short": cifar10.report,
     "control_group": control_group.report,
     "kill_resume": kill_resume.report,
