@@ -102,6 +102,7 @@ def start(*words, cwd):
 # --- processes ---
 
 
+@pytest.mark.slow
 def test_old_form_in_two_processes(folder):
     done = start(
         *("--accelerator=cpu", "model", "--devices", "2", "train.py"),
@@ -121,6 +122,7 @@ def test_exit_code_of_the_script(folder):
     assert "lightning: rank 0 of fail.py failed, exit code 3" in done.stderr
 
 
+@pytest.mark.slow
 def test_trainer_on_two_ranks(tmp_path):
     (tmp_path / "fit.py").write_text(TRAIN)
     notes = tmp_path / "notes"
