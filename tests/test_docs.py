@@ -93,3 +93,19 @@ def test_every_page_is_in_the_navigation():
     navigation = (ROOT / "mkdocs.yml").read_text()
     for page in sorted(ROOT.glob("docs/**/*.md")):
         assert f": {page.relative_to(ROOT / 'docs')}\n" in navigation
+
+
+@pytest.mark.parametrize("name", ["CONTRIBUTING.md", "docs/architecture.md"])
+def test_files_that_are_named_exist(name):
+    """A file in backticks is one of the repository, by its path or by the end of it."""
+    page = ROOT / name
+    files = [
+        f"/{path.relative_to(ROOT).as_posix()}"
+        for folder in ("spp_lightning", "tests", "benchmarks", "examples", "docs")
+        for path in (ROOT / folder).rglob("*.*")
+    ]
+    files += [f"/{path.name}" for path in ROOT.iterdir()]
+    text = re.sub(r"^```.*?^```$", "", page.read_text(), flags=re.M | re.S)
+    named = re.findall(r"`([\w./-]+\.(?:py|md|h|cpp|toml|cff|yml))`", text)
+    assert [x for x in named if not any(file.endswith(f"/{x}") for file in files)] == []
+    assert len(named) > 20
