@@ -18,7 +18,7 @@ TARGETS = [21, 54]  # to prune of TinyModule's 27 and 72 columns at 4x
 
 
 class TinyModule(LightningModule):
-    """Two convolutions and a linear layer on 3×8×8 pictures of 4 classes."""
+    """Two convolutions and a linear layer on 3×8×8 images of 4 classes."""
 
     def __init__(self, optimizer: str = "sgd") -> None:
         super().__init__()
@@ -32,8 +32,8 @@ class TinyModule(LightningModule):
         return self.head(x.mean((2, 3)))
 
     def training_step(self, batch, batch_idx):
-        pictures, labels = batch
-        return F.cross_entropy(self(pictures), labels)
+        images, labels = batch
+        return F.cross_entropy(self(images), labels)
 
     def configure_optimizers(self):
         if self.optimizer == "sgd":
@@ -41,11 +41,11 @@ class TinyModule(LightningModule):
         return torch.optim.AdamW(self.parameters(), 1e-3)
 
 
-def tiny_data(pictures: int = 64, batch_size: int = 16) -> DataLoader:
-    """Random pictures, the same every time, in the same order every epoch."""
+def tiny_data(images: int = 64, batch_size: int = 16) -> DataLoader:
+    """Random images, the same every time, in the same order every epoch."""
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(pictures, 3, 8, 8, generator=generator)
-    y = torch.randint(0, 4, (pictures,), generator=generator)
+    x = torch.randn(images, 3, 8, 8, generator=generator)
+    y = torch.randint(0, 4, (images,), generator=generator)
     return DataLoader(TensorDataset(x, y), batch_size)
 
 

@@ -1,4 +1,4 @@
-"""Arrays of pictures: what a record is, splitting them, and a data set of them."""
+"""Arrays of images: their record type, a stratified split, and a data set."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset
 
-# One picture and its label. An array of these holds a whole data set in one .npy file.
+# One image and its label. One array of these, in one .npy file, holds a whole data set.
 RECORD = np.dtype([("label", np.uint8), ("image", np.uint8, (3, 32, 32))])
 
 Records = NDArray[np.void]  # of dtype RECORD
@@ -18,7 +18,7 @@ Batch = tuple[Tensor, Tensor]
 
 
 def to_records(images: Any, labels: Any) -> Records:
-    """Put pictures and labels into one array of records.
+    """Put images and labels into one array of records.
 
     Args:
         images: Pixels, uint8 ``(n, 3, 32, 32)``, in 0 … 255.
@@ -38,16 +38,16 @@ def to_records(images: Any, labels: Any) -> Records:
 
 
 def stratified_split(labels: Tensor, size: int, seed: int) -> tuple[Tensor, Tensor]:
-    """Split indices in two, so that both parts hold the classes in the same shares.
+    """Split indices into two parts with the same share of every class.
 
     Args:
-        labels: Class index per picture, int64 ``(n,)``.
-        size: Number of pictures in the second part, in [0, n].
-        seed: Decides which pictures are taken; nothing else does.
+        labels: Class index per image, int64 ``(n,)``.
+        size: Number of images in the second part, in [0, n].
+        seed: Decides which images are taken.
 
     Returns:
         Indices of the first part ``(n - size,)`` and of the second ``(size,)``, both ascending.
-        A class's count is off its exact share by less than one picture.
+        A class's count differs from its exact share by less than one image.
 
     >>> first, second = stratified_split(torch.tensor([0, 0, 0, 0, 1, 1]), size=3, seed=0)
     >>> len(first), len(second), int((second < 4).sum())
@@ -58,16 +58,16 @@ def stratified_split(labels: Tensor, size: int, seed: int) -> tuple[Tensor, Tens
     by_class = shuffled[torch.argsort(labels[shuffled], stable=True)]
     taken = torch.zeros(n, dtype=torch.bool)
     if size:
-        # Evenly spaced picks from pictures sorted by class take from each class its share.
+        # Images sorted by class, picked at even distances: each class gives its share.
         taken[by_class[(2 * torch.arange(size) + 1) * n // (2 * size)]] = True
     return torch.nonzero(~taken).flatten(), torch.nonzero(taken).flatten()
 
 
 class ArrayDataset(Dataset[Batch]):
-    """Pictures in one tensor; a whole batch is taken by one indexing operation.
+    """Images in one tensor. One indexing operation takes a whole batch.
 
     Args:
-        records: Array of ``RECORD``, ``(n,)``. Its memory is shared, not copied.
+        records: Array of ``RECORD``, ``(n,)``. The data set shares its memory.
         indices: Which records to use, int64 ``(m,)``; ``None`` for all.
     """
 
@@ -78,26 +78,26 @@ class ArrayDataset(Dataset[Batch]):
         self.resident = False
 
     def reside(self, device: torch.device) -> None:
-        """Keep the pictures on a device, the one that trains, from now on."""
+        """Move the images to a device, the one that trains, and keep them there."""
         self.images = self.images.to(device)
         self.labels = self.labels.to(device)
         self.indices = self.indices.to(device)
         self.resident = True
 
     def __len__(self) -> int:
-        """Return the number of pictures, m."""
+        """Return the number of images, m."""
         return len(self.indices)
 
     def __getitem__(self, index: int) -> Batch:
-        """Return one picture ``(3, 32, 32)`` and its label ``()``."""
+        """Return one image ``(3, 32, 32)`` and its label ``()``."""
         i = self.indices[index]
         return self.images[i], self.labels[i]
 
     def __getitems__(self, batch: list[int]) -> Batch:
-        """Return the pictures ``(b, 3, 32, 32)`` and labels ``(b,)`` of a batch of positions."""
+        """Return the images ``(b, 3, 32, 32)`` and labels ``(b,)`` of a batch of positions."""
         return self.take(torch.as_tensor(batch))
 
     def take(self, positions: Tensor) -> Batch:
-        """Return the pictures ``(b, 3, 32, 32)`` and labels ``(b,)`` at positions ``(b,)``."""
+        """Return the images ``(b, 3, 32, 32)`` and labels ``(b,)`` at positions ``(b,)``."""
         i = self.indices[positions]
         return self.images[i], self.labels[i]

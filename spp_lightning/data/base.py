@@ -1,4 +1,4 @@
-"""What the data modules share: checks, split, loaders, and normalisation on the device."""
+"""The data modules' common part: checks, split, loaders, normalisation on the device."""
 
 from __future__ import annotations
 
@@ -22,11 +22,10 @@ from spp_lightning.data.loader import EpochSampler, make_loader
 from spp_lightning.data.pixels import Normalize, augment, statistics
 
 
-class PictureDataModule(LightningDataModule):
-    """Batches of 3x32x32 pictures; a subclass says where they come from.
+class ImageDataModule(LightningDataModule):
+    """Base class for batches of 3x32x32 images. A subclass implements ``load``.
 
-    A subclass implements ``load`` and passes on the arguments below. Batches leave the loaders as
-    ``(uint8 (b, 3, 32, 32), int64 (b,))`` and are normalised on the device.
+    Loaders give ``(uint8 (b, 3, 32, 32), int64 (b,))``. Batches are normalised on the device.
     """
 
     input_shape: tuple[int, int, int] = (3, 32, 32)
@@ -55,18 +54,18 @@ class PictureDataModule(LightningDataModule):
         self.resident = check_bool("resident", resident)
         if self.resident and self.num_workers:
             raise ValueError(
-                "`num_workers` must be 0 if `resident` is True, as processes have nothing to load"
-                f" then, got {num_workers}."
+                "`num_workers` must be 0 if `resident` is True, as there is nothing to load then,"
+                f" got {num_workers}."
             )
         self._train: ArrayDataset | None = None
-        self._batches_seen = 0  # training batches; decides, with the seed, flips and crops
+        self._batches_seen = 0  # in training; with the seed it decides flips and crops
 
     def load(self) -> tuple[Records, Records]:
-        """Return training and test pictures. Called on every rank."""
+        """Return training and test images. Called on every rank."""
         raise NotImplementedError
 
     def setup(self, stage: str | None = None) -> None:
-        """Load the pictures, split off those for validation and compute the statistics."""
+        """Load the images, split off the validation images, and compute the statistics."""
         if self._train is not None:
             return
         train, test = self.load()
@@ -79,43 +78,44 @@ class PictureDataModule(LightningDataModule):
         self._shift, self._scale = statistics(self._train.images, fit, self.normalize)
 
     def train_dataloader(self) -> DataLoader[Batch]:
-        """Load training pictures in a new order every epoch; drop the last incomplete batch.
+        """Loader of the training images, in a new order every epoch, without an incomplete batch.
 
-        Every loader starts at epoch 0: in a plain loop, make one and go through it repeatedly. It
-        has a ``state_dict``, its position: a Trainer resumes in the middle of an epoch.
+        Every new loader starts at epoch 0: in a plain loop, make one loader and iterate over it
+        once per epoch. Its ``state_dict`` is its position, so a Trainer resumes in the middle of an
+        epoch.
         """
         dataset = self._ready()
         ranks, rank = 1, 0
         if self.trainer is not None:
             ranks, rank = self.trainer.world_size, self.trainer.global_rank
-        # The sampler adds the epoch to its seed; far apart, two seeds never meet in an order.
+        # The sampler adds the epoch to its seed. Seeds this far apart never share an order.
         seed = self.seed * 1_000_000
         sampler = EpochSampler(dataset, ranks, rank, seed=seed, drop_last=True)
         if len(sampler) < self.batch_size:
             raise ValueError(
-                f"`batch_size` must be in [1, {len(sampler)}], the number of training pictures "
+                f"`batch_size` must be in [1, {len(sampler)}], the number of training images "
                 f"per process, got {self.batch_size}."
             )
         return self._loader(dataset, sampler)
 
     def val_dataloader(self) -> DataLoader[Batch]:
-        """Load the pictures split off by ``val_size``; the test pictures where that is 0."""
+        """Loader of the images split off by ``val_size``, or of the test images if that is 0."""
         self._ready()
         return self._loader(self._val)
 
     def test_dataloader(self) -> DataLoader[Batch]:
-        """Load the test pictures, in order."""
+        """Loader of the test images, in order."""
         self._ready()
         return self._loader(self._test)
 
     def predict_dataloader(self) -> DataLoader[Batch]:
-        """Load the test pictures, in order."""
+        """Loader of the test images, in order."""
         return self.test_dataloader()
 
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-        """Normalise a batch of uint8 pictures; in training, crop and flip it first.
+        """Normalise a batch of uint8 images; in training, crop and flip it first.
 
-        Any other batch is returned as it is.
+        Any other batch is returned unchanged.
         """
         match batch:
             case (Tensor(dtype=torch.uint8) as images, labels):
@@ -129,16 +129,16 @@ class PictureDataModule(LightningDataModule):
             self._scale = self._scale.to(images.device)
         pixels = (images.float() - self._shift) / self._scale
         if self.trainer is not None:
-            # Lightning converts a batch before this hook, while it's uint8 and so not concerned.
+            # Lightning converts batches before this hook. At that time this one is uint8.
             pixels = self.trainer.precision_plugin.convert_input(pixels)
         return pixels, labels
 
     def state_dict(self) -> dict[str, int]:
-        """Return the number of training batches seen: a resumed run's crops and flips go on."""
+        """Return the number of training batches seen, which decides crops and flips."""
         return {"batches_seen": self._batches_seen}
 
     def load_state_dict(self, state_dict: dict[str, int]) -> None:
-        """Take up the number of training batches seen."""
+        """Go on from a number of training batches seen."""
         self._batches_seen = state_dict["batches_seen"]
 
     def _augment(self, images: Tensor) -> Tensor:
@@ -153,8 +153,8 @@ class PictureDataModule(LightningDataModule):
     def _ready(self) -> ArrayDataset:
         if self._train is None:
             raise RuntimeError(
-                "The pictures aren't loaded yet: call `prepare_data()` and `setup()` first, "
-                "or hand the data module to a Trainer, which does."
+                "The images are not loaded yet. Call `prepare_data()` and `setup()` first, "
+                "or pass the data module to a Trainer."
             )
         return self._train
 

@@ -1,4 +1,4 @@
-"""Decoded pictures in one .npy file, written in one stroke and remade when anything is off."""
+"""Decoded images in one .npy file, written atomically, and written anew when it does not fit."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def load(path: Path) -> Records | None:
         Array of ``RECORD``, ``(n,)``; ``None`` if the file is missing, cut off or something else.
     """
     try:
-        # Copy on write: ranks share the pages, and torch gets an array it may call its own.
+        # Copy on write: ranks share the pages, and torch gets a writable array.
         records = np.load(path, mmap_mode="c")
     except (OSError, ValueError, EOFError):
         return None
@@ -34,7 +34,7 @@ def load(path: Path) -> Records | None:
 def save(path: Path, records: Records) -> None:
     """Write a cache file and remove older ones of the same part.
 
-    The file appears whole or not at all: it is written under another name and then renamed.
+    The file is written under another name and then renamed, so it is complete or absent.
 
     Args:
         path: ``<folder>/<part>-<fingerprint>.npy``; the folder is made.
@@ -50,7 +50,7 @@ def save(path: Path, records: Records) -> None:
             np.save(file, records)
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)  # mkstemp makes it private; others may share the data folder
+        os.chmod(temporary, 0o644)  # mkstemp makes it private; other users may share the folder
         os.replace(temporary, path)
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
@@ -61,8 +61,8 @@ def save(path: Path, records: Records) -> None:
 def _remove_leftovers(path: Path) -> None:
     part = path.name.split("-")[0]
     for old in path.parent.glob(f"{part}-*"):
-        with contextlib.suppress(OSError):  # another process may have removed it first
-            # A young temporary file may be another process's, still being written.
+        with contextlib.suppress(OSError):  # another process may have removed the file
+            # Another process may still be writing a recent temporary file.
             in_use = old.suffix == ".tmp" and time.time() - old.stat().st_mtime < HOUR
             if old != path and not in_use:
                 old.unlink()

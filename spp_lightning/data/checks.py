@@ -9,21 +9,21 @@ from spp_lightning.data.pixels import Normalize
 
 
 def check_int(name: str, value: int, lowest: int) -> int:
-    """Return ``value`` if it's an integer of at least ``lowest``."""
+    """Return ``value`` if it is an integer of at least ``lowest``."""
     if isinstance(value, bool) or not isinstance(value, int) or value < lowest:
         raise ValueError(f"`{name}` must be an integer of at least {lowest}, got {value!r}.")
     return value
 
 
 def check_bool(name: str, value: bool) -> bool:
-    """Return ``value`` if it's True or False."""
+    """Return ``value`` if it is True or False."""
     if not isinstance(value, bool):
         raise ValueError(f"`{name}` must be True or False, got {value!r}.")
     return value
 
 
 def check_normalize(value: Normalize) -> Normalize:
-    """Return ``value`` if it's a known way to normalise."""
+    """Return ``value`` if it is a known way to normalise."""
     if value not in get_args(Normalize):
         allowed = " or ".join(f'"{name}"' for name in get_args(Normalize))
         raise ValueError(f"`normalize` must be {allowed}, got {value!r}.")
@@ -31,7 +31,7 @@ def check_normalize(value: Normalize) -> Normalize:
 
 
 def check_val_size(value: int | float) -> int | float:
-    """Return ``value`` if it can be a number (int) or a share (float) of pictures."""
+    """Return ``value`` if it is a number (int) or a share (float) of images."""
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not value >= 0:
         raise ValueError(f"`val_size` must be a number of at least 0, got {value!r}.")
     if isinstance(value, float) and value >= 1:
@@ -40,7 +40,7 @@ def check_val_size(value: int | float) -> int | float:
 
 
 def val_count(val_size: int | float, n: int) -> int:
-    """Count pictures for validation; a share is rounded up, so it never comes to none."""
+    """Number of validation images. A share is rounded up, so it is never 0."""
     count = math.ceil(val_size * n) if isinstance(val_size, float) else val_size
     if count >= n:
         raise ValueError(f"`val_size` must be in [0, {n}), got {val_size}.")

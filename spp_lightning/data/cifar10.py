@@ -1,4 +1,4 @@
-"""CIFAR-10 from a folder or from the network, as batches of uint8 pictures."""
+"""CIFAR-10, from a folder or downloaded, as batches of uint8 images."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torchvision.datasets import CIFAR10
 
 from spp_lightning.data import cache
 from spp_lightning.data.arrays import Records
-from spp_lightning.data.base import PictureDataModule
+from spp_lightning.data.base import ImageDataModule
 from spp_lightning.data.pixels import Normalize
 from spp_lightning.data.reading import (
     CLASS_NAMES,
@@ -27,35 +27,33 @@ from spp_lightning.data.reading import (
 CACHE_FOLDER = "spp-cache"
 
 
-class CIFAR10DataModule(PictureDataModule):
-    """CIFAR-10: 3x32x32 pictures of ten classes.
+class CIFAR10DataModule(ImageDataModule):
+    """CIFAR-10: 3x32x32 images of ten classes.
 
-    Loaders give ``(uint8 (b, 3, 32, 32), int64 (b,))``; the pictures are normalised, and in
-    training cropped and flipped, on the device. Pictures are decoded once and cached in a
-    sub-folder of ``data_dir``, about 185 MB; where that can't be written they're kept in memory.
+    Loaders give ``(uint8 (b, 3, 32, 32), int64 (b,))``. Images are normalised, and in training
+    cropped and flipped, on the device. They are decoded once and cached in a sub-folder of
+    ``data_dir``, about 185 MB. If it can't be written, they are kept in memory.
 
     Args:
-        data_dir: Folder that holds (or will hold) CIFAR-10, as torchvision's batches
-            (``cifar-10-batches-py``) or as a tree of PNG or JPEG files
-            (``train/<class>/*``, ``test/<class>/*``; classes in alphabetical order). A tree may
-            hold any number of pictures per class, but at least one.
-        batch_size: Pictures per batch and process.
-        normalize: ``"mean_image"``: pixels in 0 … 255 minus the mean training picture.
+        data_dir: Folder of CIFAR-10: torchvision's batches (``cifar-10-batches-py``), or a tree of
+            PNG or JPEG files (``train/<class>/*``, ``test/<class>/*``; classes in alphabetical
+            order) with at least one image per class.
+        batch_size: Images per batch and process.
+        normalize: ``"mean_image"``: pixels in 0 … 255 minus the mean training image.
             ``"mean_std"``: per channel, minus the mean, divided by the standard deviation.
-        flip: Whether training pictures are mirrored left to right with probability 0.5.
-        crop_padding: Zeros added around a training picture before a random 32x32 crop, in
-            pixels; 0 for no crops.
-        val_size: Training pictures set aside for validation, stratified by class: a number (int)
-            or a share (float, rounded up). With 0, validation uses the test pictures.
-        seed: Decides the split, the order of every epoch, flips and crops.
-        download: Whether torchvision may download CIFAR-10 (170 MB) if it isn't in ``data_dir``.
-        num_workers: Loader processes; 0 is usually fastest here.
-        resident: Keep all pictures on the device that trains, 185 MB: a step then copies nothing
-            to it.
+        flip: Whether training images are flipped left to right with probability 0.5.
+        crop_padding: Pixels of zero padding around a training image before a random 32x32
+            crop; 0 for no crops.
+        val_size: Training images set aside for validation, stratified by class: a number (int)
+            or a share (float, rounded up). With 0, validation uses the test images.
+        seed: Seed of the split, the order of every epoch, flips and crops.
+        download: Whether torchvision may download CIFAR-10 (170 MB) if ``data_dir`` lacks it.
+        num_workers: Loader processes. 0 is usually fastest: a batch is one indexing operation.
+        resident: Keep all images on the device that trains, 185 MB. A step then copies no data.
 
     Raises:
         ValueError: If an argument is out of range or the files in ``data_dir`` are broken.
-        FileNotFoundError: If CIFAR-10 is neither in ``data_dir`` nor can be downloaded.
+        FileNotFoundError: If CIFAR-10 is not in ``data_dir`` and can't be downloaded.
 
     >>> data = CIFAR10DataModule(batch_size=128, flip=True, crop_padding=4)
     >>> data.num_classes, data.input_shape, data.class_names[3]
@@ -84,7 +82,7 @@ class CIFAR10DataModule(PictureDataModule):
         self._loaded: tuple[Records, Records] | None = None
 
     def prepare_data(self) -> None:
-        """Decode and cache CIFAR-10, downloaded where it isn't there. Runs on rank zero only."""
+        """Decode and cache CIFAR-10, after a download if needed. Runs on rank zero only."""
         try:
             self.load()
         except (FileNotFoundError, ValueError):
@@ -94,20 +92,20 @@ class CIFAR10DataModule(PictureDataModule):
             self.load()
 
     def load(self) -> tuple[Records, Records]:
-        """Return training and test pictures, from the cache where it's good."""
+        """Return training and test images, from the cache if it is valid."""
         if self._loaded is None:
             train, train_cached = self._load_part("train")
             test, test_cached = self._load_part("test")
             if not (train_cached and test_cached):
                 rank_zero_warn(
-                    f"{self.data_dir / CACHE_FOLDER} can't be written, so the decoded pictures are "
+                    f"{self.data_dir / CACHE_FOLDER} can't be written, so the decoded images are "
                     "kept in memory and decoded again next time. Make it writable to avoid that."
                 )
             self._loaded = train, test
         return self._loaded
 
     def _load_part(self, part: Part) -> tuple[Records, bool]:
-        """Return a part's pictures and whether they're cached."""
+        """Return a part's images, and whether they are cached."""
         source = self._source(part)
         path = self.data_dir / CACHE_FOLDER / f"{part}-{fingerprint(source.files)}.npy"
         records = cache.load(path)
@@ -134,7 +132,7 @@ class CIFAR10DataModule(PictureDataModule):
         try:
             CIFAR10(self.data_dir, download=True)
         except (OSError, RuntimeError) as error:
-            with suppress(OSError):  # what was made for it, unless there is something in it
+            with suppress(OSError):  # leaves folders that are not empty
                 for folder in missing:
                     folder.rmdir()
             raise FileNotFoundError(
@@ -143,7 +141,7 @@ class CIFAR10DataModule(PictureDataModule):
 
 
 def _nothing_in(folder: Path) -> str:
-    """Say where CIFAR-10 was looked for, what was there, and what to do."""
+    """Error message: the folder, what it holds, and what to do."""
     if folder.is_dir():
         names = sorted(os.listdir(folder))
         found = f"found: {', '.join(names[:10])}{' …' if names[10:] else ''}" if names else "empty"

@@ -1,4 +1,4 @@
-"""Handwritten digits that come with scikit-learn: a stand-in that needs no download."""
+"""scikit-learn's handwritten digits: a data set that needs no download."""
 
 from __future__ import annotations
 
@@ -7,24 +7,24 @@ import torch
 from torch.nn.functional import interpolate
 
 from spp_lightning.data.arrays import Records, stratified_split, to_records
-from spp_lightning.data.base import PictureDataModule
+from spp_lightning.data.base import ImageDataModule
 from spp_lightning.data.pixels import Normalize
 
 
-class DigitsDataModule(PictureDataModule):
-    """The 1,797 8x8 pictures of scikit-learn's digits, enlarged to 3x32x32.
+class DigitsDataModule(ImageDataModule):
+    """The 1,797 8x8 images of scikit-learn's digits, enlarged to 3x32x32.
 
-    Same batches and normalisation as ``CIFAR10DataModule``; a network for CIFAR-10 trains on
+    Batches and normalisation are those of ``CIFAR10DataModule``: a network for CIFAR-10 trains on
     them in seconds. The three channels are equal.
 
     Args:
-        batch_size: Pictures per batch and process.
+        batch_size: Images per batch and process.
         normalize: ``"mean_image"`` or ``"mean_std"``, as in ``CIFAR10DataModule``.
-        val_size: Training pictures set aside for validation: a number (int) or a share (float).
-            With 0, validation uses the test pictures.
-        test_size: Share of all pictures that are test pictures, in [0.001, 1). Which ones doesn't
-            depend on ``seed``, so runs with different seeds are tested alike.
-        seed: Decides the validation split and the order of every epoch.
+        val_size: Training images set aside for validation: a number (int) or a share (float).
+            With 0, validation uses the test images.
+        test_size: Share of the images used for testing, in [0.001, 1). They do not depend on
+            ``seed``, so runs with different seeds have the same test images.
+        seed: Seed of the validation split and of the order of every epoch.
 
     Raises:
         ValueError: If an argument is out of range.
@@ -61,16 +61,16 @@ class DigitsDataModule(PictureDataModule):
         self.test_size = test_size
 
     def load(self) -> tuple[Records, Records]:
-        """Return training and test pictures.
+        """Return training and test images.
 
         Raises:
-            ImportError: If scikit-learn isn't installed.
+            ImportError: If scikit-learn is not installed.
         """
         try:
             from sklearn.datasets import load_digits
         except ImportError as error:
             raise ImportError(
-                "`DigitsDataModule` takes its pictures from scikit-learn, which isn't installed. "
+                "`DigitsDataModule` takes its images from scikit-learn, which is not installed. "
                 "Install it with `pip install scikit-learn`."
             ) from error
         data = load_digits()

@@ -1,4 +1,4 @@
-"""Loading pictures in batches, in an order that a resumed run takes up where it was."""
+"""Loads images in batches, in an order that a resumed run continues."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from spp_lightning.data.arrays import ArrayDataset, Batch
 
 
 class EpochSampler(DistributedSampler[int]):
-    """A new order every epoch, decided by the seed and the epoch's number alone.
+    """A new order every epoch, which depends on the seed and the epoch's number only.
 
-    Lightning sets the epoch, so a resumed run sees the orders that an uninterrupted run sees;
-    in a plain loop each pass counts as an epoch. Torch's own ``RandomSampler`` would start over
-    after a resume. With more than one rank, each takes its own part of the order.
+    Lightning sets the epoch, so a resumed run sees the same orders as an uninterrupted run. In a
+    plain loop each pass is an epoch. With several ranks, each gets its own part of the order.
+    Torch's ``RandomSampler`` would draw other orders after a resume.
     """
 
-    shift = 0  # what to add to the number that was set
+    shift = 0  # added to the epoch that was set
 
     def __iter__(self) -> Iterator[int]:
-        """Go through this rank's positions for one epoch."""
+        """Iterate over this rank's positions of one epoch."""
         self.epoch += self.shift
         order = list(super().__iter__())
         self.epoch += 1 - self.shift
@@ -31,22 +31,23 @@ class EpochSampler(DistributedSampler[int]):
 
 
 class TrainLoader(DataLoader[Batch]):
-    """A loader over an :class:`EpochSampler` that goes on in the middle of an epoch.
+    """A loader over an :class:`EpochSampler` that resumes in the middle of an epoch.
 
-    Its state is the epoch and the number of batches handed out in it, the same on every rank;
-    batches that worker processes hold ready don't count. Lightning saves it in checkpoints. With
-    another sampler (``overfit_batches`` puts one in) every pass starts at its first batch.
+    Its state is the epoch and the number of batches it has yielded in that epoch, the same on
+    every rank. Batches prefetched by worker processes don't count. Lightning saves the state in
+    checkpoints. With another sampler, as under ``overfit_batches``, every pass starts at its first
+    batch.
     """
 
-    # Set here and not by an `__init__`: Lightning makes loaders anew from DataLoader's arguments.
+    # Not set by an `__init__`: Lightning rebuilds loaders from DataLoader's arguments.
     _epoch = 0  # the pass that is under way
-    _batches = 0  # batches of it that were handed out
-    _restored = False  # whether these are a checkpoint's, to be taken up by the next pass
+    _batches = 0  # batches yielded in it
+    _restored = False  # whether both come from a checkpoint and apply to the next pass
 
     def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]  # torch says its own class
-        """Go through one epoch, or through what a loaded state has left of it."""
-        # A generator, so this runs when the first batch is asked for: Lightning makes the iterator
-        # before it sets the sampler's epoch, and workers fetch as soon as there is an iterator.
+        """Iterate over one epoch, or over the rest of it after a loaded state."""
+        # A generator: it runs when the first batch is requested. Lightning makes the iterator
+        # before it sets the sampler's epoch, and workers would fetch at once.
         if not isinstance(self.sampler, EpochSampler):
             yield from super().__iter__()
             return
@@ -54,13 +55,13 @@ class TrainLoader(DataLoader[Batch]):
         if self._restored and sampler.epoch + sampler.shift == self._epoch:
             seen = self._batches
         elif self._restored:
-            # Lightning is past that epoch: `limit_train_batches` has cut it short, or there was
-            # nothing left of it. It may be one too far: with `max_steps`, resuming from the end of
-            # an epoch, it counts that epoch twice.
+            # Lightning is past that epoch: `limit_train_batches` ended it, or no batch was left.
+            # Its number may be wrong: after a resume from the end of an epoch, Lightning
+            # counts that epoch twice, and after another such resume it lags behind.
             sampler.shift = self._epoch + (self._batches > 0) - sampler.epoch
         self._epoch, self._batches = sampler.epoch + sampler.shift, seen
         self._restored = False
-        if self._pictures.resident:
+        if self._images.resident:
             batches = self._resident_batches(seen)
         else:
             batches = islice(super().__iter__(), seen, None)
@@ -69,30 +70,30 @@ class TrainLoader(DataLoader[Batch]):
             yield batch
 
     @property
-    def _pictures(self) -> ArrayDataset:
+    def _images(self) -> ArrayDataset:
         assert isinstance(self.dataset, ArrayDataset), "made by make_loader"
         return self.dataset
 
     def _resident_batches(self, first: int) -> Iterator[Batch]:
-        # The epoch's order goes to the device in one copy; a step only launches the indexing.
-        size, pictures = self.batch_size or 1, self._pictures
-        order = torch.tensor(list(self.sampler)).to(pictures.indices.device)
+        # One copy moves the epoch's order to the device; a step only indexes.
+        size, images = self.batch_size or 1, self._images
+        order = torch.tensor(list(self.sampler)).to(images.indices.device)
         for batch in range(first, len(self)):
-            yield pictures.take(order[batch * size : (batch + 1) * size])
+            yield images.take(order[batch * size : (batch + 1) * size])
 
     def state_dict(self) -> dict[str, int]:
         """Return the position.
 
         Returns:
-            ``epoch``; ``batches`` handed out in it, in [0, len); ``shift``, what to add to
-            Lightning's number of the epoch to get this one.
+            ``epoch``; ``batches`` yielded in it, in [0, len); ``shift``, the difference between
+            this epoch and Lightning's.
         """
         over = self._batches >= len(self)
         epoch, batches = (self._epoch + 1, 0) if over else (self._epoch, self._batches)
         return {"epoch": epoch, "batches": batches, "shift": getattr(self.sampler, "shift", 0)}
 
     def load_state_dict(self, state_dict: dict[str, int]) -> None:
-        """Let the next pass begin at a position."""
+        """Start the next pass at a position."""
         self._epoch, self._batches = state_dict["epoch"], state_dict["batches"]
         self._restored = True
         if isinstance(self.sampler, EpochSampler):
@@ -101,7 +102,7 @@ class TrainLoader(DataLoader[Batch]):
 
 
 def _as_it_is(batch: Any) -> Any:
-    """Collate nothing: the dataset already returns a batch. A function, as workers pickle it."""
+    """Collate nothing: the dataset returns batches. No lambda, because workers pickle it."""
     return batch
 
 
@@ -116,11 +117,11 @@ def make_loader(
     """Make a loader of batches ``(uint8 (b, 3, 32, 32), int64 (b,))``.
 
     Args:
-        dataset: The pictures.
-        batch_size: Pictures per batch.
-        sampler: Order for training, where the last incomplete batch is dropped and the loader is a
-            :class:`TrainLoader`; ``None`` goes through all pictures in order.
-        num_workers: Loader processes; indexing is so cheap that 0 is usually fastest.
+        dataset: The images.
+        batch_size: Images per batch.
+        sampler: Order for training: the loader is a :class:`TrainLoader` and drops the last
+            incomplete batch. ``None``: all images in order.
+        num_workers: Loader processes. 0 is usually fastest: a batch is one indexing operation.
         pin_memory: Whether batches lie in page-locked memory, for copies to a GPU.
     """
     kind = DataLoader if sampler is None else TrainLoader

@@ -1,4 +1,4 @@
-"""Arithmetic on batches of pictures, on whatever device they are: statistics, crops, flips."""
+"""Statistics, crops and flips of batches of images, on any device."""
 
 from __future__ import annotations
 
@@ -12,18 +12,17 @@ Normalize = Literal["mean_image", "mean_std"]
 
 
 def statistics(images: Tensor, indices: Tensor, normalize: Normalize) -> tuple[Tensor, Tensor]:
-    """Shift and scale that normalise pictures, from the pictures given.
+    """Compute the shift and scale that normalise images.
 
     Args:
         images: Pixels, uint8 ``(n, c, h, w)``, in 0 … 255.
-        indices: Which pictures count, int64 ``(m,)``.
+        indices: The images to use, int64 ``(m,)``.
         normalize: ``"mean_image"``: the mean of every pixel, and scale 1.
             ``"mean_std"``: mean and standard deviation of every channel.
 
     Returns:
-        Shift and scale in pixel units, float32, ``(c, h, w)`` and ``(1, 1, 1)`` for
-        ``"mean_image"``, both ``(c, 1, 1)`` for ``"mean_std"``. A channel that never changes
-        gets scale 1.
+        Shift and scale in pixel units, float32: ``(c, h, w)`` and ``(1, 1, 1)`` for
+        ``"mean_image"``, both ``(c, 1, 1)`` for ``"mean_std"``. A constant channel gets scale 1.
 
     >>> images = torch.tensor([0, 200], dtype=torch.uint8).reshape(2, 1, 1, 1)
     >>> shift, scale = statistics(images, torch.arange(2), "mean_std")
@@ -32,7 +31,7 @@ def statistics(images: Tensor, indices: Tensor, normalize: Normalize) -> tuple[T
     """
     total = torch.zeros(images.shape[1:], dtype=torch.float64)
     squares = torch.zeros_like(total)
-    # In parts, as wider numbers take 8 times the memory of uint8. Sums of integers are exact.
+    # In parts: float64 takes 8 times the memory of uint8. Sums of integers are exact.
     for part in torch.split(indices, 1000):
         pixels = images[part].double()
         total += pixels.sum(0)
@@ -43,23 +42,23 @@ def statistics(images: Tensor, indices: Tensor, normalize: Normalize) -> tuple[T
         return mean_image.float(), torch.ones(1, 1, 1)
     mean = mean_image.mean((1, 2), keepdim=True)
     variance = mean_square.mean((1, 2), keepdim=True) - mean.square()
-    # A variance this small is rounding: the least that one changed pixel can cause is larger.
+    # A smaller variance is rounding: one changed pixel causes more.
     constant = variance < 1e-9
     return mean.float(), torch.where(constant, 1.0, variance.sqrt()).float()
 
 
 def crop_and_flip(images: Tensor, top: Tensor, left: Tensor, flip: Tensor, padding: int) -> Tensor:
-    """Shift each picture within a border of zeros, then mirror those marked.
+    """Crop each image from its zero-padded version, then flip the marked images.
 
     Args:
-        images: Pictures ``(b, c, h, w)``.
-        top: First row to keep of each padded picture, int64 ``(b,)``, in [0, 2 · padding].
+        images: Images ``(b, c, h, w)``.
+        top: First row to keep of each padded image, int64 ``(b,)``, in [0, 2 · padding].
         left: First column to keep, likewise.
-        flip: Which pictures to mirror left to right, bool ``(b,)``.
-        padding: Zeros added on every side, in pixels.
+        flip: The images to flip left to right, bool ``(b,)``.
+        padding: Zero padding on every side, in pixels.
 
     Returns:
-        Pictures of the shape and type of ``images``.
+        Images of the shape and type of ``images``.
 
     >>> row = torch.tensor([[[[1, 2, 3]]]])
     >>> one, two = torch.tensor([1]), torch.tensor([2])
@@ -71,23 +70,23 @@ def crop_and_flip(images: Tensor, top: Tensor, left: Tensor, flip: Tensor, paddi
     rows = top[:, None] + torch.arange(h, device=device)
     columns = left[:, None] + torch.arange(w, device=device)
     columns = torch.where(flip[:, None], columns.flip(1), columns)
-    picture = torch.arange(b, device=device)[:, None, None, None]
+    image = torch.arange(b, device=device)[:, None, None, None]
     channel = torch.arange(c, device=device)[:, None, None]
     padded = pad(images, (padding, padding, padding, padding))
-    return padded[picture, channel, rows[:, None, :, None], columns[:, None, None, :]]
+    return padded[image, channel, rows[:, None, :, None], columns[:, None, None, :]]
 
 
 def augment(images: Tensor, flip: bool, padding: int, generator: torch.Generator) -> Tensor:
-    """Crop at random from zero-padded pictures and mirror half of them, by chance.
+    """Crop zero-padded images at random and flip each with probability 0.5.
 
     Args:
-        images: Pictures ``(b, c, h, w)``.
-        flip: Whether to mirror pictures, each with probability 0.5.
-        padding: Zeros added on every side before the crop, in pixels; 0 for no crops.
-        generator: Source of chance, on the device of ``images``.
+        images: Images ``(b, c, h, w)``.
+        flip: Whether to flip images left to right.
+        padding: Zero padding on every side before the crop, in pixels; 0 for no crops.
+        generator: Random generator on the device of ``images``.
 
     Returns:
-        Pictures of the shape and type of ``images``.
+        Images of the shape and type of ``images``.
     """
     b, device = len(images), images.device
     top, left = torch.randint(2 * padding + 1, (2, b), generator=generator, device=device)

@@ -1,4 +1,4 @@
-"""CIFAR-10 on disk: finds its pictures in either of two layouts and decodes them."""
+"""Finds and decodes CIFAR-10 on disk, in either of two layouts."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from torchvision.datasets.utils import check_integrity
 from spp_lightning.data.arrays import Records, to_records
 
 Part = Literal["train", "test"]
-PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg")
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg")
 CLASS_NAMES = (
     "airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck",
 )  # fmt: skip
@@ -31,18 +31,18 @@ LAYOUTS = (
 
 
 class Source(Protocol):
-    """One part of CIFAR-10 as it lies on disk."""
+    """The files of one part of CIFAR-10."""
 
     files: list[Path]
     class_names: tuple[str, ...]
 
     def read(self) -> Records:
-        """Decode all pictures."""
+        """Decode all images."""
 
 
 @dataclass
 class FolderSource:
-    """``<part>/<class>/*``: labels are the places of the class folders in alphabetical order."""
+    """``<part>/<class>/*``: a label is the index of the class folder in alphabetical order."""
 
     files: list[Path]
     labels: list[int]
@@ -50,7 +50,7 @@ class FolderSource:
 
     @classmethod
     def find(cls, data_dir: Path, part: Part) -> FolderSource:
-        """List the pictures, without opening them."""
+        """List the images without opening them."""
         folder = data_dir / part
         names = _class_folders(folder)
         if names != (others := _class_folders(data_dir / "train")):
@@ -61,21 +61,21 @@ class FolderSource:
         files: list[Path] = []
         labels: list[int] = []
         for label, name in enumerate(names):
-            pictures = _pictures_in(folder / name)
-            if not pictures:
-                raise ValueError(f"{folder / name} must hold .png or .jpg pictures, found none.")
-            files += pictures
-            labels += [label] * len(pictures)
+            images = _images_in(folder / name)
+            if not images:
+                raise ValueError(f"{folder / name} must hold .png or .jpg images, found none.")
+            files += images
+            labels += [label] * len(images)
         return cls(files, labels, tuple(names))
 
     def read(self) -> Records:
-        """Decode all pictures, in the order of ``files``."""
+        """Decode all images, in the order of ``files``."""
         return to_records(np.stack([decode(path) for path in self.files]), self.labels)
 
 
 @dataclass
 class BatchesSource:
-    """``cifar-10-batches-py``: pixels as they were published, read by torchvision."""
+    """``cifar-10-batches-py``: the published pixels, read by torchvision."""
 
     data_dir: Path
     part: Part
@@ -84,7 +84,7 @@ class BatchesSource:
 
     @classmethod
     def find(cls, data_dir: Path, part: Part) -> BatchesSource:
-        """List the files, of both parts: torchvision reads neither unless both are whole."""
+        """List the files of both parts: torchvision reads one only if both are complete."""
         files = [path for path, _ in _checksums(data_dir)]
         if missing := [path.name for path in files if not path.is_file()]:
             raise FileNotFoundError(
@@ -94,12 +94,12 @@ class BatchesSource:
         return cls(data_dir, part, files)
 
     def read(self) -> Records:
-        """Unpack the batches, whose checksums are compared before."""
+        """Compare the checksums, then unpack the batches."""
         for path, md5 in _checksums(self.data_dir):
             if not check_integrity(path, md5):
                 raise ValueError(f"{path} is cut off or damaged (md5 isn't {md5}). {REPAIR}")
         with warnings.catch_warnings():
-            # The batches were pickled by an old NumPy, in a way that NumPy 2.4 warns about.
+            # NumPy 2.4 warns about the pickles, which an old NumPy wrote.
             warnings.simplefilter("ignore", np.exceptions.VisibleDeprecationWarning)
             data = CIFAR10(self.data_dir, train=self.part == "train")
         return to_records(data.data.transpose(0, 3, 1, 2), data.targets)
@@ -112,10 +112,10 @@ def _checksums(data_dir: Path) -> list[tuple[Path, str]]:
 
 
 def find_layout(data_dir: Path) -> Literal["batches", "folders"] | None:
-    """Find which layout a folder holds; ``None`` for neither. Batches win over pictures.
+    """Find the layout of a folder; ``None`` for neither. Batches win over image folders.
 
     Raises:
-        ValueError: If only one of the folders ``train`` and ``test`` is there.
+        ValueError: If only one of the folders ``train`` and ``test`` exists.
     """
     if (data_dir / CIFAR10.base_folder).is_dir():
         return "batches"
@@ -137,11 +137,11 @@ def decode(path: Path) -> NDArray[np.uint8]:
         ValueError: If the file can't be decoded or isn't 32x32 pixels.
     """
     try:
-        with Image.open(path) as picture:
-            pixels = np.asarray(picture.convert("RGB"))
+        with Image.open(path) as image:
+            pixels = np.asarray(image.convert("RGB"))
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        # Pillow has no error of its own for broken files: it depends on the format and the place.
-        raise ValueError(f"{path} can't be decoded as a picture: {error}") from error
+        # Pillow raises different errors for broken files, by format and by place.
+        raise ValueError(f"{path} can't be decoded as a image: {error}") from error
     height, width, _ = pixels.shape
     if (height, width) != (32, 32):
         raise ValueError(f"{path} must be 32x32 pixels, got {width}x{height}.")
@@ -149,7 +149,7 @@ def decode(path: Path) -> NDArray[np.uint8]:
 
 
 def fingerprint(files: list[Path]) -> str:
-    """Digest names, sizes and modification times, so that it changes when the files do."""
+    """Hash names, sizes and modification times: the hash changes when a file does."""
     digest = hashlib.sha256()
     for path in files:
         stat = path.stat()
@@ -167,6 +167,6 @@ def _class_folders(folder: Path) -> tuple[str, ...]:
     return tuple(names)
 
 
-def _pictures_in(folder: Path) -> list[Path]:
+def _images_in(folder: Path) -> list[Path]:
     names = (name for name in os.listdir(folder) if name[0] != ".")
-    return [folder / n for n in sorted(names) if n.lower().endswith(PICTURE_SUFFIXES)]
+    return [folder / n for n in sorted(names) if n.lower().endswith(IMAGE_SUFFIXES)]

@@ -1,1 +1,1 @@
-"""The published method, in torch alone."""
+"""Structured Probabilistic Pruning, in torch alone."""

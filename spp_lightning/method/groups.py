@@ -1,8 +1,8 @@
-"""Weight groups: how the weights of one convolution fall into the units that are pruned.
+"""Weight groups: the units of one convolution's weight that are pruned as a whole.
 
-A convolution's weight is ``(N, C / conv_groups, *kernel)``. Split by the convolution's own groups
-it is ``(conv_groups, N / conv_groups, C / conv_groups, *kernel)``, and a weight group is a slice
-of that: everything along some of its dimensions, one position along the others.
+A convolution's weight is ``(N, C / conv_groups, *kernel)``. Split by the convolution's ``groups``
+it is ``(conv_groups, N / conv_groups, C / conv_groups, *kernel)``. A weight group is a slice of
+that: all positions along some dimensions, one position along the others.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by by
 
 
 def weight_of(layer: nn.Module) -> nn.Parameter:
-    """The parameter ``weight`` itself; a masked layer's attribute ``weight`` is it times a mask."""
+    """The parameter ``weight``. A masked layer's attribute ``weight`` is parameter times mask."""
     weight = layer._parameters["weight"]
     assert weight is not None
     return weight
@@ -36,9 +36,9 @@ class WeightGroups:
     Args:
         weight_shape: Shape of the weight, ``(N, C / conv_groups, *kernel)``.
         conv_groups: The convolution's ``groups``.
-        granularity: What one weight group is: ``"column"``, one ``(c, i, j)`` position across all
-            filters that read input channel ``c``; ``"channel"``, all columns of an input channel;
-            ``"filter"``, all weights of an output channel.
+        granularity: ``"column"``: one position ``(c, i, j)`` across all filters that read input
+            channel ``c``. ``"channel"``: all columns of an input channel. ``"filter"``: all weights
+            of an output channel.
 
     >>> groups = WeightGroups.of(nn.Conv2d(3, 32, 5))
     >>> groups.count, groups.size
@@ -53,13 +53,13 @@ class WeightGroups:
 
     @classmethod
     def of(cls, layer: nn.Module, granularity: Granularity = "column") -> WeightGroups:
-        """The weight groups of a layer with a convolution's ``weight`` and, maybe, ``groups``."""
+        """The weight groups of a layer with a convolution's ``weight`` (and ``groups``)."""
         shape = tuple(weight_of(layer).shape)
         return cls(shape, int(getattr(layer, "groups", 1)), granularity)
 
     @property
     def mask_shape(self) -> tuple[int, ...]:
-        """Shape of a mask of the groups; it broadcasts against the weight as :meth:`split`."""
+        """Shape of a mask of the groups. It broadcasts against the weight after :meth:`split`."""
         filters, channels, *kernel = self.weight_shape
         per_group = filters // self.conv_groups
         shapes: dict[str, tuple[int, ...]] = {
@@ -80,11 +80,11 @@ class WeightGroups:
         return math.prod(self.weight_shape) // self.count
 
     def split(self, weight: Tensor) -> Tensor:
-        """View a weight, or a tensor shaped like it, so that a mask of the groups broadcasts."""
+        """View a weight, or a tensor of its shape, so that a mask broadcasts against it."""
         return weight.unflatten(0, (self.conv_groups, -1))
 
     def importance(self, weight: Tensor, criterion: Criterion = "l1") -> Tensor:
-        """Norm of each weight group.
+        """Compute the norm of each weight group.
 
         Args:
             weight: The layer's weight.
@@ -104,8 +104,8 @@ class WeightGroups:
         split = split.to(torch.promote_types(weight.dtype, torch.float32))
         if not dims:
             return split.abs().flatten()
-        # Summed in the order in which the weight lies in memory: in another one, or by torch's
-        # vector_norm, a CPU takes many times as long.
+        # Sum in memory order: another order, or torch's vector_norm, takes many times as long on
+        # a CPU.
         order = sorted(range(split.dim()), key=split.stride, reverse=True)
         place = [order.index(dim) for dim in range(split.dim())]
         terms = split.permute(order)
@@ -117,10 +117,10 @@ class WeightGroups:
         """Set the groups that are not alive to 0, in place.
 
         Args:
-            alive: Which groups stay, ``(count,)``, bool.
-            tensors: The weight, its gradient, an optimizer's state of that shape.
+            alive: Which groups are kept, ``(count,)``, bool.
+            tensors: The weight, its gradient, or an optimizer's state of the same shape.
         """
-        # As bits: on CPUs several times faster than masked_fill_ with a mask that is broadcast.
+        # Bitwise: on CPUs several times faster than masked_fill_ with a broadcast mask.
         keep: dict[tuple[torch.device, int], Tensor] = {}
         for tensor in tensors:
             place = tensor.device, tensor.element_size()

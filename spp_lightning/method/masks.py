@@ -1,11 +1,10 @@
-"""Masks that act through the weight a layer uses, without renaming its parameter.
+"""Masks that act on the weight a layer uses, without renaming its parameter.
 
-A masked layer's class is a subclass made on the fly in which ``weight`` is a property: whatever
-the layer's ``forward`` reads is the parameter times the mask. The parameter itself stays where it
-is, under its name: ``state_dict``, ``parameters`` and optimizers never see the mask, and a copy or
-a pickle of a masked layer is a plain layer. A masked layer also notes how many output positions it
-computes, for counting MACs; a hook would do that as well, but taking it off makes a compiled
-network compile again.
+A masked layer gets a subclass of its class, in which ``weight`` is a property: the layer's
+``forward`` reads parameter times mask. The parameter keeps its place and its name: ``state_dict``,
+``parameters`` and optimizers never see the mask. A copy or a pickle of a masked layer is a plain
+layer. A masked layer also counts its output positions, for its MACs. A hook could count them, but
+removing a hook makes a compiled network compile again.
 """
 
 from __future__ import annotations
@@ -31,21 +30,21 @@ _ATTRIBUTES = ("_spp_sampled", "_spp_expected", "_spp_positions")
 
 
 def mask_layer(layer: nn.Module, groups: WeightGroups, sampled: Tensor, expected: Tensor) -> None:
-    """Let a layer use its weight through masks, until :func:`unmask_layer`.
+    """Let masks act on a layer's weight until :func:`unmask_layer`.
 
     Args:
-        layer: A layer with a parameter ``weight``; its class changes to a subclass of its class.
+        layer: A layer with a parameter ``weight``. Its class becomes a subclass of its class.
         groups: The layer's weight groups.
         sampled: Mask in training mode, ``(groups,)``: bool, True = kept, or a float factor per
-            group. The layer follows in-place changes.
+            group. Later in-place changes act, too.
         expected: Mask in evaluation mode, likewise.
 
     Raises:
         ValueError: If the layer is masked already.
     """
     if is_masked(layer):
-        raise ValueError(f"`layer` (={layer}) is masked already; a layer takes one mask at a time.")
-    # Without convolution groups a mask broadcasts against the weight as it is.
+        raise ValueError(f"`layer` (={layer}) is masked already. A layer takes one mask at a time.")
+    # With one convolution group, the mask broadcasts against the weight without a split.
     shape = groups.mask_shape[1:] if groups.conv_groups == 1 else groups.mask_shape
     attributes: tuple[Tensor | int, ...] = (sampled.view(shape), expected.view(shape), 0)
     for name, value in zip(_ATTRIBUTES, attributes, strict=True):
@@ -55,7 +54,7 @@ def mask_layer(layer: nn.Module, groups: WeightGroups, sampled: Tensor, expected
 
 
 def unmask_layer(layer: nn.Module) -> None:
-    """Give a masked layer its class back and forget the masks; its parameters stay as they are."""
+    """Give a masked layer its own class back. Its parameters do not change."""
     if is_masked(layer):
         layer.__class__ = type(layer).__mro__[1]
         for name in _ATTRIBUTES:
@@ -63,29 +62,26 @@ def unmask_layer(layer: nn.Module) -> None:
 
 
 def is_masked(layer: nn.Module) -> bool:
-    """Whether a layer uses its weight through a mask."""
+    """Whether masks act on a layer."""
     return "_spp_masked_class" in vars(type(layer))
 
 
 def output_positions(layer: nn.Module) -> int:
-    """Output positions that a masked layer computes for one input; 0 before its first pass.
-
-    A pass of a compiled network doesn't count.
-    """
+    """Output positions that a masked layer computes per input; 0 until it has run uncompiled."""
     return int(vars(layer)["_spp_positions"])
 
 
 def _masked_weight(layer: Any) -> Tensor:
     weight: Tensor = weight_of(layer)
     mask: Tensor = layer._spp_sampled if layer.training else layer._spp_expected
-    if mask.device != weight.device:  # the network was moved; the pruner follows at its next step
+    if mask.device != weight.device:  # the network was moved; the pruner moves at its next step
         mask = mask.to(weight.device)
     if mask.dtype != torch.bool:
         mask = mask.to(weight.dtype)
     if mask.dim() == weight.dim():
         if mask.shape[1:] == weight.shape[1:] and not weight.is_contiguous():
-            # Channels-last, say. A mask in another order than the weight makes the product, forward
-            # and backward, several times slower than this copy of one filter's size.
+            # Channels-last, for example. A mask of another memory format makes the product, forward
+            # and backward, several times slower than this copy of the size of one filter.
             mask = torch.empty_like(weight[:1], dtype=mask.dtype).copy_(mask)
         return weight * mask
     return (weight.unflatten(0, (mask.shape[0], -1)) * mask).flatten(0, 1)
@@ -107,7 +103,7 @@ def _reduce_as_plain(layer: nn.Module, protocol: Any) -> Any:
     twin.__dict__.update(plain)
     reduced: Any = twin.__reduce_ex__(protocol)
     make, args, *rest = reduced
-    if make is _NEW:  # pickle insists that it makes an object of the layer's own class
+    if make is _NEW:  # pickle requires it to make an object of the layer's own class
         make, args = _RECONSTRUCT, (*args, object, None)
     return (make, args, *rest)
 

@@ -1,8 +1,8 @@
-"""The two steps of an update that are not maths on each group alone: ordering and choosing.
+"""Orders the groups of a layer by importance, and moves their probabilities.
 
-Both in torch, and on CPUs in C++ where the package's library was built: the same bit for bit, but
-several times faster, since torch's stable sort is slow and each of its many small operations costs
-more than the work it does on a layer.
+Both exist in torch and, on CPUs, in C++ if the package's library was built. The results are equal
+bit for bit. C++ is several times faster: torch's stable sort is slow, and the overhead of its many
+small operations exceeds their work on one layer.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ __all__ = ["ascending_order", "move"]
 
 
 def ascending_order(importance: Tensor, probability: Tensor) -> Tensor:
-    """The groups from least to most important, equal ones by position, pruned ones at the end.
+    """Sort the groups by importance: ascending, ties by position, pruned groups last.
 
     Args:
         importance: Importance of the groups, ``(groups,)``, finite.
         probability: Pruning probabilities, ``(groups,)``; 1 means pruned.
 
     Returns:
-        The groups' positions, ``(groups,)``, int64.
+        Positions of the groups, ``(groups,)``, int64.
 
     >>> p = torch.tensor([0.0, 1.0, 0.0, 0.5], dtype=torch.float64)
     >>> ascending_order(torch.tensor([5.0, 0.0, 2.0, 2.0]), p)
@@ -46,18 +46,19 @@ def ascending_order(importance: Tensor, probability: Tensor) -> Tensor:
         len(importance),
         order.data_ptr(),
     ):
-        raise MemoryError("There is no memory left to sort the weight groups of a layer.")
+        raise MemoryError("Not enough memory to sort the weight groups of a layer.")
     return order
 
 
 def move(probability: Tensor, order: Tensor, change: Tensor, needed: int) -> Tensor:
-    """Change the probabilities of some groups, within [0, 1], and choose those that are pruned.
+    """Change the probabilities of some groups, within [0, 1], and choose which are pruned.
 
     Args:
         probability: Pruning probabilities, ``(groups,)``.
         order: Positions of the groups that change, from least to most important, ``(alive,)``.
-        change: What is added to the probability of each, ``(alive,)``.
-        needed: How many of them may reach 1. If so many do, all others go to 0.
+        change: Change of each, ``(alive,)``.
+        needed: Groups that the layer still needs to prune. If as many reach 1, the first of them
+            in ``order`` do, and all others go to 0.
 
     Returns:
         The new probabilities, ``(groups,)``; ``probability`` is left as it was.
@@ -83,7 +84,7 @@ def move(probability: Tensor, order: Tensor, change: Tensor, needed: int) -> Ten
 
 
 def _library_for(probability: Tensor, *others: Tensor) -> Any:
-    # Not for whatever isn't values in this machine's memory, or has more to tell than its values.
+    # C++ reads plain values in host memory: no subclasses, no gradients, no tracing.
     tensors = (probability, *others)
     plain = all(type(x) is Tensor and x.is_cpu and not x.requires_grad for x in tensors)
     plain = plain and probability.dtype == torch.float64 and not torch.compiler.is_compiling()

@@ -1,4 +1,4 @@
-"""The rule by which pruning probabilities move: pure maths on the weight groups of one layer.
+"""The update of the pruning probabilities: pure maths on the weight groups of one layer.
 
 The paper's symbols and their names here:
 
@@ -33,16 +33,16 @@ __all__ = ["count_updates", "delta", "spaced_ranks", "target_count", "update_pro
 
 
 def target_count(num_groups: int, prune_ratio: float) -> int:
-    """How many weight groups of a layer are to be pruned: ``min(ceil(R·N_c), N_c − 1)``.
+    """Number of weight groups to prune in a layer: ``min(ceil(R·N_c), N_c − 1)``.
 
-    A product ``R·N_c`` that misses a whole number by rounding only counts as that number.
+    A product ``R·N_c`` that is a whole number up to rounding counts as that number.
 
     Args:
         num_groups: Weight groups of the layer, at least 1.
         prune_ratio: Share to prune, in [0, 1).
 
     Returns:
-        The number of groups to prune; at least one group always stays.
+        The number of groups to prune. At least one group is kept.
 
     >>> target_count(800, 0.75), target_count(75, 0.75), target_count(1, 0.75)
     (600, 57, 0)
@@ -56,10 +56,9 @@ def target_count(num_groups: int, prune_ratio: float) -> int:
 def zero_crossing(
     num_groups: int, prune_ratio: float, num_pruned: int, crossing: float = 0.5
 ) -> float:
-    """The rank K at which an update changes nothing, counted from the groups still alive.
+    """Rank K at which an update changes nothing, among the groups still alive.
 
-    It lies between the layer's target, at ``crossing`` 0, and its last group, at 1; the method's
-    own is in the middle.
+    ``crossing`` 0 is the rank of the layer's target, 1 that of its last group. SPP uses 0.5.
 
     >>> zero_crossing(800, 0.75, 0), zero_crossing(800, 0.75, 500)
     (700.0, 200.0)
@@ -70,17 +69,17 @@ def zero_crossing(
 def delta(rank: Tensor, zero_rank: float, A: float = 0.05, u: float = 0.25) -> Tensor:
     """Change of the pruning probability at each rank, in one update.
 
-    Strictly decreasing in the rank, from ``A`` at rank 0 through ``u·A`` at its inflection, about
-    which it is symmetric, to 0 at ``zero_rank`` and below 0 after that.
+    Strictly decreasing: ``A`` at rank 0, ``u·A`` at the inflection, 0 at ``zero_rank``, negative
+    after that. Symmetric about the inflection.
 
     Args:
-        rank: Ranks from 0 (least important), any shape; need not be whole numbers.
+        rank: Ranks from 0 (least important), any shape, not necessarily whole numbers.
         zero_rank: The rank K of no change, above 0.
         A: Change at rank 0, above 0.
         u: Change at the inflection as a share of ``A``, in (0, 1).
 
     Returns:
-        The changes, of the shape and type of ``rank``.
+        The changes, of the shape and dtype of ``rank``.
 
     Source: Wang et al., BMVC 2018, the increment Δ.
 
@@ -95,7 +94,7 @@ def delta(rank: Tensor, zero_rank: float, A: float = 0.05, u: float = 0.25) -> T
 def _delta_of_ranks(
     num_ranks: int, zero_rank: float, A: float, u: float, probability: Tensor
 ) -> Tensor:
-    """:func:`delta` of the ranks 0, 1, …, as many as given, each side of the inflection alone."""
+    """:func:`delta` of the ranks 0, 1, …; each side of the inflection is computed alone."""
     decay, center = _shape(zero_rank, u)
     rank = torch.arange(num_ranks, dtype=probability.dtype, device=probability.device)
     early, late = rank.tensor_split([math.floor(center) + 1])
@@ -116,15 +115,15 @@ def _falling(rank: Tensor, A: float, u: float, decay: float, center: float) -> T
 
 
 def spaced_ranks(importance: Tensor, zero_rank: float) -> Tensor:
-    """Importance itself on the scale of ranks: 0 for the smallest, K for the one of rank ⌈K⌉.
+    """Scale importance like ranks: 0 for the smallest, K for that of rank ⌈K⌉.
 
     Args:
         importance: Importance of the groups alive, ascending, ``(alive,)``.
-        zero_rank: The rank K of no change. Where fewer groups are alive the last one gets it.
+        zero_rank: The rank K of no change. If fewer groups are alive, the last one gets K.
 
     Returns:
-        A rank per group, ``(alive,)``. Where the smallest importance and that of rank ⌈K⌉ are
-        equal, it is 0 for them and infinite for all above.
+        A rank per group, ``(alive,)``. If the smallest importance equals that of rank ⌈K⌉, groups
+        of this importance get 0 and all others infinity.
 
     Source: the appendix's comparison "SPP + L1" against "SPP + rank".
 
@@ -148,25 +147,24 @@ def update_probability(
     crossing: float = 0.5,
     recovery: bool = True,
 ) -> Tensor:
-    """One update of a layer's pruning probabilities.
+    """Update a layer's pruning probabilities once.
 
-    Groups at 1 are pruned and stay so. The others move by :func:`delta` of their rank among
-    themselves. If more of them reach 1 than the layer still needs, the ones of lowest rank are
-    taken; equal importance ranks by position. With the target reached, the groups left go back
-    to 0.
+    Groups at 1 are pruned for good. The others change by :func:`delta` of their rank among
+    themselves; ties rank by position. If more of them reach 1 than the layer still needs, those of
+    lowest rank are pruned. Once the target is reached, all other groups go back to 0.
 
     Args:
         probability: Pruning probabilities, ``(groups,)``, in [0, 1].
         importance: Importance of the groups, ``(groups,)``, finite.
         prune_ratio: Share of groups to prune, in [0, 1).
-        num_pruned: How many of the probabilities are 1, below the target. It is an argument
-            because counting them would make a GPU wait.
+        num_pruned: Number of groups at 1, below the target. An argument, because counting would
+            wait for the GPU.
         A: Change at rank 0, above 0.
         u: Flatness of an update, in (0, 1).
-        use_rank: Use the rank of the importance (the default) or, spaced like ranks, the
-            importance itself.
+        use_rank: Whether to use the rank of the importance, or the importance itself, scaled by
+            :func:`spaced_ranks`.
         crossing: Where the change crosses zero, in (0, 1]: see :func:`zero_crossing`.
-        recovery: Whether p may fall; if False, negative changes count as none.
+        recovery: Whether p may fall. If False, negative changes become 0.
 
     Returns:
         The new probabilities, ``(groups,)``; ``probability`` is left as it was.
@@ -190,7 +188,7 @@ def update_probability(
     target = target_count(num_groups, prune_ratio)
     zero_rank = zero_crossing(num_groups, prune_ratio, num_pruned, crossing)
 
-    # Groups alive in ascending order of importance: position is rank. Pruned ones sort last.
+    # Groups alive by ascending importance: the position is the rank. Pruned groups come last.
     order = ascending_order(importance, probability)[:num_alive]
     if use_rank:
         change = _delta_of_ranks(num_alive, zero_rank, A, u, probability)
@@ -206,9 +204,9 @@ def update_probability(
 def count_updates(
     num_groups: int, prune_ratio: float, A: float = 0.05, u: float = 0.25, crossing: float = 0.5
 ) -> int:
-    """Updates that a layer takes to its target if the ranks of its groups never change.
+    """Number of updates until a layer reaches its target, if the ranks of its groups never change.
 
-    On a network in training the ranks do move, and it takes a little longer.
+    In training, ranks do change, and it takes a few updates more.
 
     Args:
         num_groups: Weight groups of the layer, at least 1.
@@ -218,7 +216,7 @@ def count_updates(
         crossing: Where an update changes nothing, in (0, 1]: see :func:`zero_crossing`.
 
     Returns:
-        The number of updates; 0 where there is nothing to prune.
+        The number of updates; 0 if there is nothing to prune.
 
     >>> count_updates(800, 0.75)
     75
@@ -228,7 +226,7 @@ def count_updates(
     importance = torch.arange(num_groups, dtype=torch.float32)
     num_updates = num_pruned = 0
     while num_pruned < target:
-        # A group of rank 0 gains A in an update, so one is pruned every 1/A updates at the latest.
+        # The group of rank 0 gains A per update, so at least every 1/A updates one is pruned.
         assert num_updates <= (num_groups + 1) * (1 / A + 1), "the rule must come to an end"
         probability = update_probability(
             probability, importance, prune_ratio, num_pruned, A, u, crossing=crossing

@@ -1,4 +1,4 @@
-"""Monte Carlo sampling of masks, the same on every rank and after every resume."""
+"""Monte Carlo sampling of masks: the same on every rank and after a resume."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ def sample_masks(
     generator: torch.Generator | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
-    """Draw the masks of one step: a group is out with its pruning probability.
+    """Draw the mask of one step: a group is masked with its pruning probability.
 
-    A function of its arguments alone. CPUs and GPUs draw different masks from the same seed.
+    The result depends on the arguments only. CPUs and GPUs draw different masks from one seed.
 
     Args:
         probability: Pruning probabilities, ``(groups,)``.
         seed: Seed of the run.
         step: Number of the optimizer step.
-        generator: A generator to seed anew, on the device of ``probability``, to save making one.
-        out: Where to put the masks, ``(groups,)``, bool.
+        generator: A generator to reuse, on the device of ``probability``. It is seeded anew.
+        out: Output tensor, ``(groups,)``, bool.
 
     Returns:
-        The masks, ``(groups,)``, bool, True = kept: always where p is 0, never where p is 1.
+        The mask, ``(groups,)``, bool, True = kept: always if p is 0, never if p is 1.
 
     >>> p = torch.tensor([0.0, 0.5, 0.5, 0.5, 1.0])
     >>> sample_masks(p, seed=0, step=7).tolist() == sample_masks(p, seed=0, step=7).tolist()
@@ -43,6 +43,6 @@ def sample_masks(
 
 
 def _mix(seed: int, step: int) -> int:
-    # Torch's CPU generator uses the low 32 bits of a seed: a bijection of the step in these bits
-    # gives every step of a run its own draw, and the odd factor takes seeds apart.
+    # Torch's CPU generator uses the low 32 bits of its seed. In these bits this is a bijection of
+    # the step, so every step of a run has its own draw. The odd factor separates seeds.
     return (seed * 0x9E3779B97F4A7C15 + step * 0x85EBCA6B + 1) % 2**63

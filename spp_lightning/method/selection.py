@@ -1,4 +1,4 @@
-"""Which layers of a network are pruned, and at which ratio."""
+"""Selects the layers of a network to prune, and their ratios."""
 
 from __future__ import annotations
 
@@ -15,12 +15,11 @@ __all__ = ["Selection", "is_convolution", "is_depthwise", "select_layers"]
 
 
 def is_convolution(layer: nn.Module) -> bool:
-    """Whether a layer has a convolution's weight as a parameter of its own.
+    """Whether a layer has a parameter ``weight`` of shape ``(N, C / groups, *kernel_size)``.
 
-    That is a parameter ``weight`` of shape ``(N, C / groups, *kernel_size)``: any ``nn.Conv1d``,
-    ``nn.Conv2d`` or ``nn.Conv3d``, their subclasses, and layers built like them. Transposed
-    convolutions, whose columns run the other way, and weights computed by a parametrization are
-    none.
+    True for ``nn.Conv1d``, ``nn.Conv2d``, ``nn.Conv3d``, their subclasses, and layers built like
+    them. False for transposed convolutions, whose weight is transposed, and for weights that a
+    parametrization computes.
 
     >>> is_convolution(nn.Conv2d(3, 8, 3)), is_convolution(nn.Linear(3, 8))
     (True, False)
@@ -35,7 +34,7 @@ def is_convolution(layer: nn.Module) -> bool:
 
 
 def is_depthwise(layer: nn.Module) -> bool:
-    """Whether every filter of a convolution reads one input channel of its own.
+    """Whether every input channel of a convolution is a group of its own.
 
     >>> is_depthwise(nn.Conv2d(8, 8, 3, groups=8)), is_depthwise(nn.Conv2d(1, 8, 3))
     (True, False)
@@ -46,7 +45,7 @@ def is_depthwise(layer: nn.Module) -> bool:
 
 @dataclass(frozen=True)
 class Selection:
-    """Layers to prune, by name, with their ratios; and convolutions left out, with the reason."""
+    """Layers to prune and their ratios, by name; convolutions left out, with the reason."""
 
     layers: dict[str, nn.Module]
     ratios: dict[str, float]
@@ -58,36 +57,36 @@ def select_layers(
     prune_ratio: float | Mapping[str, float],
     patterns: Iterable[str] | None = None,
 ) -> Selection:
-    """Find the convolutions that are to be pruned.
+    """Find the convolutions to prune.
 
     Args:
         model: The network.
-        prune_ratio: Share of weight groups to prune, for every layer or by pattern of layer names
-            (``fnmatch``'s ``*``, ``?``, ``[…]``). Of several patterns that match a layer the
-            first counts; a layer that none matches isn't pruned.
-        patterns: Patterns of the names of layers; default every convolution but depthwise ones
-            and those whose weight is lazy or shared with another module.
+        prune_ratio: Target sparsity in [0, 1). A float applies to every layer. A dict maps
+            layer-name patterns (``fnmatch``'s ``*``, ``?``, ``[…]``) to ratios: the first matching
+            pattern wins, and layers that match none are not pruned.
+        patterns: Patterns of layer names. Default: every convolution that is not depthwise and
+            whose weight is neither lazy nor shared with another module.
 
     Returns:
         The layers in the network's order.
 
     Raises:
         ValueError: If a pattern matches no layer or there is no layer to prune (the error lists
-            the convolutions there are), or ``patterns`` match a layer whose weight is lazy or
-            shared with another module.
+            the convolutions of the network), or if ``patterns`` match a layer whose weight is lazy
+            or shared with another module.
 
     >>> net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3, groups=8), nn.Conv2d(8, 4, 1))
     >>> selection = select_layers(net, {"0": 0.5, "*": 0.75})
     >>> selection.ratios, selection.skipped
     ({'0': 0.5, '2': 0.75}, {'1': 'depthwise'})
     """
-    # named_modules skips a module that it has met under another name.
+    # named_modules yields a module once, under its first name.
     convolutions, skipped = {}, {}
     for name, layer in model.named_modules():
         if is_convolution(layer):
             convolutions[name] = layer
         elif isinstance(layer, _ConvNd):
-            # A parametrization, such as a weight norm, makes the weight from other parameters.
+            # A parametrization, such as weight norm, computes the weight from other parameters.
             skipped[name] = "transposed" if layer.transposed else "parametrized"
     owners = Counter(id(p) for module in model.modules() for p in module._parameters.values())
     for name, layer in convolutions.items():

@@ -1,4 +1,4 @@
-"""The saved state of a pruner: what it holds, and whether it fits."""
+"""Packs and checks the saved state of a pruner."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _COUNTERS = ("num_updates", "last_update", "step")
 def pack_state(
     settings: dict[str, Any], probability: dict[str, Tensor], counters: dict[str, int]
 ) -> dict[str, Any]:
-    """Put a pruner's state into a plain dict; :func:`checked_probabilities` takes it apart."""
+    """Put a pruner's state into a plain dict, for :func:`checked_probabilities`."""
     return {
         "version": STATE_VERSION,
         "settings": settings,
@@ -32,20 +32,20 @@ def checked_probabilities(
     num_target: dict[str, int],
     num_groups: dict[str, int],
 ) -> tuple[dict[str, Tensor], dict[str, int]]:
-    """Check that a saved state fits a pruner.
+    """Check that a saved state fits a pruner, and unpack it.
 
     Args:
         state: The saved state.
-        settings: The settings of the pruner, plain.
-        num_target: Groups that the pruner is to prune, by layer.
-        num_groups: Groups that there are, by layer.
+        settings: The settings of the pruner, as a plain dict.
+        num_target: Number of groups to prune, by layer.
+        num_groups: Number of groups, by layer.
 
     Returns:
         The probabilities by layer, ``(groups,)`` each, and the counters by name.
 
     Raises:
-        ValueError: If the state isn't complete, or is of another version, other layers or other
-            settings, or holds impossible numbers.
+        ValueError: If the state is incomplete, of another version, of other layers or other
+            settings, or if a number in it is out of range.
     """
     if not isinstance(state, Mapping) or state.get("version") != STATE_VERSION:
         found = state.get("version") if isinstance(state, Mapping) else state

@@ -16,40 +16,40 @@ from spp_lightning.compaction.epilogue import local_response_norm
 
 __all__ = ["ConvNet"]
 
-TEMPERATURE = 4.0  # of a teacher's answers
+TEMPERATURE = 4.0  # of the softmax in distillation
 
 
 class ConvNet(LightningModule):
-    """Three 5×5 convolutions and a linear layer: 32×32 colour pictures to class scores.
+    """Three 5×5 convolutions and a linear layer for 32×32 colour images.
 
-    The inputs are pixels in 0…255 minus the training set's mean picture, ``(B, 3, 32, 32)``; the
-    outputs are logits, ``(B, num_classes)``. A batch for training, validation or testing is
-    ``(pictures, labels)``. Logs ``train_loss``, ``val_loss``, ``val_acc``, ``test_loss`` and
+    Inputs: pixels in 0…255 minus the training set's mean image, ``(B, 3, 32, 32)``. Outputs:
+    logits, ``(B, num_classes)``. A batch for training, validation or testing is
+    ``(images, labels)``. Logs ``train_loss``, ``val_loss``, ``val_acc``, ``test_loss`` and
     ``test_acc`` (accuracies in [0, 1]).
 
     Args:
         num_classes: Number of classes.
-        lr: Learning rate of the convolutions' weights; the biases of conv1, conv2 and ip1 learn at
+        lr: Learning rate of the convolutions' weights. The biases of conv1, conv2 and ip1 learn at
             twice this rate.
         momentum: Momentum of SGD.
         weight_decay: Weight decay of the convolutions, weights and biases. ip1's weight decays 250
             times as fast, its bias not at all.
         milestones: Optimizer steps at which the learning rate is multiplied by ``gamma``.
         gamma: Factor of the learning rate at each milestone.
-        weights: A checkpoint of a ConvNet (Lightning's, or a plain state dict) to start from.
-        teacher: A checkpoint of a ConvNet whose answers are learned besides the labels, such as
-            the network before pruning. It isn't part of this network, nor of its checkpoints.
-        distillation: Share of the teacher in the training loss, in [0, 1].
-        channels_last: Keep weights and activations in channels-last order, the faster one on CPUs
-            and on GPUs with tensor cores. Shapes and results do not depend on it.
+        weights: Checkpoint of a ConvNet to start from: Lightning's, or a plain state dict.
+        teacher: Checkpoint of a ConvNet to distil from, such as the network before pruning. The
+            teacher is no part of this network or of its checkpoints.
+        distillation: Weight of the teacher in the training loss, in [0, 1].
+        channels_last: Whether weights and activations are in channels-last memory format, which is
+            faster on CPUs and on GPUs with tensor cores. Shapes and results are the same.
 
     Raises:
         FileNotFoundError: If there is no file ``weights`` or ``teacher``.
-        ValueError: If the file ``weights`` or ``teacher`` does not hold this network, or
-            ``distillation`` is outside [0, 1].
+        ValueError: If ``weights`` or ``teacher`` holds another network, or ``distillation`` is
+            outside [0, 1].
 
-    Source: the method's paper trains Caffe's ``cifar10_full`` (Wang et al., BMVC 2018). The
-    teacher: Hinton, Vinyals, Dean, Distilling the knowledge in a neural network, 2015, at a
+    Source: Caffe's ``cifar10_full``, which the SPP paper prunes (Wang et al., BMVC 2018).
+    Distillation: Hinton, Vinyals, Dean, Distilling the knowledge in a neural network, 2015, at a
     temperature of 4.
 
     >>> net = ConvNet()
@@ -75,7 +75,7 @@ class ConvNet(LightningModule):
         super().__init__()
         if not 0 <= distillation <= 1:
             raise ValueError(f"`distillation` must be in [0, 1], got {distillation!r}.")
-        # A checkpoint holds its weights itself: it must load where these files are gone.
+        # Checkpoints hold the weights: they must load where these files don't exist.
         self.save_hyperparameters(ignore=["weights", "teacher"])
         self.channels_last = channels_last
         self.conv1 = nn.Conv2d(3, 32, 5, padding=2)
@@ -88,7 +88,7 @@ class ConvNet(LightningModule):
         self.example_input_array = torch.zeros(1, 3, 32, 32)
         if weights is not None:
             self.load_state_dict(_read_weights(Path(weights), self, "weights"))
-        self._teacher: list[ConvNet] = []  # a list, since it isn't a part of this network
+        self._teacher: list[ConvNet] = []  # in a list, so that it is no submodule
         if teacher is not None:
             net = ConvNet(num_classes, channels_last=channels_last)
             net.load_state_dict(_read_weights(Path(teacher), net, "teacher"))
@@ -103,10 +103,10 @@ class ConvNet(LightningModule):
             nn.init.zeros_(self.get_parameter(f"{name}.bias"))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Class scores of pictures.
+        """Compute the logits of images.
 
         Args:
-            x: Pixels minus the mean picture, ``(B, 3, 32, 32)``.
+            x: Pixels minus the mean image, ``(B, 3, 32, 32)``.
 
         Returns:
             Logits, ``(B, num_classes)``.
@@ -119,12 +119,12 @@ class ConvNet(LightningModule):
         return self.ip1(x.flatten(1))
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:  # noqa: D102
-        pictures, labels = batch
-        logits = self(pictures)
+        images, labels = batch
+        logits = self(images)
         loss = F.cross_entropy(logits, labels)
         for teacher in self._teacher:
             share = self.hparams["distillation"]
-            loss = (1 - share) * loss + share * _distance(logits, teacher(pictures))
+            loss = (1 - share) * loss + share * _distance(logits, teacher(images))
         self.log("train_loss", loss)
         return loss
 
@@ -145,14 +145,14 @@ class ConvNet(LightningModule):
     def _evaluate(
         self, batch: tuple[Tensor, Tensor], stage: str, accuracy: MulticlassAccuracy
     ) -> None:
-        pictures, labels = batch
-        logits = self(pictures)
+        images, labels = batch
+        logits = self(images)
         accuracy(logits, labels)
         self.log(f"{stage}_loss", F.cross_entropy(logits, labels), sync_dist=True)
         self.log(f"{stage}_acc", accuracy, prog_bar=True)
 
     def configure_optimizers(self) -> Any:
-        """SGD with the network's own multipliers, and a learning rate that falls in steps."""
+        """SGD with learning rate and weight decay per layer, and a step schedule."""
         hp = self.hparams
         lr, decay = hp["lr"], hp["weight_decay"]
         convs = (self.conv1, self.conv2, self.conv3)
@@ -173,7 +173,7 @@ class ConvNet(LightningModule):
 
 
 def _distance(logits: Tensor, answers: Tensor) -> Tensor:
-    """Kullback-Leibler divergence from a teacher's answers, of the size of a cross-entropy."""
+    """Kullback-Leibler divergence from the teacher, scaled to the size of a cross-entropy."""
     soft, target = (F.log_softmax(x.float() / TEMPERATURE, 1) for x in (logits, answers))
     divergence = F.kl_div(soft, target, reduction="batchmean", log_target=True)
     return TEMPERATURE**2 * divergence
@@ -182,12 +182,12 @@ def _distance(logits: Tensor, answers: Tensor) -> Tensor:
 def _read_weights(path: Path, net: nn.Module, argument: str) -> dict[str, Tensor]:
     if not path.is_file():
         raise FileNotFoundError(
-            f"`{argument}` must be a checkpoint file, but {path.absolute()} isn't a file. Train the"
-            f" network that is to be pruned first, and point `{argument}` at its checkpoint."
+            f"`{argument}` must be a checkpoint file, but {path.absolute()} isn't a file. First"
+            f" train the network to prune, then set `{argument}` to its checkpoint."
         )
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises a different one for every way a file can be bad
+    except Exception as error:  # torch raises many kinds of errors for bad files
         raise ValueError(
             f"`{argument}` (={path}) can't be read as a checkpoint: {error}"
         ) from error

@@ -7,8 +7,8 @@ from dataclasses import replace
 import pytest
 import report as report_file
 import torch
+from images import make_tree
 from lightning.pytorch import Callback
-from pictures import make_tree
 from reproduction import lines, paper, training
 from reproduction.results import Results, layer_spread
 from reproduction.rows import ALL_TABLES, BASELINE, CONTROL, DEFAULT, PLAIN_L1, Configuration

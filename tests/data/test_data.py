@@ -10,9 +10,9 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from images import CLASSES, make_tree, random_pixels
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
-from pictures import CLASSES, make_tree, random_pixels
 from PIL import Image
 from torch import nn
 from torchvision.datasets import CIFAR10
@@ -65,7 +65,7 @@ def test_tree_gives_exact_pixels_and_alphabetical_labels(tmp_path):
 
 
 def make_batches(root, monkeypatch):
-    """Write torchvision's layout, 2 pictures per batch, with checksums to match."""
+    """Write torchvision's layout, 2 images per batch, with checksums to match."""
     folder = root / CIFAR10.base_folder
     folder.mkdir(parents=True)
 
@@ -135,7 +135,7 @@ def test_setup_alone_takes_the_cache_of_another_process(tree, monkeypatch):
     assert len(data.train_dataloader()) == 6
 
 
-def test_changed_pictures_replace_the_cache(tree):
+def test_changed_images_replace_the_cache(tree):
     ready(tree)
     pixels = make_tree(tree, seed=1)
     train, test = ready(tree).load()
@@ -208,7 +208,7 @@ def test_epochs_differ_and_a_seed_repeats(tree):
     epochs = [all_of(loader)[0] for _ in range(2)]
     torch.manual_seed(1)  # the global generator has no say
     again = ready(tree, seed=3, batch_size=8).train_dataloader()
-    assert len(loader) == 7 and len(epochs[0]) == 56  # 60 pictures, the last 4 dropped
+    assert len(loader) == 7 and len(epochs[0]) == 56  # 60 images, the last 4 dropped
     assert not torch.equal(*epochs)
     assert all(torch.equal(epoch, all_of(again)[0]) for epoch in epochs)
     other = all_of(ready(tree, seed=4, batch_size=8).train_dataloader())[0]
@@ -250,7 +250,7 @@ def test_loader_goes_on_from_its_state(tree, num_workers):
         assert len(resumed) == 6
 
 
-def test_resident_pictures_come_in_the_same_batches(tree):
+def test_resident_images_come_in_the_same_batches(tree):
     loaders = [
         ready(tree, val_size=12, resident=resident).train_dataloader() for resident in (False, True)
     ]
@@ -308,7 +308,7 @@ def test_split_depends_on_the_seed():
 def test_normalisation_matches_numpy(tree, normalize):
     data = ready(tree, normalize=normalize, val_size=10, batch_size=50)
     images, labels = next(iter(data.train_dataloader()))
-    x = images.numpy().astype(np.float64)  # all 50 pictures that are left for training
+    x = images.numpy().astype(np.float64)  # all 50 images that are left for training
     if normalize == "mean_image":
         expected = x - x.mean(0)
     else:
@@ -486,12 +486,12 @@ def test_digits():
     data.setup()
     test, labels = all_of(data.test_dataloader())
     assert test.shape == (359, 3, 32, 32) and test.dtype == torch.uint8
-    assert len(data.train_dataloader()) == 14  # 1,438 pictures
+    assert len(data.train_dataloader()) == 14  # 1,438 images
     assert test.min() == 0 and test.max() == 255
     assert set(labels.bincount().tolist()) <= {35, 36, 37}
     other = DigitsDataModule(seed=1, test_size=0.2)
     other.setup()
-    assert torch.equal(all_of(other.test_dataloader())[0], test)  # the same test pictures
+    assert torch.equal(all_of(other.test_dataloader())[0], test)  # the same test images
     images, _ = data.on_after_batch_transfer((data._train.images, labels), 0)
     assert abs(images.mean()) < 1e-3
 
@@ -520,8 +520,8 @@ def test_digits_without_scikit_learn(monkeypatch):
         ({"resident": 1}, "`resident` must be True or False, got 1."),
         (
             {"resident": True, "num_workers": 2},
-            "`num_workers` must be 0 if `resident` is True, as processes have nothing to load"
-            " then, got 2.",
+            "`num_workers` must be 0 if `resident` is True, as there is nothing to load then,"
+            " got 2.",
         ),
     ],
     ids=lambda value: str(value) if isinstance(value, dict) else "",
@@ -532,7 +532,7 @@ def test_bad_argument(arguments, message):
     assert str(error.value) == message
 
 
-def test_sizes_that_exceed_the_pictures(tree):
+def test_sizes_that_exceed_the_images(tree):
     with pytest.raises(ValueError, match=r"`val_size` must be in \[0, 60\), got 60\."):
         ready(tree, val_size=60)
     with pytest.raises(ValueError, match=r"`batch_size` must be in \[1, 60\].*, got 61\."):
@@ -542,7 +542,7 @@ def test_sizes_that_exceed_the_pictures(tree):
 
 
 def test_loader_before_setup():
-    with pytest.raises(RuntimeError, match=r"call `prepare_data\(\)` and `setup\(\)` first"):
+    with pytest.raises(RuntimeError, match=r"Call `prepare_data\(\)` and `setup\(\)` first"):
         CIFAR10DataModule().train_dataloader()
 
 
@@ -580,7 +580,7 @@ def test_broken_trees(tree):
     with pytest.raises(ValueError, match="train must hold 10 class folders, found 9:"):
         ready(tree, download=True)
     (tree / "train" / "dog").mkdir()
-    with pytest.raises(ValueError, match=r"dog must hold .png or .jpg pictures, found none"):
+    with pytest.raises(ValueError, match=r"dog must hold .png or .jpg images, found none"):
         ready(tree, download=True)
     (tree / "test").rename(tree / "elsewhere")
     with pytest.raises(ValueError, match="both folders `train` and `test`, found only `train`"):
@@ -589,7 +589,7 @@ def test_broken_trees(tree):
 
 @pytest.mark.parametrize("suffix", [".png", ".jpg"])
 @pytest.mark.parametrize("left", [0, 20, 600])
-def test_undecodable_picture_is_named_and_nothing_cached(tree, suffix, left):
+def test_undecodable_image_is_named_and_nothing_cached(tree, suffix, left):
     path = tree / "train" / "ship" / f"broken{suffix}"
     Image.fromarray(random_pixels(1)[0].transpose(1, 2, 0)).save(path)
     path.write_bytes(path.read_bytes()[:left])
@@ -598,13 +598,13 @@ def test_undecodable_picture_is_named_and_nothing_cached(tree, suffix, left):
     assert not (tree / "spp-cache").exists()
 
 
-def test_picture_of_wrong_size_is_named(tree):
+def test_image_of_wrong_size_is_named(tree):
     Image.new("RGB", (33, 32)).save(tree / "test" / "cat" / "wide.png")
     with pytest.raises(ValueError, match=r"wide.png must be 32x32 pixels, got 33x32"):
         ready(tree)
 
 
-def test_grey_pictures_and_other_files_are_fine(tree):
+def test_grey_images_and_other_files_are_fine(tree):
     Image.new("L", (32, 32), 7).save(tree / "test" / "airplane" / "0.JPEG")
     (tree / "test" / "airplane" / "notes.txt").touch()
     (tree / "test" / ".hidden").mkdir()

@@ -297,8 +297,8 @@ def test_training_equals_reference(by):
     expected = reference.Training(
         conv.weight.detach().numpy().copy(), goal.numpy(), layer, 3, 0.1, 0.9, 0.05
     )
-    # On pictures with a single 1 the convolution returns its weights.
-    pictures = torch.eye(12, dtype=torch.float64).view(12, 2, 2, 3)
+    # On images with a single 1 the convolution returns its weights.
+    images = torch.eye(12, dtype=torch.float64).view(12, 2, 2, 3)
     optimizer = torch.optim.SGD(conv.parameters(), 0.1, momentum=0.9, weight_decay=0.05)
     net = nn.Sequential(conv)
     pruner = SPPPruner(net, prune_ratio=0.6, interval=3, A=0.3, use_rank=by == "rank")
@@ -308,7 +308,7 @@ def test_training_equals_reference(by):
         pruner.step(step, optimizer)
         expected.update_if_due()
         np.testing.assert_allclose(pruner.probability["0"], layer.p, rtol=0, atol=1e-12)
-        output = net(pictures).view(12, 4).T.reshape(shape)
+        output = net(images).view(12, 4).T.reshape(shape)
         (0.5 * (output - goal).square().sum()).backward()
         optimizer.step()
         optimizer.zero_grad()

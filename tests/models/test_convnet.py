@@ -29,11 +29,11 @@ def test_the_teachers_share_of_the_loss(teacher: Path, share: float) -> None:
     torch.manual_seed(2)
     net = ConvNet(teacher=teacher, distillation=share)
     net.log = lambda *_: None  # type: ignore[method-assign]  # there is no Trainer
-    pictures, labels = 60 * torch.randn(8, 3, 32, 32), torch.arange(8)
+    images, labels = 60 * torch.randn(8, 3, 32, 32), torch.arange(8)
     with torch.no_grad():
-        loss = float(net.training_step((pictures, labels), 0))
-        logits = net(pictures).double().numpy()
-        answers = ConvNet(weights=teacher).eval()(pictures).double().numpy()
+        loss = float(net.training_step((images, labels), 0))
+        logits = net(images).double().numpy()
+        answers = ConvNet(weights=teacher).eval()(images).double().numpy()
     ours, theirs = log_softmax(logits / 4), log_softmax(answers / 4)
     divergence = (np.exp(theirs) * (theirs - ours)).sum() / 8
     hard = -log_softmax(logits)[range(8), range(8)].mean()
@@ -53,7 +53,7 @@ def test_a_teacher_is_no_part_of_the_network(teacher: Path) -> None:
 
 
 def test_a_wrong_teacher(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"`teacher` must be .* point `teacher` at"):
+    with pytest.raises(FileNotFoundError, match=r"`teacher` must be .* set `teacher` to"):
         ConvNet(teacher=tmp_path / "none.ckpt")
     torch.save({"conv1.weight": torch.zeros(1)}, tmp_path / "other.pt")
     with pytest.raises(ValueError, match=r"`teacher` .* must hold this network"):

@@ -52,7 +52,7 @@ def test_exact_count_on_torchvision_networks(name):
         network.classifier = nn.Linear(512 * 7 * 7, 10)  # its own takes 0.5 GB
     module = Classifier(network)
     keys = list(module.state_dict())
-    loader = tiny_data(pictures=8, batch_size=2)
+    loader = tiny_data(images=8, batch_size=2)
     loader.dataset.tensors = (torch.randn(8, 3, 32, 32), loader.dataset.tensors[1])
     callback = SPPCallback(**FAST)
     make_trainer(callback, max_steps=20).fit(module, loader)
@@ -187,7 +187,7 @@ def test_resume_is_bitwise_exact(tmp_path, optimizer, stop):
         saving = ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=stop, save_top_k=-1)
         trainer = make_trainer(callback, saving, max_steps=24, enable_checkpointing=True)
         # One batch a pass: Lightning itself can't go on in the middle of one.
-        trainer.fit(module, tiny_data(pictures=16), ckpt_path=ckpt_path)
+        trainer.fit(module, tiny_data(images=16), ckpt_path=ckpt_path)
         return module, callback.pruner, trainer.optimizers[0].state_dict()
 
     whole, pruner, state = run()

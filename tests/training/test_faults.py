@@ -27,7 +27,7 @@ def tiny_module():
 
 
 def one_batch():
-    return tiny_data(pictures=16)  # Lightning itself can't go on in the middle of an epoch.
+    return tiny_data(images=16)  # Lightning itself can't go on in the middle of an epoch.
 
 
 @pytest.fixture(scope="module")

@@ -100,7 +100,7 @@ def test_copies_from_any_hook(make_copy):
     callback = SPPCallback(**FAST)
     with torch.random.fork_rng():
         make_trainer(Copy(), callback, Copy(), max_steps=12, val_check_interval=2).fit(
-            module, tiny_data(), tiny_data(pictures=16)
+            module, tiny_data(), tiny_data(images=16)
         )
     assert all(seen) and len(seen) > 12 * len(HOOKS)
     assert columns(module) == TARGETS

@@ -49,7 +49,7 @@ def run(record, batch_size, folder=None, ckpt_path=None):
         enable_model_summary=False,
         **({"accelerator": "cpu"} | launcher_options()),
     )
-    # One batch an epoch, all pictures: Lightning itself can't go on in the middle of an epoch.
+    # One batch an epoch, all images: Lightning itself can't go on in the middle of an epoch.
     trainer.fit(module, tiny_data(32, batch_size), ckpt_path=ckpt_path)
     assert callback.pruner.finished
     return module.state_dict(), trainer.world_size

@@ -106,7 +106,7 @@ def test_masks_change_with_an_optimizer_step_only(make, options, steps):
     callback = SPPCallback(A=0.25, interval=2)
     watch = Watch(callback)
     trainer = make_trainer(callback, watch, max_steps=84, **options)
-    validation = tiny_data(pictures=16) if isinstance(module, Validated) else None
+    validation = tiny_data(images=16) if isinstance(module, Validated) else None
     trainer.fit(module, tiny_data(), validation)
 
     assert watch.steps[: len(steps)] == list(steps)
@@ -136,8 +136,8 @@ class Quasi(TinyModule):
 
     def training_step(self, batch, batch_idx):
         self.closures += 1
-        pictures, labels = batch
-        return F.cross_entropy(self(pictures), labels)
+        images, labels = batch
+        return F.cross_entropy(self(images), labels)
 
     def configure_optimizers(self):
         return torch.optim.LBFGS(self.parameters(), lr=0.1, max_iter=4, history_size=5)

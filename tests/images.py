@@ -1,4 +1,4 @@
-"""Folders of random pictures, laid out as CIFAR-10."""
+"""Folders of random images, laid out as CIFAR-10."""
 
 import numpy as np
 from PIL import Image
@@ -13,12 +13,12 @@ def random_pixels(n, seed=0):
 
 
 def make_tree(root, seed=0):
-    """Write 60 training and 20 test pictures; return their pixels, in file order."""
+    """Write 60 training and 20 test images; return their pixels, in file order."""
     pixels = {}
     for part, count in PER_CLASS.items():
         pixels[part] = random_pixels(10 * count, seed)
-        for i, picture in enumerate(pixels[part]):
+        for i, image in enumerate(pixels[part]):
             folder = root / part / CLASSES[i // count]
             folder.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(picture.transpose(1, 2, 0)).save(folder / f"{i % count:04d}.png")
+            Image.fromarray(image.transpose(1, 2, 0)).save(folder / f"{i % count:04d}.png")
     return pixels
