@@ -7,11 +7,12 @@
     timeout 3h python benchmarks/appendix.py --seeds 1 # as far as three hours go
 
 Trains the baselines first, then one run for every row and seed that has no line yet in
-``benchmarks/results/appendix_SCHEDULE.jsonl``, the rows that say most first. A run that was stopped
-goes on from its checkpoint in ``runs/appendix/``, on this machine or on another one to which the
-folder was copied; finished ones are kept. Then ``report.py`` makes tables and pictures from the
-lines. Every line names its precision and device; runs of different precisions have baselines,
-lines and tables of their own.
+``benchmarks/results/appendix_SCHEDULE.jsonl``. The rows that say most come first. A stopped run
+goes on from its checkpoint in ``runs/appendix/``, also on another machine if that folder is copied
+there. A finished run is never repeated. At the end ``report.py`` writes tables and charts.
+
+Every line names its precision and its device. Runs of one precision start from a baseline of that
+precision, and tables never mix two precisions.
 """
 
 from __future__ import annotations

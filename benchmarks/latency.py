@@ -2,9 +2,9 @@
 
     python benchmarks/latency.py --schedule short --threads 2
 
-Takes the networks that ``appendix.py --only comparison`` has trained (from ``runs/appendix/``),
-compacts them, and times all of them and the dense network in turns, at batch 64 and 1. Appends a
-line for each to ``benchmarks/results/appendix_SCHEDULE_latency.jsonl`` and writes the report anew.
+Compacts the networks that ``appendix.py --only comparison`` trained into ``runs/appendix/``. Times
+them and the dense network in turns, at batch 64 and 1. Appends a line for each network to
+``benchmarks/results/appendix_SCHEDULE_latency.jsonl`` and writes the report again.
 """
 
 from __future__ import annotations
@@ -45,15 +45,15 @@ def main() -> None:
     missing = [run.configuration.name for run in runs if not run.final.is_file()]
     if missing:
         parser.error(
-            "the networks must have been trained by appendix.py on this machine, but these"
-            f" haven't: {', '.join(missing)}"
+            "`runs/appendix/` must hold the networks that appendix.py trains, but these are"
+            f" missing: {', '.join(missing)}"
         )
     measured: dict[Configuration, dict[str, Any]] = {run.configuration: {} for run in runs}
     for batch in BATCHES:
         x = 60 * torch.randn(batch, 3, 32, 32, generator=torch.Generator().manual_seed(0))
         dense, *pruned = (run.network().requires_grad_(False) for run in runs)
-        # The dense one in the layout that is faster here, as `compact` times it, too.
-        # Nothing pruned, but fused: pruning gets no credit for that.
+        # The dense network is timed in both layouts, and fused by `compact` with nothing pruned:
+        # what fusing gains is no gain of pruning.
         fused = compact(dense, x)
         other = runs[0].network().requires_grad_(False).to(memory_format=torch.contiguous_format)
         other.channels_last = False

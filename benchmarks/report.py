@@ -1,9 +1,9 @@
-"""Tables and pictures of the appendix, from the lines of finished runs alone.
+"""Tables and charts of the appendix, from the lines of finished runs alone.
 
     python benchmarks/report.py --schedule short
 
-Writes ``benchmarks/results/appendix_SCHEDULE.md`` and pictures beside it; where the lines are of
-several precisions, a report for each. What has no line yet says so.
+Writes ``benchmarks/results/appendix_SCHEDULE.md`` and charts beside it. Where there are lines of
+several precisions it writes a report for each. A row that has no line yet says so.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from reproduction import lines
-from reproduction.pictures import draw_beyond, draw_comparison, draw_figure1
+from reproduction.charts import draw_beyond, draw_comparison, draw_figure1
 from reproduction.results import Results
 from reproduction.schedules import SCHEDULES
 from reproduction.tables import report
@@ -32,7 +32,7 @@ def latency_path(schedule: str) -> Path:
 
 
 def write(schedule: str) -> list[Path]:
-    """Write a schedule's tables and pictures: one report for each precision that there is.
+    """Write a schedule's tables and charts: one report for each precision among its lines.
 
     Returns:
         The reports.
@@ -45,7 +45,7 @@ def write(schedule: str) -> list[Path]:
         latencies = [
             line
             for line in lines.read(latency_path(schedule))
-            # The first ones don't name it.
+            # The oldest lines don't name theirs.
             if line.get("precision", "bf16-mixed") == precision
         ]
         results = Results(found, latencies)

@@ -1,1 +1,1 @@
-"""What ``appendix.py`` and ``report.py`` are made of: rows, methods, runs, lines and pictures."""
+"""The parts of ``appendix.py`` and ``report.py``: rows, methods, runs, lines, tables and charts."""

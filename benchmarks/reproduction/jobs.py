@@ -40,16 +40,15 @@ def finish(
 ) -> list[JobError]:
     """Train runs to their ends; those of a stage begin when the stage before it is over.
 
-    A run that fails doesn't keep the others from going on. Ctrl-C stops all; each goes on from its
-    last checkpoint another time.
+    If a run fails, the others go on. Ctrl-C stops all runs. The next call goes on from their last
+    checkpoints.
 
     Args:
         stages: The runs of each stage.
-        total_steps: Optimizer steps of all runs, for the bar. The time left is what these take at
-            the rate of this call so far.
+        total_steps: Optimizer steps of all runs, for the progress bar and its time left.
         jobs: How many runs train side by side.
         compiled: Whether they train with ``torch.compile``.
-        keep: Called with each finished line, one at a time.
+        keep: Called with each finished line, never by two threads at once.
 
     Returns:
         The errors of the runs that failed.
@@ -76,7 +75,7 @@ def finish(
                 line = message.get("line", line)
                 if "step" in message:
                     with lock:
-                        if not done:  # of a run that goes on, the steps before don't count
+                        if not done:  # a resumed run: its earlier steps don't count
                             done = message["step"] - SAY_EVERY
                             bar.total -= done
                         bar.update(message["step"] - done)
@@ -110,7 +109,7 @@ def finish(
 
 
 def _message(text: str) -> dict[str, Any]:
-    """What a run says in a line; nothing, if a library has written it."""
+    """The message in a line that a run printed; empty if a library printed the line."""
     try:
         message = json.loads(text)
     except json.JSONDecodeError:

@@ -11,9 +11,9 @@ __all__ = ["append", "read"]
 
 
 def append(path: Path, line: dict[str, Any]) -> None:
-    """Append a line, on the disk when this returns.
+    """Append a line; it is on the disk when this returns.
 
-    What a crash left half written, and so without an end of line, is cut off first.
+    A half-written line at the end, which a crash may have left, is removed first.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     text = (json.dumps(line) + "\n").encode()
@@ -30,7 +30,7 @@ def read(path: Path) -> list[dict[str, Any]]:
     """All whole lines of a file; none if there is no file.
 
     Raises:
-        ValueError: If a line that has its end isn't JSON.
+        ValueError: If a whole line isn't JSON.
     """
     if not path.is_file():
         return []

@@ -1,4 +1,4 @@
-"""What the lines say: numbers of a configuration over its seeds."""
+"""Numbers of a configuration over its seeds, from the lines of finished runs."""
 
 from __future__ import annotations
 
@@ -68,9 +68,9 @@ class Results:
         return Sample(found) if found else None
 
     def drop(self, row: Configuration, reference: Configuration = BASELINE) -> Sample | None:
-        """What each seed's accuracy lost to that seed's baseline, in points."""
+        """Each seed's accuracy subtracted from that of its baseline or reference, in points."""
         bases = {seed: line["accuracy"] for seed, line in self.lines.get(reference, {}).items()}
-        if reference == BASELINE:  # the one that a run started from, should there be several
+        if reference == BASELINE:  # if there are several, the one that the run started from
             bases |= {
                 line["seed"]: line["baseline_accuracy"]
                 for line in self.of(row)
@@ -81,12 +81,12 @@ class Results:
         return Sample(values) if values else None
 
     def pruning_iterations(self, row: Configuration) -> Sample | None:
-        """Updates times the configuration's t: iterations of the full schedule."""
+        """Updates times t: pruning iterations, converted to the full schedule."""
         values = tuple(line["updates"] * row.interval for line in self.of(row))
         return Sample(values) if values else None
 
     def finished(self, row: Configuration) -> bool:
-        """Whether all runs of a configuration pruned all they were to prune."""
+        """Whether all runs of a configuration reached their target sparsity."""
         shares = dict(row.ratios or ())
         return all(
             share >= shares.get(name, 1 - 1 / row.speedup) - 1e-9
@@ -122,11 +122,11 @@ def on_grid(curve: Sequence[Sequence[float]], points: int = 101) -> list[list[fl
 
 
 def layer_spread(curve: Sequence[Sequence[float]]) -> tuple[float, float]:
-    """How far apart the layers' sparsities are while pruning.
+    """Distance between the layers' sparsities while pruning.
 
     Returns:
-        The mean over normalised iterations of their standard deviation, and the largest distance
-        between two layers at any time; both as shares of columns.
+        The standard deviation over layers, averaged over normalised iterations; and the largest
+        distance of two layers at any time. Both as shares of columns.
 
     >>> layer_spread([[0, 0.0, 0.0], [1, 0.25, 0.75], [2, 0.75, 0.75]])[1]
     0.5

@@ -1,4 +1,4 @@
-"""The rows of every table: one configuration each, in the paper's own units."""
+"""The rows of every table: one configuration each, in the paper's units."""
 
 from __future__ import annotations
 
@@ -27,24 +27,25 @@ Masking = Literal["sample", "scale", "penalize"]
 
 @dataclass(frozen=True)
 class Configuration:
-    """What one run does; the defaults are the method's own at 4x.
+    """What one run does. The defaults are plain SPP at 4×, with the paper's settings.
 
     Args:
-        method: ``"baseline"`` trains from scratch; the others go on from it.
+        method: ``"baseline"`` trains from scratch. All others start from the baseline.
         speedup: Factor by which the MACs of the convolutions are to fall.
-        criterion, use_rank, A, u, crossing, recovery, masking: SPP's options. ``"penalize"`` lets
-            a column's weight decay grow with p in the place of masks.
+        criterion, use_rank, A, u, crossing, recovery, masking: SPP's options. With
+            ``masking="penalize"`` a column's weight decay grows with p, and no masks are drawn.
         interval: The pruning interval t, in steps of the full schedule.
-        ratios: Share of columns to prune by layer, where it isn't the same everywhere.
-        distillation: Share of the baseline's answers in the loss, in [0, 1).
+        ratios: Share of columns to prune, by layer. None: the same in every layer.
+        distillation: Share of the baseline's outputs in the loss, in [0, 1).
         pruning_lr: Factor of the learning rate while pruning.
         retraining_lr: Factor of the learning rate in retraining, until it falls the first time.
-        weight_decay: Of everything that isn't the baseline; the last layer's is 250 times as large.
-        classifier_decay: The last layer's, if it is to be another one.
+        weight_decay: Weight decay of the convolutions while pruning and retraining. The last
+            layer's is 250 times as large.
+        classifier_decay: Weight decay of the last layer. None: 250 times ``weight_decay``.
         last_batch: Factor of the batch size from the first fall of the learning rate on.
         straight_through: Whether masks act in the forward pass only.
-        score_decay: Share of the score before in a column's importance.
-        dead_filters: Whether filters that nothing reads any more count in columns' importance.
+        score_decay: Importance is L1 norm + ``score_decay`` · importance at the update before.
+        dead_filters: Whether filters whose output no layer reads count in columns' importance.
     """
 
     method: Method = "spp"
@@ -125,11 +126,11 @@ METHODS: dict[str, Configuration] = {
 COMPARED = (2, 4, 10)
 
 TEN = replace(DEFAULT, speedup=10)
-# Shares of columns to prune that leave a tenth of the MACs, but more of the
-# first layer, which has few columns and a fifth of the MACs.
+# Shares of columns that leave a tenth of the MACs, but prune less of the first layer, which has
+# few columns and a fifth of the MACs.
 LAYERS = ("conv1", "conv2", "conv3")
 SHARED = tuple(zip(LAYERS, (0.76, 0.9375, 0.93), strict=True))
-# What might bring 10x nearer to the baseline, from the method's own on.
+# Changes to plain SPP at 10×, each of which might raise the accuracy.
 BEYOND: dict[str, Configuration] = {
     "the method's own": TEN,
     "scaled by 1 - p, not sampled": replace(TEN, masking="scale"),
@@ -145,7 +146,7 @@ BEYOND: dict[str, Configuration] = {
     ),
 }
 
-# Leads for the difference between the paper's accuracies and ours, one cause at a time.
+# Possible causes of the difference between the paper's accuracies and ours: one change each.
 LEADS: dict[str, dict[str, Any]] = {
     "weight decay 0.002": {"weight_decay": 0.002},
     "weight decay 0.001": {"weight_decay": 0.001},
@@ -162,7 +163,7 @@ LEADS: dict[str, dict[str, Any]] = {
     "scaled by 1 - p, not sampled": {"masking": "scale"},
     "penalties in the place of masks": {"masking": "penalize"},
 }
-# Also tried where SPP doesn't prune, for a fair comparison.
+# Also measured for the control and the simpler methods, to compare fairly.
 LEADS_OF_OTHERS = ("weight decay 0.002", "weight decay 0.001", "weight decay 0.0005")
 # Shares of columns that leave the same MACs, but more of the first layer; and all of it.
 CONV1 = {
@@ -209,10 +210,9 @@ ALL_TABLES: dict[str, list[Configuration]] = {
 
 
 def by_worth(tables: Sequence[str]) -> list[Configuration]:
-    """The configurations of some tables, each once, and what all are compared to.
+    """The configurations of some tables, each once, the most informative ones first.
 
-    The baseline and the control come first, then what says most, so that a machine that is given
-    back early has done the right part.
+    The baseline and the control, which all are compared with, come first.
     """
     first = [BASELINE, CONTROL]
     for name in ("SPP", "gradual L1 columns", "one-shot L1 columns"):

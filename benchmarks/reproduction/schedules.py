@@ -27,11 +27,11 @@ class Schedule:
     """Optimizer steps of the runs.
 
     Args:
-        name: What it is called on the command line and in the results.
+        name: Its name on the command line and in the results.
         baseline_steps: Steps of the baseline, from scratch.
         steps: Steps of every other run, from the baseline's weights.
-        divisor: What pruning intervals are divided by; they are given as the paper gives them.
-        tables: What it is for, by the names in ``rows.ALL_TABLES``.
+        divisor: Pruning intervals are the paper's t divided by this.
+        tables: The tables of ``rows.ALL_TABLES`` that are measured on this schedule.
     """
 
     name: str
@@ -41,7 +41,7 @@ class Schedule:
     tables: tuple[str, ...]
 
     def interval(self, t: int) -> int:
-        """The steps between two updates that stand for the paper's ``t``."""
+        """Steps between two updates that correspond to the paper's ``t``."""
         if t % self.divisor:
             raise ValueError(f"`t` must be a multiple of {self.divisor} here, got {t}.")
         return t // self.divisor

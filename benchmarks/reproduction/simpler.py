@@ -1,4 +1,4 @@
-"""The simpler ways to prune that SPP is compared with, as callbacks of fixed masks."""
+"""Simpler pruning methods that SPP is compared with, as callbacks with fixed masks."""
 
 from __future__ import annotations
 
@@ -19,14 +19,15 @@ def convolutions(net: nn.Module) -> dict[str, nn.Conv2d]:
 
 
 class Masks(Callback, ABC):
-    """Zeroes what is pruned after every optimizer step; prunes in one go, or by a cubic schedule.
+    """Sets pruned weights to 0 after every optimizer step.
 
-    The share s of the target after a share x of the pruning is ``1 − (1 − x)³``.
+    Prunes at once, or by a cubic schedule: after a share x of the updates the masks have reached
+    the share ``1 − (1 − x)³`` of the target.
 
     Args:
         speedup: Factor by which the MACs are to fall.
-        updates: How often the masks grow; 1 for one go, before the first step.
-        interval: Steps between two times.
+        updates: Number of updates of the masks. The first comes before the first step.
+        interval: Steps between two updates.
 
     Source of the cubic schedule: Zhu, Gupta: To prune, or not to prune, arXiv 1710.01878.
     """
@@ -40,7 +41,7 @@ class Masks(Callback, ABC):
 
     @abstractmethod
     def choose(self, net: nn.Module, share: float) -> dict[str, Tensor]:
-        """Masks of parameters by name, True = kept, at a share of the way to the target."""
+        """Masks by parameter name, True = kept, at a share in [0, 1] of the target."""
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: D102
         self._grow(trainer, pl_module)
@@ -57,7 +58,7 @@ class Masks(Callback, ABC):
                 self.masks = self.choose(net, share)
         with torch.no_grad():
             for name, mask in self.masks.items():
-                self.masks[name] = mask.to(net.device)  # a checkpoint's, once
+                self.masks[name] = mask.to(net.device)  # loaded masks are on the CPU
                 net.get_parameter(name).mul_(self.masks[name])
 
     def state_dict(self) -> dict[str, Any]:  # noqa: D102
@@ -94,9 +95,9 @@ class MagnitudeMasks(Masks):
 
 
 class FilterMasks(Masks):
-    """Prunes the filters of smallest L1 norm, with the channels that they make.
+    """Prunes the filters of smallest L1 norm, and the next layer's channels that read them.
 
-    For a plain chain of convolutions. The numbers of filters are those of :func:`filters_to_keep`.
+    For convolutions in a row. :func:`filters_to_keep` gives the numbers of filters.
 
     Source: Li, Kadav, Durdanovic, Samet, Graf: Pruning filters for efficient ConvNets, ICLR 2017.
     """
@@ -110,7 +111,7 @@ class FilterMasks(Masks):
         shapes = [tuple(layer.weight.shape) for layer in layers.values()]
         keep = filters_to_keep(shapes, self.positions, self.speedup)
         masks = {}
-        channels: Tensor | None = None  # that the layer before makes
+        channels: Tensor | None = None  # outputs of the layer before, True = kept
         for (name, layer), kept in zip(layers.items(), keep, strict=True):
             filters = _all_but_smallest(layer.weight.abs().sum((1, 2, 3)), len(layer.weight) - kept)
             mask = filters[:, None, None, None].expand_as(layer.weight)
@@ -122,15 +123,15 @@ class FilterMasks(Masks):
 def filters_to_keep(
     shapes: list[tuple[int, ...]], positions: tuple[int, ...], speedup: float
 ) -> tuple[int, ...]:
-    """How many filters every layer of a chain keeps, the same share of all, for a speedup.
+    """Number of filters that each convolution in a row keeps for a speedup: one share for all.
 
     Args:
-        shapes: Shapes of the weights, ``(N, C, kh, kw)``, each C the N before.
+        shapes: Shapes of the weights, ``(N, C, kh, kw)``; C is the N of the layer before.
         positions: Output positions of each layer.
         speedup: Factor by which the MACs are to fall.
 
     Returns:
-        The numbers whose MACs come nearest to the target from below.
+        The largest numbers whose MACs don't exceed the target.
 
     >>> filters_to_keep([(8, 3, 1, 1), (8, 8, 1, 1)], (4, 4), speedup=2)
     (5, 5)

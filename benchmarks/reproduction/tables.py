@@ -28,7 +28,7 @@ MISSING = "not measured"
 WORTH = 0.5  # points of accuracy that count as a difference
 
 
-def report(schedule: Schedule, results: Results, pictures: list[str]) -> str:
+def report(schedule: Schedule, results: Results, charts: list[str]) -> str:
     """The whole report of a schedule."""
     sections = {
         "table1": ("Table 1: criterion and speedup", _table1),
@@ -44,7 +44,7 @@ def report(schedule: Schedule, results: Results, pictures: list[str]) -> str:
     for name, (title, section) in sections.items():
         if name in schedule.tables:
             parts += [f"## {title}", section(results)]
-    parts += [f"![{name.removesuffix('.png')}]({name})" for name in pictures]
+    parts += [f"![{name.removesuffix('.png')}]({name})" for name in charts]
     return "\n\n".join(parts) + "\n"
 
 
@@ -225,8 +225,8 @@ def _beyond(results: Results) -> str:
     ]
     head = ("what", "accuracy, %", "drop to baseline", "against the method's own, same seed")
     return (
-        f"{_table(head, rows)}\n\nAll are compared on the test pictures, so the best one's lead is"
-        " flattered a little."
+        f"{_table(head, rows)}\n\nAll are compared on the test images, so the lead of the best one"
+        " is a little too large."
     )
 
 

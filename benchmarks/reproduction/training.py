@@ -106,6 +106,7 @@ class Run:
         """
         seed_everything(self.seed, verbose=False)
         net = self._module()
+        kept = not compiled and self._on_kept_columns
         if compiled:
             net.compile(mode="reduce-overhead")
         last = self.folder / "last.ckpt"
@@ -120,7 +121,7 @@ class Run:
             max_epochs=-1,
             precision=self.precision,
             devices=1,
-            callbacks=[*self._callbacks(net), Record(self._on_kept_columns), saving],
+            callbacks=[*self._callbacks(net, kept), Record(kept), saving],
             logger=False,
             limit_val_batches=0,
             enable_progress_bar=False,
@@ -187,7 +188,7 @@ class Run:
             distillation=row.distillation,
         )
 
-    def _callbacks(self, net: ConvNet) -> list[Callback]:
+    def _callbacks(self, net: ConvNet, kept_columns: bool) -> list[Callback]:
         """What prunes, and what is changed in the training, in the order in which it acts."""
         row = self.configuration
         pruning = self._pruning(net)
@@ -200,13 +201,13 @@ class Run:
             callbacks.append(ClassifierDecay(row.classifier_decay))
         if row.last_batch > 1:
             callbacks.append(LastBatches(row.last_batch, self.schedule.milestones(self.steps)[0]))
-        if self._on_kept_columns:
+        if kept_columns:
             callbacks.append(KeptColumns(over))
         return callbacks
 
     @property
     def _on_kept_columns(self) -> bool:
-        """Whether its steps are computed on kept columns alone once the masks are fixed."""
+        """Whether kept columns alone can be computed once the masks are fixed."""
         by_column = self.configuration.method in ("spp", "one-shot columns", "gradual columns")
         return by_column and self.precision == "32-true" and not torch.cuda.is_available()
 

@@ -35,7 +35,7 @@ LEADS = replace(
 
 @pytest.fixture
 def run(tmp_path, monkeypatch):
-    """Runs of a few steps on a few pictures."""
+    """Runs of a few steps on a few images."""
     data = tmp_path / "data"
     make_tree(data)
     module = training.CIFAR10DataModule
@@ -79,7 +79,7 @@ def test_a_run_that_stops_goes_on_where_it_was(run, row, monkeypatch):
                 raise RuntimeError("out of power")
 
     pruning = Run._callbacks
-    monkeypatch.setattr(Run, "_callbacks", lambda self, net: [*pruning(self, net), Crash()])
+    monkeypatch.setattr(Run, "_callbacks", lambda *given: [*pruning(*given), Crash()])
     with pytest.raises(RuntimeError, match="out of power"):
         stopped.train()
     assert not stopped.final.is_file()

@@ -1,4 +1,4 @@
-"""The pictures of the report."""
+"""The charts of the report."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def draw_figure1(results: Results, path: Path) -> bool:
     """Layer sparsity over normalised iterations: by ranks, and by the L1 norm itself.
 
     Returns:
-        Whether both are measured; nothing is drawn otherwise. So do the other pictures.
+        Whether it was drawn: both rows must be measured. The other charts return the same.
     """
     rows = {"ranks": (DEFAULT, "-"), "plain L1": (PLAIN_L1, "--")}
     if any(not results.of(row) for row, _ in rows.values()):
