@@ -72,6 +72,7 @@ def test_a_share_of_every_layers_columns_is_pruned(ratio):
     assert all((x.weight != 0).all() for x in net)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(native.library() is None, reason="needs the C++ library")
 def test_a_checkout_beside_itself_computes_the_same():
     with versus.Checkout(ROOT) as old, versus.Checkout(ROOT) as new:
