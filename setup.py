@@ -58,7 +58,7 @@ setup(
         Extension(
             "spp_lightning.native.kernels",
             sources=sorted(str(path) for path in NATIVE.glob("*.cpp")),
-            depends=sorted(str(path) for path in NATIVE.iterdir() if path.suffix in (".h", ".inc")),
+            depends=sorted(str(path) for path in NATIVE.iterdir() if path.suffix == ".h"),
             language="c++",
             extra_compile_args=FLAGS,
             optional=True,

@@ -15,21 +15,25 @@
 #include <thread>
 #include <vector>
 
-#include "column_conv.h"
+#include "geometry.h"
 
 extern "C" {
 int32_t spp_set_isa(const char*);
 int32_t spp_has_pairs();
-void* spp_plan(const spp::Geometry*, const int32_t*, int32_t, const float*, const float*, float,
-               float, const spp::PostOp*, int32_t, int32_t);
-void spp_free(void*);
-int32_t spp_forward(const void*, const spp::Way*, const void*, const void*, void*);
-void* spp_sequence(const void* const*, const spp::Way* const*, int32_t);
-void spp_free_sequence(void*);
-int32_t spp_forward_sequence(const void*, const float*, const float*, const spp::Linear*, float*);
-void spp_linear(const spp::Linear*, const float*, int64_t, int32_t, float*);
-int32_t spp_backward(const void*, const spp::Way*, const float*, const float*, const float*, int32_t,
-                     float*, float*, float*);
+const char* spp_error();
+int32_t spp_plan_create(const spp::Geometry*, const int32_t*, int32_t, const float*, int64_t,
+                        const float*, int64_t, float, float, const spp::EpilogueOp*, int32_t, int32_t,
+                        void**);
+void spp_plan_free(void*);
+int32_t spp_forward(const void*, const spp::KernelConfig*, const void*, int64_t, const void*, int64_t,
+                    void*, int64_t);
+int32_t spp_chain_create(const void* const*, const spp::KernelConfig* const*, int32_t, void**);
+void spp_chain_free(void*);
+int32_t spp_chain_forward(const void*, const void*, int64_t, const void*, int64_t, const spp::Linear*,
+                          void*, int64_t);
+int32_t spp_linear(const spp::Linear*, const float*, int64_t, int64_t, int32_t, float*, int64_t);
+int32_t spp_backward(const void*, const spp::KernelConfig*, const float*, int64_t, const float*, int64_t,
+                     const float*, int64_t, int32_t, float*, int64_t, float*, int64_t, float*, int64_t);
 int32_t spp_ascending_order(const void*, int32_t, const double*, int64_t, int64_t*);
 void spp_move(const int64_t*, const double*, int64_t, int64_t, double*);
 }
@@ -40,15 +44,79 @@ std::mt19937 generator(1);
 
 int between(int low, int high) { return std::uniform_int_distribution<int>(low, high)(generator); }
 
-// Memory that ends where the tensor ends, and holds no number before it is written.
-using Floats = std::unique_ptr<float[]>;
-Floats memory(size_t count) { return Floats(new float[count]); }
+// A tensor in memory that ends where it ends, and holds no number before it is written; or none.
+template <typename Number>
+struct Tensor {
+  std::unique_ptr<Number[]> data;
+  int64_t count = 0;
+
+  Tensor() = default;
+  explicit Tensor(size_t size) : data(new Number[size]), count(static_cast<int64_t>(size)) {}
+  Number* get() const { return data.get(); }
+  Number& operator[](size_t i) const { return data[i]; }
+  explicit operator bool() const { return data != nullptr; }
+};
+using Floats = Tensor<float>;
+using Halves = Tensor<uint16_t>;
+Floats memory(size_t count) { return Floats(count); }
 
 Floats normal(size_t count) {
   std::normal_distribution<float> draw;
-  Floats out = memory(count);
+  Floats out(count);
   for (size_t i = 0; i < count; ++i) out[i] = draw(generator);
   return out;
+}
+
+int failures = 0;
+
+void must(int32_t status) {
+  if (status != 0) std::printf("status %d: %s\n", status, spp_error()), ++failures;
+}
+
+// What doesn't fit is refused, and nothing is read or written.
+void must_refuse(int32_t status) {
+  if (status != 2) std::printf("status %d, but a tensor doesn't fit\n", status), ++failures;
+}
+
+void* make_plan(const spp::Geometry& g, const std::vector<int32_t>& columns, const Floats& weight,
+                const Floats& bias, float low, float high, const std::vector<spp::EpilogueOp>& ops,
+                bool bfloat16) {
+  void* plan = nullptr;
+  const auto create = [&](int64_t weights, int64_t biases) {
+    return spp_plan_create(&g, columns.data(), static_cast<int32_t>(columns.size()), weight.get(), weights,
+                           bias.get(), biases, low, high, ops.data(), static_cast<int32_t>(ops.size()),
+                           bfloat16, &plan);
+  };
+  must_refuse(create(weight.count + 1, bias.count));
+  must_refuse(create(weight.count, bias.count + 1));
+  must(create(weight.count, bias.count));
+  return plan;
+}
+
+// By a kernel, or as a chain of one layer.
+template <typename Number>
+void forward(const void* plan, const spp::KernelConfig& how, const Number* x, int64_t x_count,
+             const Tensor<Number>& residual, const Tensor<Number>& out) {
+  if (how.kernel != spp::Kernel::kChannelBlocked) {
+    const auto run = [&](int64_t inputs, int64_t residuals, int64_t outputs) {
+      return spp_forward(plan, &how, x, inputs, residual.get(), residuals, out.get(), outputs);
+    };
+    must_refuse(run(x_count - 1, residual.count, out.count));
+    must_refuse(run(x_count, residual.count + 1, out.count));
+    must_refuse(run(x_count, residual.count, out.count + 1));
+    return must(run(x_count, residual.count, out.count));
+  }
+  const spp::KernelConfig* configs[] = {&how};
+  void* chain = nullptr;
+  must(spp_chain_create(&plan, configs, 1, &chain));
+  const auto run = [&](int64_t inputs, int64_t residuals, int64_t outputs) {
+    return spp_chain_forward(chain, x, inputs, residual.get(), residuals, nullptr, out.get(), outputs);
+  };
+  must_refuse(run(x_count - 1, residual.count, out.count));
+  must_refuse(run(x_count, residual.count + 1, out.count));
+  must_refuse(run(x_count, residual.count, out.count - 1));
+  must(run(x_count, residual.count, out.count));
+  spp_chain_free(chain);
 }
 
 struct Planes {
@@ -63,8 +131,8 @@ Planes planes(int count, int height, int width) {
   return {count, height, width, std::vector<double>(static_cast<size_t>(count) * height * width)};
 }
 
-Planes apply(const spp::PostOp& op, Planes& in) {
-  if (op.kind == spp::PostKind::kLocalResponseNorm) {
+Planes apply(const spp::EpilogueOp& op, Planes& in) {
+  if (op.kind == spp::EpilogueKind::kLocalResponseNorm) {
     Planes out = planes(in.count, in.height, in.width);
     for (int p = 0; p < in.count; ++p)
       for (int y = 0; y < in.height; ++y)
@@ -78,7 +146,7 @@ Planes apply(const spp::PostOp& op, Planes& in) {
         }
     return out;
   }
-  const bool max = op.kind == spp::PostKind::kMaxPool;
+  const bool max = op.kind == spp::EpilogueKind::kMaxPool;
   const auto size = [&](int n, int d) {
     return spp::pool_size(n, op.kernel[d], op.stride[d], op.padding[d], op.ceil_mode);
   };
@@ -101,8 +169,6 @@ Planes apply(const spp::PostOp& op, Planes& in) {
       }
   return out;
 }
-
-int failures = 0;
 
 // sizes: the sums of the products' sizes, by which they are rounded.
 void compare(const char* what, const Floats& got, const std::vector<double>& expected,
@@ -128,8 +194,8 @@ std::vector<int32_t> some_columns(int all, double share) {
 }
 
 // A layer behind another one: both at once give what one after the other does, bit for bit.
-void run_sequence(const void* first, spp::Way how, const spp::Geometry& before, const int* size,
-                  const float* x) {
+void run_chain(const void* first, spp::KernelConfig how, const spp::Geometry& before, const int* size,
+               const Floats& x) {
   spp::Geometry g{};
   g.groups = before.filters % 2 || between(0, 2) ? 1 : 2;
   g.channels = before.filters;
@@ -144,43 +210,53 @@ void run_sequence(const void* first, spp::Way how, const spp::Geometry& before, 
     out[d] = (size[d] + 2 * g.padding[d] - reach) / g.stride[d] + 1;
   }
   const auto columns = some_columns(g.channels * g.kernel[0] * g.kernel[1], 0.5);
-  const int count = static_cast<int>(columns.size());
-  const Floats weight = normal(g.filters / g.groups * count);
-  spp::PostOp pool{spp::PostKind::kMaxPool, {2, 2}, {2, 2}, {1, 1}, between(0, 1), 1, 0};
-  const bool pools = between(0, 1);
-  void* second = spp_plan(&g, columns.data(), count, weight.get(), nullptr, 0, 1e9f, &pool, pools, 0);
+  const Floats weight = normal(g.filters / g.groups * columns.size());
+  std::vector<spp::EpilogueOp> pools;
+  if (between(0, 1))
+    pools.push_back({spp::EpilogueKind::kMaxPool, {2, 2}, {2, 2}, {1, 1}, between(0, 1), 1, 0});
+  void* second = make_plan(g, columns, weight, Floats(), 0, 1e9f, pools, false);
   int last[2];
-  for (int d = 0; d < 2; ++d) last[d] = pools ? spp::pool_size(out[d], 2, 2, 1, pool.ceil_mode) : out[d];
+  for (int d = 0; d < 2; ++d)
+    last[d] = pools.empty() ? out[d] : spp::pool_size(out[d], 2, 2, 1, pools[0].ceil_mode);
   const size_t between_floats = how.batch * before.filters * size[0] * size[1];
   const size_t conv_floats = how.batch * g.filters * out[0] * out[1];
   const size_t floats = how.batch * g.filters * last[0] * last[1];
-  const Floats middle = memory(between_floats), residual = between(0, 1) ? normal(conv_floats) : nullptr;
+  const Floats middle = memory(between_floats), residual = between(0, 1) ? normal(conv_floats) : Floats();
   const Floats one_by_one = memory(floats);
-  how.variant = spp::kPanelVariant;
-  spp::Way next{how.batch, size[0], size[1], out[0], out[1], how.threads, how.variant, 0};
-  spp_forward(first, &how, x, nullptr, middle.get());
-  spp_forward(second, &next, middle.get(), residual.get(), one_by_one.get());
-  const int features = static_cast<int>(floats / std::max<int64_t>(1, how.batch)), scores = between(1, 9);
-  const Floats matrix = normal(features * scores), bias = between(0, 1) ? normal(scores) : nullptr;
-  const spp::Linear linear{matrix.get(), bias.get(), features, scores};
+  how.kernel = spp::Kernel::kPixelVectorised;
+  spp::KernelConfig next{how.batch, size[0], size[1], out[0], out[1], how.threads, how.kernel, 0};
+  forward(first, how, x.get(), x.count, Floats(), middle);
+  forward(second, next, middle.get(), middle.count, residual, one_by_one);
+  const int features = static_cast<int>(floats / how.batch), scores = between(1, 9);
+  const Floats matrix = normal(features * scores), bias = between(0, 1) ? normal(scores) : Floats();
+  spp::Linear linear{matrix.get(), matrix.count, bias.get(), bias.count, features, scores};
   const Floats expected = memory(how.batch * scores);
-  spp_linear(&linear, one_by_one.get(), how.batch, how.threads, expected.get());
+  must(spp_linear(&linear, one_by_one.get(), one_by_one.count, how.batch, how.threads, expected.get(),
+                  expected.count));
+  how.kernel = next.kernel = spp::Kernel::kChannelBlocked;
   for (int threads = 1; threads <= 3; ++threads) {
     how.threads = next.threads = threads;
     const void* plans[] = {first, second};
-    const spp::Way* ways[] = {&how, &next};
-    void* sequence = spp_sequence(plans, ways, 2);
-    const Floats at_once = memory(floats);
-    spp_forward_sequence(sequence, x, residual.get(), nullptr, at_once.get());
+    const spp::KernelConfig* configs[] = {&how, &next};
+    void* chain = nullptr;
+    must(spp_chain_create(plans, configs, 2, &chain));
+    const auto run = [&](const spp::Linear* behind, const Floats& made) {
+      return spp_chain_forward(chain, x.get(), x.count, residual.get(), residual.count, behind, made.get(),
+                               made.count);
+    };
+    const Floats at_once = memory(floats), found = memory(how.batch * scores);
+    must(run(nullptr, at_once));
     if (!std::equal(at_once.get(), at_once.get() + floats, one_by_one.get()))
-      std::printf("a sequence on %d threads\n", threads), ++failures;
-    const Floats found = memory(how.batch * scores);
-    spp_forward_sequence(sequence, x, residual.get(), &linear, found.get());
+      std::printf("a chain on %d threads\n", threads), ++failures;
+    must(run(&linear, found));
     if (!std::equal(found.get(), found.get() + how.batch * scores, expected.get()))
-      std::printf("a sequence and a linear layer on %d threads\n", threads), ++failures;
-    spp_free_sequence(sequence);
+      std::printf("a chain and a linear layer on %d threads\n", threads), ++failures;
+    linear.bias_count += 1;
+    must_refuse(run(&linear, found));
+    linear.bias_count -= 1;
+    spp_chain_free(chain);
   }
-  spp_free(second);
+  spp_plan_free(second);
 }
 
 void run_case() {
@@ -211,22 +287,22 @@ void run_case() {
   const int in_plane = size[0] * size[1], out_plane = out[0] * out[1];
   const size_t outputs = batch * g.filters * out_plane;
   const Floats x = normal(batch * g.channels * in_plane), weight = normal(rows * count);
-  const Floats bias = between(0, 1) ? normal(g.filters) : nullptr;
-  const Floats residual = between(0, 1) ? normal(outputs) : nullptr;
+  const Floats bias = between(0, 1) ? normal(g.filters) : Floats();
+  const Floats residual = between(0, 1) ? normal(outputs) : Floats();
   const float infinity = std::numeric_limits<float>::infinity();
   const bool limited = between(0, 1);
   const float low = limited ? 0 : -infinity, high = limited ? 3 : infinity;
 
-  std::vector<spp::PostOp> post;
+  std::vector<spp::EpilogueOp> post;
   int now[2] = {out[0], out[1]};
   for (int n = between(0, 2); n > 0; --n) {
-    spp::PostOp op{};
-    op.kind = static_cast<spp::PostKind>(between(0, 2));
+    spp::EpilogueOp op{};
+    op.kind = static_cast<spp::EpilogueKind>(between(0, 2));
     op.alpha = 5e-5f;
     op.ceil_mode = between(0, 1);
     op.count_include_pad = between(0, 1);
     for (int d = 0; d < 2; ++d) {
-      const bool norm = op.kind == spp::PostKind::kLocalResponseNorm;
+      const bool norm = op.kind == spp::EpilogueKind::kLocalResponseNorm;
       op.kernel[d] = norm ? 3 : between(1, std::min(4, now[d]));
       op.stride[d] = norm ? 1 : between(1, 3);
       op.padding[d] = norm ? 0 : between(0, op.kernel[d] / 2);
@@ -267,41 +343,45 @@ void run_case() {
           largest = std::max(largest, std::abs(sum));
           y.values[at] = std::min<double>(high, std::max<double>(low, sum));
         }
-  for (const spp::PostOp& op : post) y = apply(op, y);
+  for (const spp::EpilogueOp& op : post) y = apply(op, y);
   double most = 1;
   for (const double value : y.values) most = std::max(most, std::abs(value));
   const std::vector<double> size_y(y.values.size(), 5 * most);  // 1e-5 of the greatest output
 
-  void* plan = spp_plan(&g, columns.data(), count, weight.get(), bias.get(), low, high, post.data(),
-                        static_cast<int32_t>(post.size()), 0);
-  const auto way = [&](int threads, int variant, int bfloat16) {
-    return spp::Way{batch, size[0], size[1], out[0], out[1], threads, variant, bfloat16};
+  void* plan = make_plan(g, columns, weight, bias, low, high, post, false);
+  const auto way = [&](int threads, spp::Kernel variant, int bfloat16) {
+    return spp::KernelConfig{batch, size[0], size[1], out[0], out[1], threads, variant, bfloat16};
   };
-  const char* names[] = {"panel", "in place", "", "filters"};
-  for (const int variant : {spp::kPanelVariant, spp::kDirectVariant, spp::kFiltersVariant})
+  for (const spp::Kernel variant : {spp::Kernel::kPixelVectorised, spp::Kernel::kChannelBlocked})
     for (int threads = 1; threads <= 3; ++threads) {
       const Floats result = memory(y.values.size());
-      const spp::Way how = way(threads, variant, 0);
-      spp_forward(plan, &how, x.get(), residual.get(), result.get());
-      compare(names[variant], result, y.values, size_y);
+      const spp::KernelConfig how = way(threads, variant, 0);
+      forward(plan, how, x.get(), x.count, residual, result);
+      compare(variant == spp::Kernel::kChannelBlocked ? "channel-blocked" : "pixel-vectorised", result, y.values, size_y);
     }
-  for (const int variant : {spp::kWinograd4Variant, spp::kWinograd2Variant})
+  for (const spp::Kernel variant : {spp::Kernel::kWinograd4, spp::Kernel::kWinograd2})
     for (int threads = 1; winograd && threads <= 3; ++threads) {
       const Floats result = memory(y.values.size());
-      const spp::Way how = way(threads, variant, 0);
-      spp_forward(plan, &how, x.get(), residual.get(), result.get());
+      const spp::KernelConfig how = way(threads, variant, 0);
+      forward(plan, how, x.get(), x.count, residual, result);
       // Its sums are rounded by their own size, whatever is left of them by the limits.
       compare("winograd", result, y.values, std::vector<double>(y.values.size(), 5 * largest));
     }
-  run_sequence(plan, way(1, spp::kPanelVariant, 0), g, now, x.get());
+  run_chain(plan, way(1, spp::Kernel::kPixelVectorised, 0), g, now, x);
   const Floats given = normal(y.values.size());
   for (int threads = 1; threads <= 2; ++threads)
     for (const bool fused : {false, true}) {
       const Floats of_x = memory(grad_x.size()), of_weight = memory(grad_weight.size());
       const Floats of_bias = memory(g.filters);
-      const spp::Way how = way(threads, threads - 1, 0);
-      spp_backward(plan, &how, weight.get(), x.get(), (fused ? given : grad).get(), fused, of_x.get(),
-                   of_weight.get(), of_bias.get());
+      const spp::KernelConfig how = way(threads, spp::Kernel::kPixelVectorised, 0);
+      const Floats& of_output = fused ? given : grad;
+      const auto run = [&](int64_t grads) {
+        return spp_backward(plan, &how, weight.get(), weight.count, x.get(), x.count, of_output.get(), grads,
+                            fused, of_x.get(), of_x.count, of_weight.get(), of_weight.count, of_bias.get(),
+                            of_bias.count);
+      };
+      must_refuse(run(of_output.count + 1));
+      must(run(of_output.count));
       if (!fused) {
         compare("gradient of the input", of_x, grad_x, size_x);
         compare("gradient of the weights", of_weight, grad_weight, size_weight);
@@ -314,11 +394,11 @@ void run_case() {
       for (int f = 0; f < g.filters; ++f) sum += of_bias[f];
       if (!std::isfinite(sum)) std::printf("gradient of what is fused: %g\n", sum), ++failures;
     }
-  spp_free(plan);
+  spp_plan_free(plan);
 
   // The same in bfloat16: the upper halves of the numbers, rounded towards 0.
   const auto halves = [](const Floats& from, size_t count) {
-    std::unique_ptr<uint16_t[]> to(new uint16_t[count]);
+    Halves to(count);
     for (size_t i = 0; i < count; ++i) {
       uint32_t word;
       std::memcpy(&word, &from[i], sizeof word);
@@ -336,16 +416,15 @@ void run_case() {
   const Floats upper = memory(rows * count);
   for (size_t i = 0; i < static_cast<size_t>(rows) * count; ++i) upper[i] = widened(weight[i]);
   const auto x16 = halves(x, batch * g.channels * in_plane);
-  const auto residual16 = residual ? halves(residual, outputs) : nullptr;
-  plan = spp_plan(&g, columns.data(), count, upper.get(), bias.get(), low, high, post.data(),
-                  static_cast<int32_t>(post.size()), 1);
-  for (const int variant :
-       {spp::kPanelVariant, spp::kDirectVariant, spp::kFiltersVariant, spp::kPairsVariant})
+  const auto residual16 = residual ? halves(residual, outputs) : Halves();
+  plan = make_plan(g, columns, upper, bias, low, high, post, true);
+  for (const spp::Kernel variant :
+       {spp::Kernel::kPixelVectorised, spp::Kernel::kChannelBlocked, spp::Kernel::kBfloat16Pairs})
     for (int threads = 1; threads <= 3; ++threads) {
-      if (variant == spp::kPairsVariant && !spp_has_pairs()) continue;
-      const std::unique_ptr<uint16_t[]> result(new uint16_t[y.values.size()]);
-      const spp::Way how = way(threads, variant, 1);
-      spp_forward(plan, &how, x16.get(), residual16.get(), result.get());
+      if (variant == spp::Kernel::kBfloat16Pairs && !spp_has_pairs()) continue;
+      const Halves result(y.values.size());
+      const spp::KernelConfig how = way(threads, variant, 1);
+      forward(plan, how, x16.get(), x16.count, residual16, result);
       const Floats wide = memory(y.values.size());
       for (size_t i = 0; i < y.values.size(); ++i) {
         const uint32_t word = static_cast<uint32_t>(result[i]) << 16;
@@ -354,7 +433,7 @@ void run_case() {
       // What was cut off is up to a 128th of each number.
       compare("bfloat16", wide, y.values, std::vector<double>(y.values.size(), 4e4 * most));
     }
-  spp_free(plan);
+  spp_plan_free(plan);
 }
 
 // An update of pruning probabilities: the order of the groups, and how many are chosen.
@@ -377,7 +456,7 @@ void run_update() {
     const bool i_out = probability[i] >= 1, j_out = probability[j] >= 1;
     return i_out != j_out ? j_out : !i_out && importance[i] < importance[j];
   });
-  spp_ascending_order(importance.get(), sizeof(Float) == 8, probability.get(), count, order.get());
+  must(spp_ascending_order(importance.get(), sizeof(Float) == 8, probability.get(), count, order.get()));
   if (!std::equal(expected.begin(), expected.end(), order.get()))
     std::printf("order of %zu groups\n", count), ++failures;
   size_t reach = 0, reached = 0;
@@ -392,7 +471,7 @@ void run_update() {
 int main(int argc, char** argv) {
   const int cases = argc > 1 ? std::atoi(argv[1]) : 100;
   for (int i = 2; i < argc; ++i) {
-    if (!spp_set_isa(argv[i])) continue;
+    if (spp_set_isa(argv[i]) != 0) continue;
     generator.seed(1);
     for (int n = 0; n < cases; ++n) run_case(), run_update<float>(), run_update<double>();
     std::printf("%s: %d shapes\n", argv[i], cases);

@@ -112,8 +112,9 @@ def main() -> None:
             "",
             f"`python benchmarks/sanitize.py --save`, {date.today()}, commit {commit or 'unknown'},"
             f" {platform.machine()}. Each shape:",
-            "all variants on 1, 2 and 3 threads, in float32 and bfloat16; with a layer behind,",
-            "in one call; all gradients, with and without what is fused, on 1 and 2 threads.",
+            "all kernels on 1, 2 and 3 threads, in float32 and bfloat16; a chain of it and a layer",
+            "behind it; all gradients, with and without the epilogue, on 1 and 2 threads. Calls",
+            "with a tensor that is too short or too long must be refused.",
             "",
             "| check | tools | instruction sets | shapes each | time | result |",
             "|---|---|---|---|---|---|",

@@ -71,8 +71,8 @@ def gradients(
         guarded(torch.full(y.shape, torch.nan), SENTINEL)
         for y in (t.x, t.weight, torch.empty(filters))
     ]
-    pointers = [y.data_ptr() if wants else None for y, wants in zip(found, wanted, strict=True)]
-    made.run_backward(how, grad, t.weight, t.x, fused, pointers)
+    out = [y if wants else None for y, wants in zip(found, wanted, strict=True)]
+    made.run_backward(how, grad, t.weight, t.x, fused, out)
     assert all(intact(y) for y in found)
     return found
 
@@ -89,4 +89,8 @@ def has_pairs() -> bool:
 
 def set_instruction_set(name: str) -> bool:
     """Have the kernels use an instruction set; whether this machine has it."""
-    return bool(library().spp_set_isa(name.encode()))
+    try:
+        library().spp_set_isa(name.encode())
+    except NotImplementedError:
+        return False
+    return True

@@ -39,7 +39,7 @@ def ascending_order(importance: Tensor, probability: Tensor) -> Tensor:
         return importance.masked_fill(probability >= 1, math.inf).argsort(stable=True)
     importance, probability = importance.contiguous(), probability.contiguous()
     order = torch.empty(len(importance), dtype=torch.int64)
-    if not library.spp_ascending_order(
+    if library.spp_ascending_order(
         importance.data_ptr(),
         importance.dtype == torch.float64,
         probability.data_ptr(),

@@ -1,9 +1,9 @@
 // One update of a layer's pruning probabilities, but for Δ, bit for bit as rule.py has it in torch.
 #include <cstdint>
 #include <cstring>
-#include <exception>
 #include <limits>
 #include <memory>
+#include <new>
 #include <utility>
 
 #include "export.h"
@@ -62,7 +62,8 @@ void sort(const Float* importance, const double* probability, int64_t count, int
 }  // namespace
 
 // The groups in ascending order of importance, the pruned ones as if theirs were infinite.
-// Importance is float, or double if `is_double`. Returns 0 where memory runs out.
+// Importance is float, or double if `is_double`. Returns a status as
+// in interface.cpp: 0, or 1 where memory runs out.
 SPP_EXPORT int32_t spp_ascending_order(const void* importance, int32_t is_double,
                                        const double* probability, int64_t count, int64_t* order) {
   try {
@@ -70,9 +71,9 @@ SPP_EXPORT int32_t spp_ascending_order(const void* importance, int32_t is_double
       sort<uint64_t>(static_cast<const double*>(importance), probability, count, order);
     else
       sort<uint32_t>(static_cast<const float*>(importance), probability, count, order);
-    return 1;
-  } catch (const std::exception&) {
     return 0;
+  } catch (const std::bad_alloc&) {
+    return 1;
   }
 }
 

@@ -332,7 +332,7 @@ for kernel, threads, batch in itertools.product(kernels, (1, 2), (1, 2)):
     x, grad = images[:batch], grads[:batch]
     config = KernelConfig(kernel, threads)
     for run in (
-        lambda: handle.run(handle.prepare(x.shape, x.dtype, config), x, None, out),
+        lambda: handle.run(handle.prepare(x.shape, x.dtype, config), x, None, out[:batch]),
         lambda: handle.backward(grad, weight, x, (False, True, False), False),
         lambda: handle.backward(pooled[:batch], weight, x, (False, True, False), True),
     ):

@@ -15,17 +15,10 @@ from spp_lightning.compaction.kernels.cpu import autotune, cost
 from spp_lightning.compaction.kernels.cpu.checks import check_tensor
 from spp_lightning.compaction.kernels.cpu.config import Kernel, KernelConfig
 from spp_lightning.compaction.kernels.cpu.handle import Handle, NativeChain
-from spp_lightning.compaction.kernels.cpu.library import library
+from spp_lightning.compaction.kernels.cpu.library import NativeLinear, library
 from spp_lightning.compaction.kernels.cpu.tables import ShapeTable
 
 __all__ = ["ChainHandle", "Linear", "PreparedChain"]
-
-
-class _NativeLinear(ctypes.Structure):
-    _fields_ = [
-        *((name, ctypes.c_void_p) for name in ("weight", "bias")),
-        *((name, ctypes.c_int32) for name in ("in_features", "out_features")),
-    ]
 
 
 class Linear:
@@ -44,9 +37,9 @@ class Linear:
         if bias is not None:
             check_tensor("bias", bias, (self.out_features,))
         self._tensors = (weight, bias)  # while they are held, no other tensor gets their addresses
-        self._native = _NativeLinear(
-            weight.data_ptr(),
-            None if bias is None else bias.data_ptr(),
+        self._native = NativeLinear(
+            *(weight.data_ptr(), weight.numel()),
+            *((None, 0) if bias is None else (bias.data_ptr(), bias.numel())),
             self.in_features,
             self.out_features,
         )
@@ -70,7 +63,8 @@ class Linear:
         self.check(x.shape)
         out = torch.empty((len(x), self.out_features), dtype=torch.float32)
         library().spp_linear(
-            self.address, x.data_ptr(), len(x), torch.get_num_threads(), out.data_ptr()
+            *(self.address, x.data_ptr(), x.numel(), len(x), torch.get_num_threads()),
+            *(out.data_ptr(), out.numel()),
         )
         return out
 
@@ -126,7 +120,7 @@ class ChainHandle:
         self.handles, self.linear = tuple(handles), linear
         # Threads of the one call, or 0 for one layer at a time, by shape and number of threads.
         self.tuned: dict[tuple[int, ...], int] = {} if before is None else before.tuned
-        self._forward = library().spp_forward_sequence
+        self._forward = library().spp_chain_forward
         self._prepared: ShapeTable[PreparedChain] = ShapeTable()
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
@@ -162,22 +156,22 @@ class ChainHandle:
         residual: Tensor | None,
         out: Tensor | None = None,
     ) -> Tensor:
-        """Run all layers in one call; shapes aren't checked.
+        """Run all layers in one call; of shapes the numbers of elements are checked.
 
         Raises:
+            ValueError: If a tensor has more or fewer elements than what was prepared.
             MemoryError: If there is no memory for it.
         """
         if out is None:
             # Numbers one by one are read faster than a tuple.
             out = torch.empty(*prepared.out_shape, dtype=torch.float32)
-        if not self._forward(
+        self._forward(
             prepared.native.address,  # type: ignore[union-attr]
-            x.data_ptr(),
-            None if residual is None else residual.data_ptr(),
+            *(x.data_ptr(), x.numel()),
+            *((None, 0) if residual is None else (residual.data_ptr(), residual.numel())),
             None if self.linear is None else self.linear.address,
-            out.data_ptr(),
-        ):
-            raise MemoryError("There is no memory left to compute a convolution.")
+            *(out.data_ptr(), out.numel()),
+        )
         return out
 
     def one_by_one(self, x: Tensor, residual: Tensor | None) -> Tensor:

@@ -11,7 +11,7 @@ CHUNK = 16  # filters that lie next to each other for the channel-blocked kernel
 
 
 class Kernel(IntEnum):
-    """A kernel, by its number in ``native/column_conv.h``; ``docs/kernels.md`` describes them.
+    """A kernel, by its number in ``native/geometry.h``; ``docs/kernels.md`` describes them.
 
     The first two, and the sums of the third, add the columns in one order: their outputs are equal
     bit for bit. Winograd's round otherwise, and so do pairs of bfloat16.

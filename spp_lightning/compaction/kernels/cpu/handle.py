@@ -15,7 +15,12 @@ from spp_lightning.compaction.epilogue import KINDS, PlaneOp
 from spp_lightning.compaction.kernels.cpu import autotune, cost
 from spp_lightning.compaction.kernels.cpu.checks import check_columns, check_size, check_tensor
 from spp_lightning.compaction.kernels.cpu.config import Kernel, KernelConfig
-from spp_lightning.compaction.kernels.cpu.library import _Geometry, _NativeWay, _PlaneOp, library
+from spp_lightning.compaction.kernels.cpu.library import (
+    NativeConfig,
+    NativeEpilogueOp,
+    NativeGeometry,
+    library,
+)
 from spp_lightning.compaction.kernels.cpu.tables import ShapeTable
 from spp_lightning.compaction.spec import ConvSpec
 
@@ -32,7 +37,7 @@ class Prepared(NamedTuple):
     dtype: torch.dtype
     config: KernelConfig
     address: int  # of `native`
-    native: _NativeWay
+    native: NativeConfig
     chain: NativeChain | None  # what runs the channel-blocked kernels
 
 
@@ -44,14 +49,15 @@ class NativeChain:
 
     def __init__(self, handles: Sequence[Handle], prepared: Sequence[Prepared]) -> None:
         functions, pointers = library(), ctypes.c_void_p * len(handles)
-        self.address = functions.spp_sequence(
+        made = ctypes.c_void_p()
+        functions.spp_chain_create(
             pointers(*(handle.address for handle in handles)),
             pointers(*(step.address for step in prepared)),
             len(handles),
+            ctypes.byref(made),
         )
-        if not self.address:
-            raise MemoryError("There is no memory left for the weights of a convolution.")
-        weakref.finalize(self, functions.spp_free_sequence, self.address)
+        self.address = made.value
+        weakref.finalize(self, functions.spp_chain_free, self.address)
 
 
 class Handle:
@@ -103,29 +109,29 @@ class Handle:
         self._library = library()
         self._forward, self._forward_chain = (
             self._library.spp_forward,
-            self._library.spp_forward_sequence,
+            self._library.spp_chain_forward,
         )
         self.address = self._pack(weight, columns, bias)
-        weakref.finalize(self, self._library.spp_free, self.address)
+        weakref.finalize(self, self._library.spp_plan_free, self.address)
 
     def _pack(self, weight: Tensor, columns: Tensor, bias: Tensor | None) -> int:
         g, epilogue = self.spec
         pair = ctypes.c_int32 * 2
-        geometry = _Geometry(
+        geometry = NativeGeometry(
             *(g.channels, g.filters, g.groups),
             *(pair(*x) for x in (g.kernel_size, g.stride, g.padding, g.dilation)),
         )
         weight, columns = weight.detach().float().contiguous(), columns.contiguous()
         bias = None if bias is None else bias.detach().float().contiguous()
-        address: int | None = self._library.spp_plan(
-            *(ctypes.byref(geometry), columns.data_ptr(), len(columns), weight.data_ptr()),
-            None if bias is None else bias.data_ptr(),
+        made = ctypes.c_void_p()
+        self._library.spp_plan_create(
+            *(ctypes.byref(geometry), columns.data_ptr(), len(columns)),
+            *(weight.data_ptr(), weight.numel()),
+            *((None, 0) if bias is None else (bias.data_ptr(), bias.numel())),
             *epilogue.clamp,
-            *(_plane_ops(epilogue.post), len(epilogue.post), self.is_bfloat16),
+            *(_plane_ops(epilogue.post), len(epilogue.post), self.is_bfloat16, ctypes.byref(made)),
         )
-        if not address:
-            raise MemoryError("There is no memory left for the weights of a convolution.")
-        return address
+        return int(made.value or 0)
 
     def holds(self, weight: Tensor, columns: Tensor, bias: Tensor | None) -> bool:
         """Whether it is that of these tensors, and they are what they were."""
@@ -175,22 +181,23 @@ class Handle:
         return out
 
     def run(self, prepared: Prepared, x: Tensor, residual: Tensor | None, out: Tensor) -> None:
-        """Run the layer as it was prepared; shapes aren't checked.
+        """Run the layer as it was prepared; of shapes the numbers of elements are checked.
 
         Raises:
+            ValueError: If a tensor has more or fewer elements than what was prepared.
             MemoryError: If there is no memory for it.
         """
-        added = None if residual is None else residual.data_ptr()
+        added, count = (None, 0) if residual is None else (residual.data_ptr(), residual.numel())
         if prepared.chain is None:
-            done = self._forward(
-                self.address, prepared.address, x.data_ptr(), added, out.data_ptr()
+            self._forward(
+                *(self.address, prepared.address, x.data_ptr(), x.numel(), added, count),
+                *(out.data_ptr(), out.numel()),
             )
         else:
-            done = self._forward_chain(
-                prepared.chain.address, x.data_ptr(), added, None, out.data_ptr()
+            self._forward_chain(
+                *(prepared.chain.address, x.data_ptr(), x.numel(), added, count, None),
+                *(out.data_ptr(), out.numel()),
             )
-        if not done:
-            raise MemoryError("There is no memory left to compute a convolution.")
 
     def config_for(self, shape: Sequence[int], dtype: torch.dtype, threads: int) -> KernelConfig:
         """The kernel config for inputs of a shape: the tuned one, or what the cost model says.
@@ -227,8 +234,6 @@ class Handle:
         measured = {p.config: time for p, time in zip(prepared, times, strict=True)}
         self.tuned[key] = min(measured, key=lambda config: measured[config])
         self._prepared.pop((x.shape, x.dtype, threads))
-        if self.tuned[key].kernel != Kernel.CHANNELS:
-            self._library.spp_drop_filters(self.address)
         return measured
 
     def prepare(
@@ -258,7 +263,7 @@ class Handle:
         check_size(shape, conv_shape)
         out_size = self.spec.epilogue.out_size(*size) if with_epilogue else size
         numbers = (batch, height, width, *size, config.threads, config.kernel)
-        native = _NativeWay(*numbers, dtype == torch.bfloat16)
+        native = NativeConfig(*numbers, dtype == torch.bfloat16)
         made = Prepared(
             conv_shape=conv_shape,
             out_shape=(*conv_shape[:2], *out_size),
@@ -295,8 +300,8 @@ class Handle:
             torch.empty(shape if wants else 0, dtype=torch.float32)
             for shape, wants in zip(shapes, wanted, strict=True)
         ]
-        pointers = [y.data_ptr() if wants else None for y, wants in zip(out, wanted, strict=True)]
-        self.run_backward(prepared, grad, weight, x, fused, pointers)
+        wants = [y if wants else None for y, wants in zip(out, wanted, strict=True)]
+        self.run_backward(prepared, grad, weight, x, fused, wants)
         return out
 
     def run_backward(
@@ -306,9 +311,9 @@ class Handle:
         weight: Tensor,
         x: Tensor,
         fused: bool,
-        pointers: Sequence[int | None],
+        out: Sequence[Tensor | None],
     ) -> None:
-        """Compute gradients as it was prepared; shapes aren't checked.
+        """Compute gradients as it was prepared; of shapes the numbers of elements are checked.
 
         Args:
             prepared: For the input.
@@ -316,17 +321,20 @@ class Handle:
             weight: Kept columns.
             x: Input.
             fused: Whether ``grad`` is that of the epilogue's output.
-            pointers: Where the gradients of input, weights and bias go; None where one isn't
-                wanted.
+            out: The gradients of input, weights and bias; None where one isn't wanted.
 
         Raises:
+            ValueError: If a tensor has more or fewer elements than what was prepared.
             MemoryError: If there is no memory for it.
         """
-        if not self._library.spp_backward(
-            *(self.address, prepared.address, weight.data_ptr(), x.data_ptr(), grad.data_ptr()),
-            *(fused, *pointers),
-        ):
-            raise MemoryError("There is no memory left for the gradient of a convolution.")
+        tensors = [(y.data_ptr(), y.numel()) for y in (weight, x, grad)]
+        gradients = [(None, 0) if y is None else (y.data_ptr(), y.numel()) for y in out]
+        self._library.spp_backward(
+            *(self.address, prepared.address),
+            *(number for pair in tensors for number in pair),
+            fused,
+            *(number for pair in gradients for number in pair),
+        )
 
     def _check_shape(self, shape: Sequence[int]) -> None:
         if shape[1] != self.spec.geometry.channels:
@@ -346,9 +354,9 @@ def _stamp_of(weight: Tensor, columns: Tensor, bias: Tensor | None) -> Stamp | N
 
 def _plane_ops(post: tuple[PlaneOp, ...]) -> Any:
     pair = ctypes.c_int32 * 2
-    return (_PlaneOp * len(post))(
+    return (NativeEpilogueOp * len(post))(
         *(
-            _PlaneOp(
+            NativeEpilogueOp(
                 KINDS.index(op.kind),
                 *(pair(*x) for x in (op.kernel_size, op.stride, op.padding)),
                 *(op.ceil_mode, op.count_include_pad, op.alpha),

@@ -1,4 +1,9 @@
-"""The kernels' library, its functions and structures as ctypes."""
+"""The kernels' library as ctypes: its functions, its structures, its errors.
+
+Every function that can fail raises: the library returns a status, which becomes an exception with
+the library's message. Functions take the number of elements of every tensor and refuse what doesn't
+fit the plan.
+"""
 
 from __future__ import annotations
 
@@ -10,53 +15,88 @@ from typing import Any
 
 from spp_lightning import native
 
-__all__ = ["instruction_set", "is_available", "library"]
+__all__ = [
+    "NativeConfig",
+    "NativeEpilogueOp",
+    "NativeGeometry",
+    "NativeLinear",
+    "instruction_set",
+    "is_available",
+    "library",
+]
+
+_POINTER, _NUMBER, _COUNT = ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64
+_TENSOR = (_POINTER, _COUNT)
 
 
-class _Geometry(ctypes.Structure):
-    _fields_ = [(name, ctypes.c_int32) for name in ("channels", "filters", "groups")] + [
-        (name, ctypes.c_int32 * 2) for name in ("kernel", "stride", "padding", "dilation")
+class NativeGeometry(ctypes.Structure):
+    """``Geometry`` of ``native/geometry.h``, as the next three classes are its other structures."""
+
+    _fields_ = [(name, _NUMBER) for name in ("channels", "filters", "groups")] + [
+        (name, _NUMBER * 2) for name in ("kernel", "stride", "padding", "dilation")
     ]
 
 
-class _PlaneOp(ctypes.Structure):
+class NativeEpilogueOp(ctypes.Structure):
+    """An operation on the planes of a convolution's output."""
+
     _fields_ = [
-        ("kind", ctypes.c_int32),
-        ("kernel", ctypes.c_int32 * 2),
-        ("stride", ctypes.c_int32 * 2),
-        ("padding", ctypes.c_int32 * 2),
-        ("ceil_mode", ctypes.c_int32),
-        ("count_include_pad", ctypes.c_int32),
+        ("kind", _NUMBER),
+        *((name, _NUMBER * 2) for name in ("kernel", "stride", "padding")),
+        *((name, _NUMBER) for name in ("ceil_mode", "count_include_pad")),
         ("alpha", ctypes.c_float),
     ]
 
 
+class NativeConfig(ctypes.Structure):
+    """How a plan computes inputs of one shape."""
+
+    _fields_ = [
+        ("batch", _COUNT),
+        *((name, _NUMBER) for name in ("height", "width", "conv_height", "conv_width")),
+        *((name, _NUMBER) for name in ("threads", "kernel", "bfloat16")),
+    ]
+
+
+class NativeLinear(ctypes.Structure):
+    """A linear layer's tensors."""
+
+    _fields_ = [
+        *(("weight", _POINTER), ("weight_count", _COUNT)),
+        *(("bias", _POINTER), ("bias_count", _COUNT)),
+        *((name, _NUMBER) for name in ("in_features", "out_features")),
+    ]
+
+
+_STRUCTURES = (NativeGeometry, NativeEpilogueOp, NativeConfig, NativeLinear)
+
+# Arguments of the functions that return a status.
+_ARGUMENTS = {
+    "spp_set_isa": (ctypes.c_char_p,),
+    "spp_plan_create": (
+        *(_POINTER, _POINTER, _NUMBER, *_TENSOR, *_TENSOR, ctypes.c_float, ctypes.c_float),
+        *(_POINTER, _NUMBER, _NUMBER, _POINTER),
+    ),
+    "spp_forward": (_POINTER, _POINTER, *_TENSOR, *_TENSOR, *_TENSOR),
+    "spp_backward": (_POINTER, _POINTER, *3 * _TENSOR, _NUMBER, *3 * _TENSOR),
+    "spp_chain_create": (_POINTER, _POINTER, _NUMBER, _POINTER),
+    "spp_chain_forward": (_POINTER, *_TENSOR, *_TENSOR, _POINTER, *_TENSOR),
+    "spp_linear": (_POINTER, *_TENSOR, _COUNT, _NUMBER, *_TENSOR),
+}
+# By status, from 1 on; 0 is success.
+_ERRORS = (MemoryError, ValueError, NotImplementedError, RuntimeError)
+
+
 @cache
 def library() -> Any:
-    """The kernels' functions, or None where they weren't built; a warning says so once."""
+    """The kernels' functions, or None where they weren't built; a warning says so once.
+
+    Its functions raise ``MemoryError`` where memory runs out, ``ValueError`` for arguments that
+    don't fit, and ``NotImplementedError`` for what the processor doesn't have.
+    """
     functions = native.library()
     if functions is not None:
-        pointer, number = ctypes.c_void_p, ctypes.c_int32
-        functions.spp_plan.restype = pointer
-        functions.spp_plan.argtypes = [
-            *(pointer, pointer, number, pointer, pointer),
-            *(ctypes.c_float, ctypes.c_float, pointer, number, number),
-        ]
-        functions.spp_free.argtypes = [pointer]
-        functions.spp_free.restype = None
-        functions.spp_drop_filters.argtypes = [pointer]
-        functions.spp_drop_filters.restype = None
-        functions.spp_forward.argtypes = [pointer] * 5
-        functions.spp_sequence.restype = pointer
-        functions.spp_sequence.argtypes = [pointer, pointer, number]
-        functions.spp_free_sequence.argtypes = [pointer]
-        functions.spp_free_sequence.restype = None
-        functions.spp_forward_sequence.argtypes = [pointer] * 5
-        functions.spp_linear.argtypes = [pointer, pointer, ctypes.c_int64, number, pointer]
-        functions.spp_linear.restype = None
-        functions.spp_backward.argtypes = [pointer] * 5 + [number] + [pointer] * 3
-        functions.spp_isa.restype = ctypes.c_char_p
-        functions.spp_set_isa.argtypes = [ctypes.c_char_p]
+        _declare(functions)
         return functions
     folder = Path(native.__file__).parent
     warnings.warn(
@@ -81,9 +121,31 @@ def instruction_set() -> str:
     return functions.spp_isa().decode() if functions else "none"
 
 
-class _NativeWay(ctypes.Structure):
-    _fields_ = [
-        ("batch", ctypes.c_int64),
-        *((name, ctypes.c_int32) for name in ("height", "width", "conv_height", "conv_width")),
-        *((name, ctypes.c_int32) for name in ("threads", "variant", "bfloat16")),
-    ]
+def _declare(functions: Any) -> None:
+    """Declare the functions' types, and compare the structures with the library's.
+
+    Raises:
+        RuntimeError: If the library was built of other sources.
+    """
+    functions.spp_error.restype = functions.spp_isa.restype = ctypes.c_char_p
+    functions.spp_struct_size.restype = _COUNT
+    ours = [ctypes.sizeof(structure) for structure in _STRUCTURES]
+    theirs = [functions.spp_struct_size(index) for index in range(len(ours) + 1)]
+    if theirs != [*ours, -1]:
+        raise RuntimeError(
+            f"The CPU kernels were built of other sources than this Python code: their structures"
+            f" have {theirs[:-1]} bytes, not {ours}. Build them once more by `pip install -e .`."
+        )
+
+    def check(status: int) -> None:
+        if status:
+            raise _ERRORS[status - 1](functions.spp_error().decode())
+
+    for name, arguments in _ARGUMENTS.items():
+        function = getattr(functions, name)
+        function.argtypes = arguments
+        function.restype = check
+    for name in ("spp_plan_free", "spp_chain_free"):
+        function = getattr(functions, name)
+        function.argtypes = (_POINTER,)
+        function.restype = None

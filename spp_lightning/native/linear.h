@@ -1,7 +1,10 @@
-// The linear layer behind the last convolution. Included once per instruction set.
+// The linear layer behind a chain's last convolution. It isn't pruned; it is here so that a chain is one call.
 //
-// It isn't pruned, and here so that a picture needs no other call. A sum's terms are added lane by
-// lane, and the lanes in pairs, whatever else is computed beside it.
+// The terms of a sum are added lane by lane, then the lanes in pairs: the order depends on nothing else.
+#pragma once
+
+#include "standard.h"
+#include "vectors.h"
 
 namespace spp {
 namespace SPP_ISA {
@@ -14,7 +17,7 @@ inline float sum_lanes(Vector v) {
   return lanes[0];
 }
 
-// Outputs [begin, end) of one picture's features.
+// Outputs [begin, end) of one image.
 inline void linear_outputs(const Linear& layer, const float* x, int begin, int end, float* out) {
   constexpr int kAtOnce = 4;
   const int in = layer.in_features, whole = in / kLanes * kLanes;
@@ -40,7 +43,7 @@ inline void linear_outputs(const Linear& layer, const float* x, int begin, int e
   }
 }
 
-void linear_batch(const Linear& layer, const float* x, int64_t batch, int threads, float* out) {
+inline void linear_batch(const Linear& layer, const float* x, int64_t batch, int threads, float* out) {
 #pragma omp parallel for num_threads(threads) if (threads > 1 && batch > 1)
   for (int64_t image = 0; image < batch; ++image)
     linear_outputs(layer, x + image * layer.in_features, 0, layer.out_features,

@@ -1,4 +1,11 @@
 // Vectors of SPP_LANES numbers, and what the kernels do to their lanes.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+#include <limits>
+
+#include "isa.h"
 
 namespace spp {
 namespace SPP_ISA {
@@ -16,8 +23,8 @@ typedef uint16_t Halves __attribute__((vector_size(kLanes * 2), aligned(2), may_
 inline Vector load(const float* p) { return *reinterpret_cast<const Vector*>(p); }
 inline void store(float* p, Vector v) { *reinterpret_cast<Vector*>(p) = v; }
 
-// One number in all lanes. Compilers know that nothing is left to subtract; a sum with zeros they would
-// compute, since it makes -0 a 0.
+// One number in all lanes. Compilers drop the subtraction of 0; a sum with 0 they would compute, since it makes
+// -0 a 0.
 inline Vector broadcast(float x) { return x - Vector{}; }
 
 // Zeros where the mask has them.
@@ -25,24 +32,7 @@ inline Vector masked(Vector x, Bits mask) {
   return reinterpret_cast<Vector>(reinterpret_cast<Bits>(x) & mask);
 }
 
-// Past the cache, to where a vector may lie; other threads see it after finish_stores().
-inline void store_past_cache(float* p, Vector v) {
-#if SPP_LANES == 16
-  _mm512_stream_ps(p, v);
-#elif SPP_LANES == 8
-  _mm256_stream_ps(p, v);
-#else
-  store(p, v);
-#endif
-}
-
-inline void finish_stores() {
-#if SPP_LANES > 4
-  _mm_sfence();
-#endif
-}
-
-// Limits, written so that a NaN stays one.
+// Limits; a NaN stays a NaN.
 inline Vector not_below(Vector x, float low) {
   const Vector least = broadcast(low);
 #if SPP_LANES == 16
@@ -80,14 +70,6 @@ inline Vector maximum(Vector a, Vector b) {
 #endif
 }
 
-// The first `count` lanes, and `rest` in the others.
-inline Vector first_lanes(Vector v, int count, float rest) {
-  Bits place;
-  for (int i = 0; i < kLanes; ++i) place[i] = i;
-  const Vector other = broadcast(rest);
-  return place < Bits{} + count ? v : other;
-}
-
 // The lanes of two vectors one after the other, of which some are picked.
 #if defined(__clang__) || __GNUC__ >= 12
 #define SPP_PICK(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
@@ -95,31 +77,7 @@ inline Vector first_lanes(Vector v, int count, float rest) {
 #define SPP_PICK(a, b, ...) __builtin_shuffle(a, b, Bits{__VA_ARGS__})
 #endif
 
-#if SPP_LANES == 16
-#define SPP_SHUFFLE(a, b, first, step)                                                          \
-  SPP_PICK(a, b, first, first + step, first + 2 * step, first + 3 * step,        \
-                          first + 4 * step, first + 5 * step, first + 6 * step,                 \
-                          first + 7 * step, first + 8 * step, first + 9 * step,                 \
-                          first + 10 * step, first + 11 * step, first + 12 * step,              \
-                          first + 13 * step, first + 14 * step, first + 15 * step)
-#elif SPP_LANES == 8
-#define SPP_SHUFFLE(a, b, first, step)                                                          \
-  SPP_PICK(a, b, first, first + step, first + 2 * step, first + 3 * step,        \
-                          first + 4 * step, first + 5 * step, first + 6 * step, first + 7 * step)
-#else
-#define SPP_SHUFFLE(a, b, first, step) \
-  SPP_PICK(a, b, first, first + step, first + 2 * step, first + 3 * step)
-#endif
-
-// Of the lanes of `a` and then `b`: every second one, and all from the second, or the last, of `a`.
-inline Vector even_lanes(Vector a, Vector b) { return SPP_SHUFFLE(a, b, 0, 2); }
-inline Vector odd_lanes(Vector a, Vector b) { return SPP_SHUFFLE(a, b, 1, 2); }
-inline Vector lanes_after(Vector a, Vector b) { return SPP_SHUFFLE(a, b, 1, 1); }
-inline Vector lanes_before(Vector a, Vector b) { return SPP_SHUFFLE(a, b, SPP_LANES - 1, 1); }
-
-#undef SPP_SHUFFLE
-
-// The lanes of two vectors in turns.
+// The lanes of two vectors, alternating.
 inline void interleave(Vector a, Vector b, Vector& first, Vector& second) {
 #if SPP_LANES == 16
   first = SPP_PICK(a, b, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
@@ -134,14 +92,7 @@ inline void interleave(Vector a, Vector b, Vector& first, Vector& second) {
 #endif
 }
 
-inline void store_in_turns(Vector a, Vector b, float* out) {
-  Vector first, second;
-  interleave(a, b, first, second);
-  store(out, first);
-  store(out + kLanes, second);
-}
-
-// Copies `count` numbers, fewer than a vector; of known lengths, so that it takes no call.
+// Copies `count` numbers, fewer than a vector, in pieces of constant length: no call of memcpy.
 inline void copy_few(float* out, const float* in, int count) {
 #pragma GCC unroll 4
   for (int n = kLanes / 2; n > 0; n /= 2)
@@ -208,7 +159,6 @@ inline Vector pair_up(Vector first, Vector second) {
 
 // sum + first · the pair's first weight + second · its second.
 #ifdef SPP_BFLOAT16
-constexpr bool kPairs = true;  // what these kernels are for
 inline Vector add_pair_products(Vector sum, Vector pairs, const float* weights) {
   uint32_t word;
   std::memcpy(&word, weights, sizeof word);
@@ -216,7 +166,6 @@ inline Vector add_pair_products(Vector sum, Vector pairs, const float* weights) 
   return _mm512_dpbf16_ps(sum, reinterpret_cast<__m512bh>(pairs), reinterpret_cast<__m512bh>(w));
 }
 #else
-constexpr bool kPairs = false;
 Vector add_pair_products(Vector sum, Vector pairs, const float* weights);
 #endif
 

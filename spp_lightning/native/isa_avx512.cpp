@@ -1,9 +1,6 @@
 // The kernels for x86-64 processors with AVX-512.
-#include "common.h"
-#include "winograd.h"
-
 #ifdef SPP_X86
-#include <immintrin.h>
+#include "standard.h"
 
 #define SPP_ISA avx512
 #define SPP_LANES 16
@@ -15,10 +12,10 @@
 // gcc's own header hands an undefined vector to the intrinsics without a mask.
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #endif
-#include "kernels.inc"
+#include "all_kernels.h"
 #ifdef __clang__
 #pragma clang attribute pop
 #endif
-const spp::Kernels spp::kAvx512Kernels = {avx512::forward, avx512::forward_winograd,
-    avx512::make_sequence, avx512::linear_batch, avx512::backward};
+
+const spp::Kernels spp::kAvx512Kernels = avx512::kAllKernels;
 #endif

@@ -6,7 +6,7 @@
 // and infinity, and give 0.7e-6.
 #pragma once
 
-#include "column_conv.h"
+#include "plan.h"
 
 namespace spp {
 
@@ -17,12 +17,12 @@ constexpr float kNear = 0.625f, kFar = 1.5f;
 constexpr int reach_of(int side) { return side + kTaps - 1; }  // inputs under them, per side
 constexpr int places_of(int side) { return reach_of(side) * reach_of(side); }
 
-// [place][chunk of filters][channel][filter of the chunk]
+// [place][channel block of filters][channel][filter of the block]
 struct WinogradWeights {
   int side, channels;
-  size_t chunk_stride, place_stride;
+  size_t block_stride, place_stride;
   AlignedFloats floats;
-  std::vector<float> bias;  // [chunk][filter of the chunk]
+  std::vector<float> bias;  // [channel block][filter of the block]
 
   WinogradWeights(const Plan& plan, int side);
 };

@@ -1,26 +1,14 @@
-// The gradient of the input. Included once per instruction set, after forward.inc.
+// The gradient of the input.
 //
-// Tiles of pixels of the output's gradient, next to each other without regard to rows, by some
-// columns stay in registers while the kernel runs over the filters. A column's sums are then added to
-// where the column reads its source plane, row by row.
+// Tiles of pixels of the output's gradient, next to each other without regard to rows, by some columns stay in
+// registers while the kernel runs over the filters. A column's sums are then added to where the column reads
+// its source plane, row by row.
+#pragma once
+
+#include "pixel_kernel.h"
 
 namespace spp {
 namespace SPP_ISA {
-
-// Writes a source plane's gradient to its channel: the way back of copy_plane.
-inline void write_back(const Geometry& g, const Source& source, const float* in, int height,
-                       int width, const Shapes& s, float* channel) {
-  const int sw = g.stride[1], first_col = source.phase[1] - g.padding[1];
-  const auto [begin, end] = Inside(g, source, width, s);
-  for (int y = 0; y < s.height; ++y, in += s.width) {
-    const int row = y * g.stride[0] + source.phase[0] - g.padding[0];
-    if (row < 0 || row >= height) continue;
-    float* out = channel + static_cast<int64_t>(row) * width + first_col;
-    if (sw == 1) copy_row(out + begin, in + begin, end - begin);
-    else
-      for (int x = begin; x < end; ++x) out[static_cast<int64_t>(x) * sw] = in[x];
-  }
-}
 
 // Pixels of a tile that lie next to each other in a source plane, too: a power of two of them.
 struct Run {
@@ -60,19 +48,19 @@ inline void add_run(const float* sums, int64_t stride, const int64_t* offset, in
 }
 
 // Adds the tile's products with some columns to the source planes.
-template <int kBlocks, int kV>
+template <int kTiles, int kV>
 void scatter_tile(const float* weight, int filters, const float* const* pixels,
                   const int64_t* filter_offset, const int64_t* column_offset, int columns,
                   const Runs& runs, float* sources) {
-  constexpr int kRows = kBlocks * kBlock;
+  constexpr int kRows = kTiles * kTileFilters;
   float part[kRows][kV * kLanes];
   Vector sum[kRows][kV];
 #pragma GCC unroll 8
   for (int r = 0; r < kRows; ++r)
 #pragma GCC unroll 3
     for (int v = 0; v < kV; ++v) sum[r][v] = Vector{};
-  add_products<kBlocks, kV, Read::kInPlace>(weight, static_cast<size_t>(filters) * kBlock, 0, filters,
-                                            pixels, filter_offset, sum, Packing{}, [](int) {});
+  add_products<kTiles, kV, Read::kInPlace>(weight, static_cast<size_t>(filters) * kTileFilters, filters,
+                                           pixels, filter_offset, sum);
   if (runs.whole && columns == kRows) {
 #pragma GCC unroll 8
     for (int r = 0; r < kRows; ++r) {
@@ -102,49 +90,47 @@ void scatter_tile(const float* weight, int filters, const float* const* pixels,
 
 // The weights of all columns in the order in which the kernel reads them.
 struct PackedColumns {
-  std::vector<int> first_block;        // of each conv group
+  std::vector<int> first_tile;         // of each conv group, and their number
   std::vector<int64_t> offset;         // of each column in the source planes
-  std::vector<float> weight;           // [block of columns][filter][column of the block]
+  std::vector<float> weight;           // [tile of columns][filter][column of the tile]
   std::vector<int64_t> filter_offset;  // of each of a group's filters in the gradient's planes
 };
 
+// Adds those of a conv group, in the order of their places in the source planes: neighbours then write to
+// different planes, and an addition needn't wait for the one before it.
+inline void pack_group(const Plan& plan, int group, const float* weight, const Shapes& s,
+                       PackedColumns& packed) {
+  const int filters = plan.group_filters(), begin = plan.group_start[group];
+  const int count = plan.group_columns(group);
+  std::vector<int> order(count);
+  for (int i = 0; i < count; ++i) order[i] = begin + i;
+  std::stable_sort(order.begin(), order.end(), [&](int a, int b) {
+    const Column &x = plan.columns[a], &y = plan.columns[b];
+    return x.row != y.row ? x.row < y.row : x.col < y.col;
+  });
+  const int tiles = (count + kTileFilters - 1) / kTileFilters;
+  for (int first = 0; first < tiles * kTileFilters; first += kTileFilters) {
+    for (int i = first; i < first + kTileFilters; ++i)
+      packed.offset.push_back(offset_in_sources(i < count ? plan.columns[order[i]] : Column{}, s));
+    for (int f = 0; f < filters; ++f)
+      for (int i = first; i < first + kTileFilters; ++i)
+        packed.weight.push_back(i < count ? weight[f * plan.columns.size() + order[i]] : 0.0f);
+  }
+  packed.first_tile.push_back(packed.first_tile.back() + tiles);
+}
+
 inline PackedColumns pack_columns(const Plan& plan, const float* weight, const Shapes& s) {
   const int groups = plan.geometry.groups, filters = plan.group_filters();
-  const size_t columns = plan.columns.size();
   PackedColumns packed;
-  packed.first_block.assign(groups + 1, 0);
+  packed.first_tile.push_back(0);
   for (int f = 0; f < filters; ++f) packed.filter_offset.push_back(f * s.conv_plane);
-  packed.weight.reserve((columns + groups * static_cast<size_t>(kBlock)) * filters);
-  for (int group = 0; group < groups; ++group) {
-    const int begin = plan.group_start[group], count = plan.group_columns(group);
-    std::vector<int> order(count);
-    for (int i = 0; i < count; ++i) order[i] = begin + i;
-    // Neighbours in this order write to different planes: an addition needn't wait for the last one.
-    std::stable_sort(order.begin(), order.end(), [&](int a, int b) {
-      const Column &x = plan.columns[a], &y = plan.columns[b];
-      return x.row != y.row ? x.row < y.row : x.col < y.col;
-    });
-    const int blocks = (count + kBlock - 1) / kBlock;
-    for (int block = 0; block < blocks; ++block) {
-      for (int r = 0; r < kBlock; ++r) {
-        const int i = block * kBlock + r;
-        const Column c = i < count ? plan.columns[order[i]] : Column{};
-        packed.offset.push_back(c.source * s.source_plane + static_cast<int64_t>(c.row) * s.width +
-                                c.col);
-      }
-      for (int f = 0; f < filters; ++f)
-        for (int r = 0; r < kBlock; ++r) {
-          const int i = block * kBlock + r;
-          packed.weight.push_back(i < count ? weight[f * columns + order[i]] : 0.0f);
-        }
-    }
-    packed.first_block[group + 1] = packed.first_block[group] + blocks;
-  }
+  packed.weight.reserve((plan.columns.size() + groups * static_cast<size_t>(kTileFilters)) * filters);
+  for (int group = 0; group < groups; ++group) pack_group(plan, group, weight, s, packed);
   return packed;
 }
 
 // All columns of a conv group, given the gradient of its filters' planes.
-inline void scatter_group(const Backward& pass, const Shapes& s, const PackedColumns& packed,
+inline void scatter_group(const BackwardPass& pass, const Shapes& s, const PackedColumns& packed,
                           int group, const float* planes, float* sources) {
   const Plan& plan = *pass.plan;
   const int filters = plan.group_filters(), pixels = static_cast<int>(s.conv_plane);
@@ -154,27 +140,42 @@ inline void scatter_group(const Backward& pass, const Shapes& s, const PackedCol
     const float* from[kVectors];
     for (int v = 0; v < kept; ++v) from[v] = planes + begin + v * kLanes;
     int left = plan.group_columns(group);
-    for (int block = packed.first_block[group]; left > 0;) {
-      const float* weight = packed.weight.data() + static_cast<size_t>(block) * filters * kBlock;
-      const int64_t* at = packed.offset.data() + static_cast<size_t>(block) * kBlock;
-      const int blocks = kLanes == 16 && left > kBlock ? 2 : 1;
-      const int columns = std::min(left, blocks * kBlock);
-      const auto tile = blocks == 2 ? (kept == 3   ? scatter_tile<2, 3>
-                                       : kept == 2 ? scatter_tile<2, 2>
-                                                   : scatter_tile<2, 1>)
-                                    : (kept == 3   ? scatter_tile<1, 3>
-                                       : kept == 2 ? scatter_tile<1, 2>
-                                                   : scatter_tile<1, 1>);
-      tile(weight, filters, from, packed.filter_offset.data(), at, columns, runs, sources);
-      block += blocks;
+    for (int tile = packed.first_tile[group], tiles; left > 0; tile += tiles) {
+      const float* weight = packed.weight.data() + static_cast<size_t>(tile) * filters * kTileFilters;
+      const int64_t* at = packed.offset.data() + static_cast<size_t>(tile) * kTileFilters;
+      tiles = kLanes == 16 && left > kTileFilters ? 2 : 1;
+      const int columns = std::min(left, tiles * kTileFilters);
+      constexpr int kTwo = kLanes == 16 ? 2 : 1;
+      const auto scatter = tiles == 2 ? (kept == 3   ? scatter_tile<kTwo, 3>
+                                         : kept == 2 ? scatter_tile<kTwo, 2>
+                                                     : scatter_tile<kTwo, 1>)
+                                      : (kept == 3   ? scatter_tile<1, 3>
+                                         : kept == 2 ? scatter_tile<1, 2>
+                                                     : scatter_tile<1, 1>);
+      scatter(weight, filters, from, packed.filter_offset.data(), at, columns, runs, sources);
       left -= columns;
     }
   }
 }
 
+// Writes a source plane's gradient to its channel: the way back of copy_plane.
+inline void write_back(const Geometry& g, const SourcePlane& source, const float* in, int height,
+                       int width, const Shapes& s, float* channel) {
+  const int sw = g.stride[1], first_col = source.phase[1] - g.padding[1];
+  const auto [begin, end] = Inside(g, source, width, s);
+  for (int y = 0; y < s.height; ++y, in += s.width) {
+    const int row = y * g.stride[0] + source.phase[0] - g.padding[0];
+    if (row < 0 || row >= height) continue;
+    float* out = channel + static_cast<int64_t>(row) * width + first_col;
+    if (sw == 1) copy_row(out + begin, in + begin, end - begin);
+    else
+      for (int x = begin; x < end; ++x) out[static_cast<int64_t>(x) * sw] = in[x];
+  }
+}
+
 // sources[column's offset + pixel] += Σ_filters weight · grad[filter, pixel], of one image, and that to
 // its channels. There is room for a vector behind the gradient's planes.
-inline void input_gradient(const Backward& pass, const Shapes& s, const PackedColumns& packed,
+inline void input_gradient(const BackwardPass& pass, const Shapes& s, const PackedColumns& packed,
                            const float* grad, float* sources, float* out) {
   const Plan& plan = *pass.plan;
   const Geometry& g = plan.geometry;

@@ -1,8 +1,8 @@
-// The forward kernel for x86-64 processors whose AVX-512 multiplies pairs of bfloat16.
-#include "common.h"
+// The pixel-vectorised kernel for x86-64 processors whose AVX-512 multiplies pairs of bfloat16.
+#include "kernels.h"
 
 #ifdef SPP_HAS_BFLOAT16
-#include <immintrin.h>
+#include "standard.h"
 
 #define SPP_ISA avx512_bf16
 #define SPP_LANES 16
@@ -13,21 +13,12 @@
     apply_to = function)
 #else
 #pragma GCC target("avx2,fma,avx512f,avx512vl,avx512dq,avx512bw,avx512bf16,prefer-vector-width=512")
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // as in kernels_avx512.cpp
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // as in isa_avx512.cpp
 #endif
-#include "vectors.inc"
-
-#include "products.inc"
-
-#include "pool.inc"
-
-#include "norm.inc"
-
-#include "post.inc"
-
-#include "forward.inc"
+#include "pixel_kernel.h"
 #ifdef __clang__
 #pragma clang attribute pop
 #endif
-void spp::forward_bfloat16(const Pass& pass) { avx512_bf16::forward(pass); }
+
+void spp::forward_bfloat16_pairs(const ForwardPass& pass) { avx512_bf16::forward_pixels(pass); }
 #endif

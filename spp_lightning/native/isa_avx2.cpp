@@ -1,9 +1,6 @@
 // The kernels for x86-64 processors with AVX2 and FMA.
-#include "common.h"
-#include "winograd.h"
-
 #ifdef SPP_X86
-#include <immintrin.h>
+#include "standard.h"
 
 #define SPP_ISA avx2
 #define SPP_LANES 8
@@ -12,10 +9,10 @@
 #else
 #pragma GCC target("avx2,fma")
 #endif
-#include "kernels.inc"
+#include "all_kernels.h"
 #ifdef __clang__
 #pragma clang attribute pop
 #endif
-const spp::Kernels spp::kAvx2Kernels = {avx2::forward, avx2::forward_winograd,
-    avx2::make_sequence, avx2::linear_batch, avx2::backward};
+
+const spp::Kernels spp::kAvx2Kernels = avx2::kAllKernels;
 #endif

@@ -1,0 +1,15 @@
+// All kernels of one instruction set.
+#pragma once
+
+#include "backward.h"
+#include "chain.h"
+#include "pixel_kernel.h"
+#include "winograd_kernel.h"
+
+namespace spp {
+namespace SPP_ISA {
+
+constexpr Kernels kAllKernels = {forward_pixels, forward_winograd, make_chain, linear_batch, backward};
+
+}  // namespace SPP_ISA
+}  // namespace spp

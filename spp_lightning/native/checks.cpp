@@ -1,0 +1,119 @@
+#include "checks.h"
+
+#include <limits>
+
+namespace spp {
+namespace {
+
+constexpr int64_t kMostNumbers = std::numeric_limits<int32_t>::max();  // of an image
+
+std::string text(int64_t number) { return std::to_string(number); }
+
+// Reach of a kernel: pixels from its first tap to its last one.
+int64_t reach(const Geometry& g, int d) { return int64_t{g.kernel[d] - 1} * g.dilation[d] + 1; }
+
+}  // namespace
+
+void check(bool holds, const std::string& message) {
+  if (!holds) throw BadArgument(message);
+}
+
+void check_count(const char* name, Span tensor, int64_t count, bool optional) {
+  if (optional && tensor.data == nullptr && tensor.count == 0) return;
+  check(tensor.count == count, std::string("`") + name + "` must have " + text(count) +
+                                   " numbers, got " + text(tensor.count) + ".");
+  check(tensor.data != nullptr || count == 0, std::string("`") + name + "` must not be null.");
+}
+
+void check_geometry(const Geometry& g, const int32_t* columns, int32_t num_columns) {
+  check(g.channels > 0 && g.filters > 0 && g.groups > 0, "Channels, filters and groups must be positive.");
+  check(g.channels % g.groups == 0 && g.filters % g.groups == 0,
+        "`groups` (=" + text(g.groups) + ") must divide channels and filters.");
+  for (int d = 0; d < 2; ++d) {
+    check(g.kernel[d] > 0 && g.stride[d] > 0 && g.dilation[d] > 0 && g.padding[d] >= 0,
+          "Kernel, stride and dilation must be positive, and padding at least 0.");
+    check(reach(g, d) <= kMostNumbers, "The kernel reaches too far.");
+  }
+  const int64_t all = int64_t{g.channels} * g.kernel[0] * g.kernel[1];
+  check(num_columns >= 0 && num_columns <= all && all <= kMostNumbers,
+        "There must be 0 to " + text(all) + " columns, got " + text(num_columns) + ".");
+  check(columns != nullptr || num_columns == 0, "`columns` must not be null.");
+  for (int32_t k = 0; k < num_columns; ++k)
+    check(columns[k] >= 0 && columns[k] < all && (k == 0 || columns[k] > columns[k - 1]),
+          "`columns` must be ascending and in [0, " + text(all) + "), got " + text(columns[k]) + ".");
+}
+
+void check_epilogue(const EpilogueOp* ops, int32_t count) {
+  check(count >= 0 && (ops != nullptr || count == 0), "`epilogue` must not be null.");
+  for (int32_t i = 0; i < count; ++i) {
+    const EpilogueOp& op = ops[i];
+    const bool is_norm = op.kind == EpilogueKind::kLocalResponseNorm;
+    check(is_norm || op.kind == EpilogueKind::kMaxPool || op.kind == EpilogueKind::kAveragePool,
+          "There is no epilogue operation " + text(static_cast<int32_t>(op.kind)) + ".");
+    for (int d = 0; d < 2; ++d)
+      check(op.kernel[d] > 0 && op.stride[d] > 0 && op.padding[d] >= 0 &&
+                (is_norm || op.padding[d] <= op.kernel[d] / 2),
+            "A pool's windows and strides must be positive, and its padding at most half a window.");
+    check(!is_norm || (op.kernel[0] == op.kernel[1] && op.kernel[0] % 2 == 1),
+          "The windows of a local response norm must be square and odd.");
+  }
+}
+
+void check_config(const Plan& plan, const KernelConfig& config) {
+  const Geometry& g = plan.geometry;
+  check(config.batch >= 0 && config.height > 0 && config.width > 0 && config.threads > 0,
+        "Height, width and threads must be positive, and the batch at least 0.");
+  const int32_t size[2] = {config.height, config.width}, out[2] = {config.conv_height, config.conv_width};
+  for (int d = 0; d < 2; ++d) {
+    const int64_t room = int64_t{size[d]} + 2 * int64_t{g.padding[d]} - reach(g, d);
+    check(room >= 0 && out[d] == room / g.stride[d] + 1,
+          "The convolution makes " + text(room < 0 ? 0 : room / g.stride[d] + 1) + " of " + text(size[d]) +
+              " pixels along axis " + text(d) + ", not " + text(out[d]) + ".");
+  }
+  int height = config.conv_height, width = config.conv_width;
+  for (const EpilogueOp& op : plan.epilogue) {
+    size_after(op, height, width);
+    check(height > 0 && width > 0, "An image is smaller than a pool's window.");
+  }
+  check(int64_t{g.channels} * config.height * config.width <= kMostNumbers &&
+            int64_t{g.filters} * config.conv_height * config.conv_width <= kMostNumbers,
+        "An image must have fewer than 2³¹ numbers; split it.");
+  check(config.bfloat16 == 0 || config.bfloat16 == 1, "`bfloat16` must be 0 or 1.");
+  const bool is_plain = g.kernel[0] == 3 && g.kernel[1] == 3 && g.stride[0] == 1 && g.stride[1] == 1 &&
+                        g.dilation[0] == 1 && g.dilation[1] == 1 && g.groups == 1;
+  switch (config.kernel) {
+    case Kernel::kPixelVectorised:
+    case Kernel::kChannelBlocked: return;
+    case Kernel::kBfloat16Pairs:
+      return check(config.bfloat16 && plan.pairs.floats, "Pairs need an input and weights of bfloat16.");
+    case Kernel::kWinograd4:
+    case Kernel::kWinograd2:
+      return check(is_plain && !config.bfloat16,
+                   "Winograd's kernels compute 3×3 layers of float32, with strides and dilations of 1 and one"
+                   " group.");
+  }
+  check(false, "There is no kernel " + text(static_cast<int32_t>(config.kernel)) + ".");
+}
+
+int64_t input_count(const Plan& plan, const KernelConfig& config) {
+  return config.batch * plan.geometry.channels * config.height * config.width;
+}
+
+int64_t conv_count(const Plan& plan, const KernelConfig& config) {
+  return config.batch * plan.geometry.filters * config.conv_height * config.conv_width;
+}
+
+int64_t output_count(const Plan& plan, const KernelConfig& config) {
+  int height = config.conv_height, width = config.conv_width;
+  for (const EpilogueOp& op : plan.epilogue) size_after(op, height, width);
+  return config.batch * plan.geometry.filters * height * width;
+}
+
+void check_linear(const Linear& linear) {
+  check(linear.in_features >= 0 && linear.out_features >= 0, "Features must be at least 0.");
+  check_count("weight", {linear.weight, linear.weight_count},
+              int64_t{linear.in_features} * linear.out_features);
+  check_count("bias", {linear.bias, linear.bias_count}, linear.out_features, true);
+}
+
+}  // namespace spp

@@ -1,0 +1,46 @@
+// What the C interface is handed, compared with what was prepared. Kernels trust their arguments: nothing reaches
+// them but through these checks.
+#pragma once
+
+#include <stdexcept>
+#include <string>
+
+#include "kernels.h"
+
+namespace spp {
+
+// An argument that doesn't fit; the message says which, what it is, and the rule.
+class BadArgument : public std::runtime_error {
+  using std::runtime_error::runtime_error;
+};
+
+// What this processor, or this build, doesn't have.
+class Unsupported : public std::runtime_error {
+  using std::runtime_error::runtime_error;
+};
+
+// Numbers that somebody else owns: null and 0 if there are none.
+struct Span {
+  const void* data;
+  int64_t count;
+};
+
+void check(bool holds, const std::string& message);
+
+// That a tensor has so many numbers; or none, if it is optional.
+void check_count(const char* name, Span tensor, int64_t count, bool optional = false);
+
+void check_geometry(const Geometry& g, const int32_t* columns, int32_t num_columns);
+void check_epilogue(const EpilogueOp* ops, int32_t count);
+
+// That a plan can compute inputs of this shape by this kernel.
+void check_config(const Plan& plan, const KernelConfig& config);
+
+// Numbers of the tensors of a pass.
+int64_t input_count(const Plan& plan, const KernelConfig& config);
+int64_t conv_count(const Plan& plan, const KernelConfig& config);    // of the convolution's output
+int64_t output_count(const Plan& plan, const KernelConfig& config);  // of the epilogue's
+
+void check_linear(const Linear& linear);
+
+}  // namespace spp

@@ -1,0 +1,66 @@
+// What a convolution and the operations behind it are. Python declares the same structures in
+// kernels/cpu/library.py.
+#pragma once
+
+#include <cstdint>
+
+namespace spp {
+
+struct Geometry {
+  int32_t channels, filters, groups;
+  int32_t kernel[2], stride[2], padding[2], dilation[2];
+};
+
+enum class EpilogueKind : int32_t { kMaxPool = 0, kAveragePool = 1, kLocalResponseNorm = 2 };
+
+// An operation on each plane of the convolution's output, before that is stored.
+struct EpilogueOp {
+  EpilogueKind kind;
+  int32_t kernel[2], stride[2], padding[2];
+  int32_t ceil_mode, count_include_pad;
+  float alpha;  // of the local response norm: x · (1 + alpha · mean(x²))^(-3/4)
+};
+
+inline int32_t pool_size(int32_t size, int32_t kernel, int32_t stride, int32_t padding,
+                         bool ceil_mode) {
+  const int32_t room = size + 2 * padding - kernel;
+  int32_t out = (ceil_mode ? room + stride - 1 : room) / stride + 1;
+  if (ceil_mode && (out - 1) * stride >= size + padding) --out;  // starts beyond the image
+  return out;
+}
+
+// Height and width after an operation.
+inline void size_after(const EpilogueOp& op, int& height, int& width) {
+  if (op.kind == EpilogueKind::kLocalResponseNorm) return;
+  height = pool_size(height, op.kernel[0], op.stride[0], op.padding[0], op.ceil_mode);
+  width = pool_size(width, op.kernel[1], op.stride[1], op.padding[1], op.ceil_mode);
+}
+
+enum class Kernel : int32_t {
+  kPixelVectorised = 0,
+  kBfloat16Pairs = 2,  // pixel-vectorised; AVX-512's products of bfloat16
+  kChannelBlocked = 3,
+  kWinograd4 = 4,  // tiles of 4×4 outputs
+  kWinograd2 = 5,
+};
+
+// How a plan computes inputs of one shape.
+struct KernelConfig {
+  int64_t batch;
+  int32_t height, width;            // of the input
+  int32_t conv_height, conv_width;  // of the convolution's output, before the epilogue operations
+  int32_t threads;
+  Kernel kernel;
+  int32_t bfloat16;  // 1 if input, residual and output are bfloat16; 0 if they are float32
+};
+
+// A linear layer; the bias may be null.
+struct Linear {
+  const float* weight;  // (out_features, in_features)
+  int64_t weight_count;
+  const float* bias;
+  int64_t bias_count;
+  int32_t in_features, out_features;
+};
+
+}  // namespace spp

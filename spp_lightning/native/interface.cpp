@@ -1,0 +1,244 @@
+// The choice of the instruction set, and the functions that Python calls.
+#include <cstring>
+#include <exception>
+#include <memory>
+#include <new>
+
+#include "checks.h"
+#include "export.h"
+
+namespace spp {
+namespace {
+
+struct InstructionSet {
+  const char* name;
+  const Kernels* kernels;
+  void (*pairs)(const ForwardPass&) = nullptr;  // with products of bfloat16, where there are any
+};
+
+#ifdef SPP_HAS_BFLOAT16
+const auto kPairs = forward_bfloat16_pairs;
+bool has_pairs() { return __builtin_cpu_supports("avx512bf16"); }
+#else
+constexpr void (*kPairs)(const ForwardPass&) = nullptr;
+bool has_pairs() { return false; }
+#endif
+
+// The best one of this machine, or the one of a name; without kernels if there is none.
+InstructionSet choose(const char* wanted) {
+  const auto is = [&](const char* name) { return !*wanted || std::strcmp(wanted, name) == 0; };
+#ifdef SPP_X86
+  __builtin_cpu_init();
+  if (is("avx512") && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") &&
+      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bw"))
+    return {"avx512", &kAvx512Kernels, has_pairs() ? kPairs : nullptr};
+  if (is("avx2") && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
+    return {"avx2", &kAvx2Kernels};
+#endif
+  if (is("base")) return {"base", &kBaseKernels};
+  return {nullptr, nullptr};
+}
+
+InstructionSet chosen = choose("");
+
+enum class Status : int32_t { kOk = 0, kOutOfMemory = 1, kBadArgument = 2, kUnsupported = 3, kInternal = 4 };
+
+thread_local std::string last_error;
+
+// Runs a function; what it throws becomes a status and the thread's last error.
+template <typename Function>
+Status guarded(const Function& run, const char* no_memory = "There is no memory left to compute a convolution.") {
+  const auto fail = [](Status status, const char* message) {
+    last_error = message;
+    return status;
+  };
+  try {
+    run();
+    return Status::kOk;
+  } catch (const std::bad_alloc&) {
+    return fail(Status::kOutOfMemory, no_memory);
+  } catch (const BadArgument& error) {
+    return fail(Status::kBadArgument, error.what());
+  } catch (const Unsupported& error) {
+    return fail(Status::kUnsupported, error.what());
+  } catch (const std::exception& error) {
+    return fail(Status::kInternal, error.what());
+  }
+}
+
+template <typename Struct>
+const Struct& deref(const Struct* pointer) {
+  check(pointer != nullptr, "A structure must not be null.");
+  return *pointer;
+}
+
+// A chain, and what the tensors that it is handed must be.
+struct CheckedChain {
+  std::unique_ptr<const Chain> chain;
+  int64_t input, residual, output;
+  int64_t batch;
+};
+
+std::unique_ptr<CheckedChain> make_checked_chain(const Plan* const* plans,
+                                                 const KernelConfig* const* configs, int32_t count) {
+  check(count > 0 && plans != nullptr && configs != nullptr, "A chain needs a layer.");
+  for (int i = 0; i < count; ++i) {
+    const Plan& plan = deref(plans[i]);
+    const KernelConfig& config = deref(configs[i]);
+    check_config(plan, config);
+    check(config.kernel == Kernel::kChannelBlocked && (count == 1 || !config.bfloat16),
+          "The layers of a chain are computed by the channel-blocked kernel in float32.");
+    if (i == 0) continue;
+    const Plan& before = *plans[i - 1];
+    int height = configs[i - 1]->conv_height, width = configs[i - 1]->conv_width;
+    for (const EpilogueOp& op : before.epilogue) size_after(op, height, width);
+    check(plan.geometry.channels == before.geometry.filters && config.height == height &&
+              config.width == width && config.batch == configs[0]->batch &&
+              config.threads == configs[0]->threads && plan.geometry.stride[1] == 1,
+          "A layer of a chain reads the output of the layer before it, with a stride of 1 along the rows.");
+  }
+  const Plan& last = *plans[count - 1];
+  const KernelConfig& end = *configs[count - 1];
+  auto made = std::make_unique<CheckedChain>();
+  made->chain.reset(chosen.kernels->make_chain(plans, configs, count));
+  made->input = input_count(*plans[0], *configs[0]);
+  made->residual = conv_count(last, end);
+  made->output = output_count(last, end);
+  made->batch = end.batch;
+  return made;
+}
+
+}  // namespace
+}  // namespace spp
+
+using spp::guarded, spp::deref, spp::check, spp::check_count, spp::Status, spp::Plan, spp::KernelConfig;
+
+// Every function that can fail returns a status: 0 where all is well. Counts are numbers of elements.
+
+// What was wrong in this thread's last call that failed.
+SPP_EXPORT const char* spp_error() { return spp::last_error.c_str(); }
+
+// Of the structures that cross this border, in turn: Geometry, EpilogueOp, KernelConfig, Linear; -1 behind them.
+SPP_EXPORT int64_t spp_struct_size(int32_t index) {
+  constexpr int64_t kSizes[] = {sizeof(spp::Geometry), sizeof(spp::EpilogueOp), sizeof(KernelConfig),
+                                sizeof(spp::Linear)};
+  return index >= 0 && index < 4 ? kSizes[index] : -1;
+}
+
+SPP_EXPORT const char* spp_isa() { return spp::chosen.name; }
+
+// For tests: another instruction set than the best one.
+SPP_EXPORT Status spp_set_isa(const char* name) {
+  return guarded([&] {
+    const spp::InstructionSet set = spp::choose(name);
+    if (set.kernels == nullptr)
+      throw spp::Unsupported(std::string("This processor has no instruction set `") + name + "`.");
+    spp::chosen = set;
+  });
+}
+
+// Whether this processor multiplies pairs of bfloat16.
+SPP_EXPORT int32_t spp_has_pairs() { return spp::chosen.pairs != nullptr; }
+
+// `bfloat16` says that the weights are numbers of that type, so that they can be packed in pairs.
+SPP_EXPORT Status spp_plan_create(const spp::Geometry* geometry, const int32_t* columns,
+                                  int32_t num_columns, const float* weight, int64_t weight_count,
+                                  const float* bias, int64_t bias_count, float low, float high,
+                                  const spp::EpilogueOp* epilogue, int32_t num_ops, int32_t bfloat16,
+                                  Plan** plan) {
+  return guarded([&] {
+    const spp::Geometry& g = deref(geometry);
+    spp::check_geometry(g, columns, num_columns);
+    spp::check_epilogue(epilogue, num_ops);
+    check_count("weight", {weight, weight_count}, int64_t{g.filters / g.groups} * num_columns);
+    check_count("bias", {bias, bias_count}, g.filters, true);
+    *plan = new Plan(g, columns, num_columns, weight, bias, low, high, epilogue, num_ops, bfloat16 != 0);
+  }, "There is no memory left for the weights of a convolution.");
+}
+
+SPP_EXPORT void spp_plan_free(Plan* plan) { delete plan; }
+
+// The channel-blocked kernel runs as a chain of one layer.
+SPP_EXPORT Status spp_forward(const Plan* plan, const KernelConfig* config, const void* input,
+                              int64_t input_count, const void* residual, int64_t residual_count,
+                              void* output, int64_t output_count) {
+  return guarded([&] {
+    const spp::ForwardPass pass{deref(config), &deref(plan), input, residual, output};
+    spp::check_config(*plan, *config);
+    check_count("input", {input, input_count}, spp::input_count(*plan, *config));
+    check_count("residual", {residual, residual_count}, spp::conv_count(*plan, *config), true);
+    check_count("output", {output, output_count}, spp::output_count(*plan, *config));
+    const auto pairs = spp::chosen.pairs;
+    switch (config->kernel) {
+      case spp::Kernel::kPixelVectorised: return spp::chosen.kernels->forward_pixels(pass);
+      case spp::Kernel::kWinograd4:
+      case spp::Kernel::kWinograd2: return spp::chosen.kernels->forward_winograd(pass);
+      case spp::Kernel::kChannelBlocked: return check(false, "Run the channel-blocked kernel as a chain.");
+      case spp::Kernel::kBfloat16Pairs:
+        if (pairs == nullptr) throw spp::Unsupported("This processor has no products of bfloat16.");
+        return pairs(pass);
+    }
+  });
+}
+
+// `grad` is the gradient of the epilogue's output if `fused`, or else of the convolution's. Gradients that aren't
+// wanted are null, with a count of 0.
+SPP_EXPORT Status spp_backward(const Plan* plan, const KernelConfig* config, const float* weight,
+                               int64_t weight_count, const float* input, int64_t input_count,
+                               const float* grad, int64_t grad_count, int32_t fused, float* grad_input,
+                               int64_t grad_input_count, float* grad_weight, int64_t grad_weight_count,
+                               float* grad_bias, int64_t grad_bias_count) {
+  return guarded([&] {
+    spp::check_config(deref(plan), deref(config));
+    check(!config->bfloat16, "Gradients are computed in float32.");
+    const int64_t inputs = spp::input_count(*plan, *config);
+    const int64_t weights = static_cast<int64_t>(plan->group_filters()) * plan->columns.size();
+    check_count("weight", {weight, weight_count}, weights);
+    check_count("input", {input, input_count}, inputs);
+    check_count("grad", {grad, grad_count},
+                fused ? spp::output_count(*plan, *config) : spp::conv_count(*plan, *config));
+    check_count("grad_input", {grad_input, grad_input_count}, inputs, true);
+    check_count("grad_weight", {grad_weight, grad_weight_count}, weights, true);
+    check_count("grad_bias", {grad_bias, grad_bias_count}, plan->geometry.filters, true);
+    spp::chosen.kernels->backward(
+        {*config, plan, weight, input, grad, fused != 0, grad_input, grad_weight, grad_bias});
+  }, "There is no memory left for the gradient of a convolution.");
+}
+
+// Layers for inputs of one shape. The plans must outlive the chain; it keeps nothing else that is handed in.
+SPP_EXPORT Status spp_chain_create(const Plan* const* plans, const KernelConfig* const* configs,
+                                   int32_t count, spp::CheckedChain** chain) {
+  return guarded([&] { *chain = spp::make_checked_chain(plans, configs, count).release(); });
+}
+
+SPP_EXPORT void spp_chain_free(spp::CheckedChain* chain) { delete chain; }
+
+// The residual is added in the last convolution. Both it and the linear layer, which reads the last layer's
+// images flattened, may be null.
+SPP_EXPORT Status spp_chain_forward(const spp::CheckedChain* chain, const void* input, int64_t input_count,
+                                    const void* residual, int64_t residual_count,
+                                    const spp::Linear* linear, void* output, int64_t output_count) {
+  return guarded([&] {
+    const spp::CheckedChain& of = deref(chain);
+    check_count("input", {input, input_count}, of.input);
+    check_count("residual", {residual, residual_count}, of.residual, true);
+    if (linear != nullptr) {
+      spp::check_linear(*linear);
+      check(linear->in_features * of.batch == of.output, "The linear layer reads other features.");
+    }
+    check_count("output", {output, output_count}, linear ? of.batch * linear->out_features : of.output);
+    of.chain->forward(input, residual, linear, output);
+  });
+}
+
+// The same as in a chain, bit for bit.
+SPP_EXPORT Status spp_linear(const spp::Linear* layer, const float* x, int64_t x_count, int64_t batch,
+                             int32_t threads, float* out, int64_t out_count) {
+  return guarded([&] {
+    spp::check_linear(deref(layer));
+    check(batch >= 0 && threads > 0, "Threads must be positive, and the batch at least 0.");
+    check_count("x", {x, x_count}, batch * layer->in_features);
+    check_count("out", {out, out_count}, batch * layer->out_features);
+    spp::chosen.kernels->linear_batch(*layer, x, batch, threads, out);
+  });
+}

@@ -1,0 +1,312 @@
+// The pixel-vectorised kernel: vectors along the pixels of NCHW planes.
+//
+// The output is computed in tiles of a few filters by up to kVectors vectors of pixels, which stay in registers
+// while the kernel runs over the kept columns: per column it loads the pixels, and multiplies them by one
+// weight per filter. Columns are added in their order whatever the tile and the number of threads: the result
+// is always the same, bit for bit. Only pairs of bfloat16 are rounded differently.
+#pragma once
+
+#include "images.h"
+#include "pixel_panel.h"
+#include "epilogue.h"
+
+namespace spp {
+namespace SPP_ISA {
+
+// ---- The micro-kernel ----
+
+// Where the pixels of column k are: in a panel, one tile behind those of column k - 1, from pixels[0] on; or in
+// place, at pixels[v] + offset[k].
+enum class Read { kPanel, kInPlace };
+
+// sum[filter][v] += Σ_k weight[tile of filters][k][filter] · pixels[k][v].
+template <int kTiles, int kV, Read kRead>
+inline __attribute__((always_inline)) void add_products(const float* weight, size_t tile_stride,
+                                                        int count, const float* const* pixels,
+                                                        const int64_t* offset,
+                                                        Vector (&sum)[kTiles * kTileFilters][kV]) {
+  const float* panel = pixels[0];
+#pragma GCC unroll 4
+  for (int k = 0; k < count; ++k) {
+    Vector x[kV];
+#pragma GCC unroll 3
+    for (int v = 0; v < kV; ++v)
+      x[v] = load(kRead == Read::kInPlace ? pixels[v] + offset[k] : panel + v * kLanes);
+    panel += kTile;
+#pragma GCC unroll 8
+    for (int r = 0; r < kTiles * kTileFilters; ++r) {
+      const float* w = weight + (r / kTileFilters) * tile_stride + r % kTileFilters;
+#pragma GCC unroll 3
+      for (int v = 0; v < kV; ++v) {
+        if constexpr (kPairs && kRead == Read::kPanel) sum[r][v] = add_pair_products(sum[r][v], x[v], w);
+        else sum[r][v] += *w * x[v];
+      }
+    }
+    weight += kTileFilters;
+  }
+}
+
+// One or two tiles of filters at a tile of pixels.
+struct TileTask {
+  const float* weight;
+  size_t tile_stride;     // floats from one tile of filters to the next
+  const float* panel;
+  int columns;            // or pairs of them
+  const float* bias;      // one per filter
+  const float* residual;  // planes like the output's, at the first pixel; or null
+  float* output;          // the first filter's plane, at the first pixel
+  int64_t plane;          // floats from one filter's plane to the next
+  int filters, pixels;    // to store
+  bool clamped;
+  float low, high;
+  float* partial;         // sums over the columns so far; null if the panel has all columns
+  bool first, last;       // whether this is the first panel, or the last one
+};
+
+// Adds the residual, clamps and stores a tile that is less than full.
+template <int kRows, int kV>
+__attribute__((noinline)) void store_part(const Vector (&sum)[kRows][kV], const TileTask& task) {
+  for (int r = 0; r < std::min(kRows, task.filters); ++r)
+    for (int v = 0; v < kV; ++v) {
+      const int count = std::min(kLanes, task.pixels - v * kLanes);
+      const int64_t at = r * task.plane + v * kLanes;
+      Vector y = sum[r][v];
+      if (task.residual) y += load_lanes(task.residual + at, 0, count);
+      if (task.clamped) y = clamp(y, task.low, task.high);
+      store_lanes(task.output + at, y, count);
+    }
+}
+
+// The same of a full tile.
+template <int kRows, int kV>
+inline __attribute__((always_inline)) void store_whole(const Vector (&sum)[kRows][kV],
+                                                       const TileTask& task) {
+#pragma GCC unroll 8
+  for (int r = 0; r < kRows; ++r) {
+    float* out = task.output + r * task.plane;
+#pragma GCC unroll 3
+    for (int v = 0; v < kV; ++v) {
+      Vector y = sum[r][v];
+      if (task.residual) y += load(task.residual + r * task.plane + v * kLanes);
+      if (task.clamped) y = clamp(y, task.low, task.high);
+      store(out + v * kLanes, y);
+    }
+  }
+}
+
+template <int kTiles, int kV>
+void pixel_tile(const TileTask& task) {
+  constexpr int kRows = kTiles * kTileFilters;
+  Vector sum[kRows][kV];
+  if (task.first) {
+#pragma GCC unroll 8
+    for (int r = 0; r < kRows; ++r)
+#pragma GCC unroll 3
+      for (int v = 0; v < kV; ++v) sum[r][v] = broadcast(task.bias[r]);
+  } else {
+#pragma GCC unroll 8
+    for (int r = 0; r < kRows; ++r)
+#pragma GCC unroll 3
+      for (int v = 0; v < kV; ++v) sum[r][v] = load(task.partial + (r * kVectors + v) * kLanes);
+  }
+  if (task.last && task.residual)
+    for (int r = 0; r < std::min(kRows, task.filters); ++r)
+      for (int v = 0; v < kV; ++v) __builtin_prefetch(task.residual + r * task.plane + v * kLanes);
+  add_products<kTiles, kV, Read::kPanel>(task.weight, task.tile_stride, task.columns, &task.panel,
+                                         nullptr, sum);
+  if (!task.last) {
+#pragma GCC unroll 8
+    for (int r = 0; r < kRows; ++r)
+#pragma GCC unroll 3
+      for (int v = 0; v < kV; ++v) store(task.partial + (r * kVectors + v) * kLanes, sum[r][v]);
+    return;
+  }
+  if (task.pixels == kV * kLanes && task.filters >= kRows) return store_whole<kRows, kV>(sum, task);
+  // A copy, since what a call can see lies in memory: the sums would be written there at the start.
+  Vector copy[kRows][kV];
+#pragma GCC unroll 8
+  for (int r = 0; r < kRows; ++r)
+#pragma GCC unroll 3
+    for (int v = 0; v < kV; ++v) copy[r][v] = sum[r][v];
+  store_part<kRows, kV>(copy, task);
+}
+
+// ---- Scheduling ----
+
+// The planes of a conv group's filters.
+struct GroupTask {
+  const float* weight;
+  const float* bias;
+  const float* residual;
+  float* output;
+  float* partial;  // room for the sums of all filters of a tile; null if one panel has all columns
+  int filters;
+};
+
+// Tiles of filters [first, last) at one tile of pixels. `task` has what is the same for all of them.
+inline void run_filters(const GroupTask& group, TileTask task, int begin, int first, int last) {
+  const int vectors = (task.pixels + kLanes - 1) / kLanes;
+  // Wide tiles fill the registers with few filters, narrow ones take more of them at once.
+  const int at_once = vectors == 1 || kLanes == 16 ? 2 : 1;
+  for (int i = first, tiles; i < last; i += tiles) {
+    tiles = std::min(at_once, last - i);
+    const int filter = i * kTileFilters;
+    task.weight = group.weight + i * task.tile_stride;
+    task.bias = group.bias + filter;
+    task.filters = std::min(group.filters - filter, tiles * kTileFilters);
+    task.output = group.output + filter * task.plane + begin;
+    task.residual = group.residual ? group.residual + filter * task.plane + begin : nullptr;
+    task.partial = group.partial ? group.partial + filter * kTile : nullptr;
+    constexpr int kWide = kLanes == 16 ? 2 : 1;  // wider ones of two tiles don't fit into fewer registers
+    if (tiles == 2)
+      (vectors == 3 ? pixel_tile<kWide, 3> : vectors == 2 ? pixel_tile<kWide, 2> : pixel_tile<2, 1>)(task);
+    else
+      (vectors == 3 ? pixel_tile<1, 3> : vectors == 2 ? pixel_tile<1, 2> : pixel_tile<1, 1>)(task);
+  }
+}
+
+// How many parts to split the filters into, so that all threads have as much to do.
+inline int filter_parts(int tiles, int filter_tiles, int threads) {
+  int best = 1;
+  int64_t least = INT64_MAX;
+  for (int parts = 1; parts <= std::min(threads, filter_tiles); ++parts) {
+    const int64_t items = (static_cast<int64_t>(tiles) * parts + threads - 1) / threads;
+    const int64_t cost = items * (1 + (filter_tiles + parts - 1) / parts);  // 1: to pack the panel
+    if (cost < least) least = cost, best = parts;
+  }
+  return best;
+}
+
+// The convolution of an image.
+class Convolution {
+ public:
+  // `base` is the image, or its source planes. `start` and `end` are those of the tensor that is read if
+  // nothing is copied.
+  Convolution(const Plan& plan, const KernelConfig& config, const Shapes& s, const float* base,
+              const float* start, const float* end)
+      : plan_(plan), config_(config), s_(s), base_(base), start_(start), end_(end) {
+    thread_local Buffer panel_buffer, partial_buffer, offset_buffer, mask_buffer;
+    const Geometry& g = plan.geometry;
+    const size_t taps = static_cast<size_t>(g.kernel[0]) * g.kernel[1];
+    border_ = {mask_buffer.get<Bits>(taps * kVectors), false};
+    panel_ = panel_buffer.get<float>(kTile * kPanelColumns + kTile);
+    partial_ = partial_buffer.get<float>(static_cast<size_t>(plan.group_tiles()) * kTileFilters * kTile);
+    offset_ = offset_buffer.get<int64_t>(plan.columns.size());
+    for (size_t k = 0; k < plan.columns.size(); ++k) {
+      const Column& c = plan.columns[k];
+      offset_[k] = s.copied ? offset_in_sources(c, s)
+                            : plan.sources[c.source].channel * s.input_plane +
+                                  static_cast<int64_t>(c.row - g.padding[0]) * config.width + c.col -
+                                  g.padding[1];
+    }
+  }
+
+  // A thread's part of the planes.
+  void run(const float* residual, float* output, const Partition& threads) {
+    const int filters = plan_.group_filters(), filter_tiles = plan_.group_tiles();
+    const int tiles = static_cast<int>((s_.conv_plane + kTile - 1) / kTile);
+    const int parts = filter_parts(tiles, filter_tiles, threads.count);
+    for (int g = 0; g < plan_.geometry.groups; ++g) {
+      const int64_t at = g * filters * s_.conv_plane;
+      const TileWeights& weights = kPairs ? plan_.pairs : plan_.weights;
+      set_group(g);
+      const GroupTask group{weights.of_group(g), plan_.bias.data() + g * filters,
+                            residual ? residual + at : nullptr, output + at, partial_, filters};
+      for (int item = threads.begin(tiles * parts); item < threads.end(tiles * parts); ++item) {
+        const Partition part{item / tiles, parts};
+        run_tile(group, item % tiles * kTile, part.begin(filter_tiles), part.end(filter_tiles));
+      }
+    }
+  }
+
+ private:
+  void set_group(int g) {
+    columns_ = {plan_.columns.data() + plan_.group_start[g], offset_ + plan_.group_start[g],
+                plan_.group_columns(g)};
+    const auto [least, most] = std::minmax_element(columns_.offset, columns_.offset + columns_.count);
+    least_ = columns_.count ? *least : 0;
+    most_ = columns_.count ? *most : 0;
+  }
+
+  // Tiles of filters [first, last) at the tile of pixels from `begin` on, panel by panel.
+  void run_tile(const GroupTask& group, int begin, int first, int last) {
+    const Tile tile = tile_at(begin, config_.conv_width, s_);
+    const int steps = (columns_.count + kColumnsAtOnce - 1) / kColumnsAtOnce;
+    TileTask task{};
+    task.tile_stride = static_cast<size_t>(steps) * kTileFilters;
+    task.panel = panel_;
+    task.plane = s_.conv_plane;
+    task.pixels = tile.count;
+    task.clamped = plan_.low > -kInfinity || plan_.high < kInfinity;
+    task.low = plan_.low;
+    task.high = plan_.high;
+    if (!s_.copied && columns_.count > 0)
+      find_border(plan_.geometry, config_.height, config_.width, begin, border_);
+    int done = 0;
+    do {  // once, even without columns
+      const int column = done * kColumnsAtOnce;
+      task.columns = std::min(kPanelColumns, steps - done);
+      pack(tile, {columns_.columns + column, columns_.offset + column,
+                  std::min(kPanelColumns * kColumnsAtOnce, columns_.count - column)});
+      task.first = done == 0;
+      task.last = done + task.columns == steps;
+      GroupTask panel = group;
+      panel.weight += static_cast<size_t>(done) * kTileFilters;
+      run_filters(panel, task, begin, first, last);
+      done += task.columns;
+    } while (done < steps);
+  }
+
+  void pack(const Tile& tile, const PanelColumns& of) const {
+    if (s_.copied) {
+      const auto pack = tile.runs == 3 ? pack_sources<3> : tile.runs == 4 ? pack_sources<4> : pack_sources<0>;
+      return pack(tile, base_, of, panel_);
+    }
+    const float* in = base_ + tile.begin;
+    if (in + least_ < start_ || in + most_ + kTile > end_) pack_edge(start_, end_, in, of, border_, panel_);
+    else if (border_.inside) pack_input<false>(in, of, border_, panel_);
+    else pack_input<true>(in, of, border_, panel_);
+  }
+
+  const Plan& plan_;
+  const KernelConfig& config_;
+  const Shapes& s_;
+  const float *base_, *start_, *end_;
+  Border border_;
+  float *panel_, *partial_;
+  int64_t* offset_;
+  PanelColumns columns_{};  // of the conv group
+  int64_t least_ = 0, most_ = 0;  // of its offsets
+};
+
+// Phases: source planes, convolution, epilogue operations and narrowing, those that there are.
+inline void forward_pixels(const ForwardPass& pass) {
+  const Plan& plan = *pass.plan;
+  const Geometry& g = plan.geometry;
+  Shapes s = shapes_of(plan, pass, true);
+  const bool same_rows = g.stride[0] == 1 && g.stride[1] == 1 && pass.width == pass.conv_width;
+  // Masks for the borders take as long as copies of so many planes.
+  const bool few = plan.sources.size() <= static_cast<size_t>(g.kernel[0] * g.kernel[1]);
+  s.copied = !same_rows || few || pass.bfloat16;
+  const bool has_epilogue = !plan.epilogue.empty();
+  const size_t planes = has_epilogue ? g.filters * static_cast<size_t>(s.conv_plane) + kLanes : 0;
+  const float* start = static_cast<const float*>(pass.input);
+  const float* end = start + pass.batch * g.channels * s.input_plane;
+  const Phases phases{s.copied ? kReadPhase : 0, 1 + has_epilogue + (pass.bfloat16 != 0)};
+  for_each_image(pass, s, planes, phases, [&](int phase, const ImagePart& part) {
+    if (phase == kReadPhase) return read_phase(pass, s, part);
+    float* output = output_of(pass, s, part);
+    float* made = has_epilogue ? part.scratch.planes : output;
+    if (phase == 0) {
+      Convolution conv(plan, pass, s, input_of(pass, s, part), start, end);
+      conv.run(residual_of(pass, s, part), made, part.threads);
+    } else if (phase == 1 && has_epilogue) {
+      apply_epilogue(plan, pass, s, made, output, part.threads);
+    } else {
+      narrow_result(pass, s, part);
+    }
+  });
+}
+
+}  // namespace SPP_ISA
+}  // namespace spp

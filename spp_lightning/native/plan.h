@@ -1,0 +1,87 @@
+// A layer as the kernels read it: its kept columns and their packed weights.
+//
+// What is written to a plan after it was made is guarded by a mutex: any number of threads may run it at the
+// same time. All tensors are NCHW, contiguous, and float32 unless a config says bfloat16.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <mutex>
+#include <vector>
+
+#include "geometry.h"
+#include "memory.h"
+
+namespace spp {
+
+constexpr int kTileFilters = 4;     // filters that the pixel-vectorised kernel computes together
+constexpr int kChannelBlock = 16;   // channels next to each other in the channel-blocked layout
+
+inline int blocks_of(int channels) { return (channels + kChannelBlock - 1) / kChannelBlock; }
+
+// A plane that the kernels read: one input channel, padded, every stride-th pixel from a phase on.
+// With the phases taken apart, a kernel of any stride reads neighbouring pixels.
+struct SourcePlane {
+  int32_t channel, phase[2];
+};
+
+// A kept column: where in its source plane the pixel of output (0, 0) lies.
+struct Column {
+  int32_t source, row, col;
+  int32_t tap;  // i · kw + j
+};
+
+// [conv group][channel block of filters][column][filter of the block].
+struct BlockedWeights {
+  AlignedFloats floats;
+  std::vector<size_t> start;  // of each conv group
+  std::vector<float> bias;    // [conv group][channel block][filter of the block]
+};
+
+// [conv group][tile of filters][column, or pair of columns][filter of the tile].
+struct TileWeights {
+  AlignedFloats floats;
+  std::vector<size_t> start;  // of each conv group
+
+  const float* of_group(int group) const { return floats.get() + start[group]; }
+};
+
+struct WinogradWeights;
+
+struct Plan {
+  Geometry geometry;
+  std::vector<SourcePlane> sources;
+  std::vector<Column> columns;       // sorted by conv group
+  std::vector<int32_t> group_start;  // first column of each conv group, and their number
+  TileWeights weights;
+  TileWeights pairs;                 // bfloat16: two columns in the place of one; or empty
+  std::vector<float> bias;           // one per filter, and zeros
+  float low, high;                   // the clamp
+  std::vector<EpilogueOp> epilogue;
+  int32_t margin[2];                 // rows and columns that a source plane has beyond the output
+
+  // `weight` is (filters / groups, num_columns); `bias` may be null. `bfloat16` says that the weights are
+  // numbers of that type, so that they can be packed in pairs.
+  Plan(const Geometry& geometry, const int32_t* columns, int32_t num_columns, const float* weight,
+       const float* bias, float low, float high, const EpilogueOp* ops, int32_t num_ops, bool bfloat16);
+
+  // Made when they are asked for first. Blocked weights live as long as a chain holds them.
+  std::shared_ptr<const BlockedWeights> blocked_weights() const;
+  std::shared_ptr<const WinogradWeights> winograd_weights(int side) const;  // of a tile: 2 or 4
+
+  int32_t group_filters() const { return geometry.filters / geometry.groups; }
+  int32_t group_tiles() const { return (group_filters() + kTileFilters - 1) / kTileFilters; }
+  int32_t group_blocks() const { return blocks_of(group_filters()); }
+  int32_t group_columns(int32_t g) const { return group_start[g + 1] - group_start[g]; }
+
+ private:
+  void add_columns(const int32_t* numbers, int32_t count);
+  TileWeights pack(const float* weight, int columns_at_once) const;
+
+  mutable std::mutex mutex_;
+  mutable std::weak_ptr<const BlockedWeights> blocked_weights_;
+  mutable std::shared_ptr<const WinogradWeights> winograd_weights_[2];
+};
+
+}  // namespace spp

@@ -1,0 +1,115 @@
+// Sizes of the planes of a pass, and copies of input channels into padded source planes.
+#pragma once
+
+#include <algorithm>
+#include <type_traits>
+
+#include "standard.h"
+#include "vectors.h"
+
+namespace spp {
+namespace SPP_ISA {
+
+constexpr int kVectors = 3;                // of a tile of pixels
+constexpr int kTile = kLanes * kVectors;  // pixels
+
+struct Shapes {
+  bool copied;        // whether the kernels read source planes, which are copies of the input's
+  int height, width;  // of a source plane
+  int64_t source_plane, input_plane, conv_plane, output_plane;
+  int out_height, out_width;
+};
+
+// With the epilogue operations, or of the convolution alone.
+inline Shapes shapes_of(const Plan& plan, const KernelConfig& config, bool with_epilogue) {
+  Shapes s{};
+  s.height = config.conv_height + plan.margin[0];
+  s.width = config.conv_width + plan.margin[1];
+  s.source_plane = static_cast<int64_t>(s.height) * s.width;
+  s.input_plane = static_cast<int64_t>(config.height) * config.width;
+  s.conv_plane = static_cast<int64_t>(config.conv_height) * config.conv_width;
+  s.out_height = config.conv_height;
+  s.out_width = config.conv_width;
+  if (with_epilogue)
+    for (const EpilogueOp& op : plan.epilogue) size_after(op, s.out_height, s.out_width);
+  s.output_plane = static_cast<int64_t>(s.out_height) * s.out_width;
+  return s;
+}
+
+// The pixel of a column under output (0, 0), in source planes one behind the other.
+inline int64_t offset_in_sources(const Column& c, const Shapes& s) {
+  return c.source * s.source_plane + static_cast<int64_t>(c.row) * s.width + c.col;
+}
+
+// The columns [begin, end) of a source plane that lie inside the image.
+struct Inside {
+  int begin, end;
+  Inside(const Geometry& g, const SourcePlane& source, int width, const Shapes& s) {
+    const int step = g.stride[1], first = source.phase[1] - g.padding[1];
+    begin = std::min(s.width, first >= 0 ? 0 : (-first + step - 1) / step);
+    end = std::max(begin, std::min(s.width, (width - first + step - 1) / step));
+  }
+};
+
+// The elements [begin, end) of a row of `width`, and zeros before and behind them. Element is float, or uint16_t
+// for bfloat16.
+template <typename Element>
+inline void copy_inside(float* out, const Element* in, int begin, int end, int width) {
+  if constexpr (kLanes == 16 && std::is_same_v<Element, float>) {
+    for (int x = 0; x < width; x += kLanes) {
+      const auto lane = [x](int at) { return std::clamp(at - x, 0, kLanes); };
+      store_lanes(out + x, load_lanes(in + x, lane(begin), lane(end)), width - x);
+    }
+    return;
+  }
+  if (std::max(begin, width - end) <= kLanes && kLanes <= width) {  // a vector covers either end
+    store(out, Vector{});
+    store(out + width - kLanes, Vector{});
+  } else {
+    std::fill(out, out + begin, 0.0f);
+    std::fill(out + end, out + width, 0.0f);
+  }
+  copy_row(out + begin, in + begin, end - begin);
+}
+
+// Likewise of every stride-th element.
+template <typename Element>
+inline void copy_strided(float* out, const Element* in, int stride, int begin, int end, int width) {
+  std::fill(out, out + begin, 0.0f);
+  std::fill(out + end, out + width, 0.0f);
+  if (stride == 2) {
+    for (int x = begin; x < end; ++x) out[x] = widen(in[2 * x]);
+  } else {
+    for (int x = begin; x < end; ++x) out[x] = widen(in[static_cast<int64_t>(x) * stride]);
+  }
+}
+
+// Rows [first, last) of a source plane.
+template <typename Element>
+inline void copy_plane(const Geometry& g, const SourcePlane& source, const Element* input, int height,
+                       int width, const Shapes& s, int first, int last, float* out) {
+  const auto [begin, end] = Inside(g, source, width, s);
+  for (int y = first; y < last; ++y, out += s.width) {
+    const int row = y * g.stride[0] + source.phase[0] - g.padding[0];
+    if (row < 0 || row >= height) {
+      std::memset(out, 0, sizeof(float) * s.width);
+      continue;
+    }
+    const Element* in = input + static_cast<int64_t>(row) * width + source.phase[1] - g.padding[1];
+    if (g.stride[1] == 1) copy_inside(out, in, begin, end, s.width);
+    else copy_strided(out, in, g.stride[1], begin, end, s.width);
+  }
+}
+
+// A thread's part of an image's source planes; `input` is the image.
+template <typename Element>
+inline void copy_sources(const Plan& plan, const KernelConfig& config, const Shapes& s,
+                         const Element* input, const Partition& part, float* sources) {
+  const int count = static_cast<int>(plan.sources.size());
+  for (int i = part.begin(count); i < part.end(count); ++i)
+    copy_plane(plan.geometry, plan.sources[i], input + plan.sources[i].channel * s.input_plane,
+               config.height, config.width, s, 0, s.height, sources + i * s.source_plane);
+}
+
+}  // namespace SPP_ISA
+}  // namespace spp

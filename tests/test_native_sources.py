@@ -1,0 +1,74 @@
+"""The C++ sources: short functions, and headers that compile when they are opened alone."""
+
+import os
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+NATIVE = Path(__file__).resolve().parents[1] / "spp_lightning" / "native"
+SOURCES = sorted(path for path in NATIVE.iterdir() if path.suffix in (".h", ".cpp"))
+HEADERS = [path for path in SOURCES if path.suffix == ".h"]
+COMPILER = shutil.which(os.environ.get("CXX", "g++")) or shutil.which("clang++")
+MOST_LINES = 60  # of a function
+
+# Braces that open no function: of a class, a namespace, an initializer.
+_OTHER = re.compile(r"^(namespace|struct|class|enum|union|extern)\b|=\s*$|^\}")
+
+
+def functions(text: str) -> dict[str, int]:
+    """How many lines each outermost function takes, by its first line."""
+    code = re.sub(r"//[^\n]*|\"(?:\\.|[^\"\\\n])*\"", lambda found: " " * len(found[0]), text)
+    lengths: dict[str, int] = {}
+    head, opened, inside = "", [], None
+    for number, line in enumerate(code.split("\n")):
+        if line.startswith("#"):
+            continue
+        for char in line:
+            if char == "{":
+                is_function = not _OTHER.search(head.strip()) and "(" in head
+                if is_function and inside is None:
+                    inside = (len(opened), number, head.strip())
+                opened.append(number)
+            elif char == "}":
+                opened.pop()
+                if inside is not None and inside[0] == len(opened):
+                    lengths[inside[2]] = number - inside[1] + 1
+                    inside = None
+            head = "" if char in "{};" else head + char
+        head += " "
+    assert not opened
+    return lengths
+
+
+def test_functions_are_found_and_measured():
+    text = "namespace a {\nstruct B {\n  int f(int x) const {\n    if (x) {\n      g();\n    }\n"
+    assert functions(text + "  }\n};\n}\n") == {"int f(int x) const": 5}
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.name)
+def test_no_function_is_longer_than_a_screen(path):
+    long = {head: n for head, n in functions(path.read_text()).items() if n > MOST_LINES}
+    assert not long
+
+
+@pytest.mark.parametrize("path", HEADERS, ids=lambda path: path.name)
+def test_a_header_may_be_included_twice(path):
+    first = next(line for line in path.read_text().split("\n") if not line.startswith("//"))
+    assert first == "#pragma once"
+
+
+@pytest.mark.skipif(COMPILER is None, reason="no C++ compiler")
+def test_every_header_compiles_alone(tmp_path):
+    source = tmp_path / "alone.cpp"
+    # One compiler run for all: each in a namespace of its own would not be alone.
+    wrong = {}
+    for header in HEADERS:
+        source.write_text(f'#include "{header.name}"\n')
+        command = [COMPILER, "-std=gnu++17", "-fsyntax-only", f"-I{NATIVE}", str(source)]
+        run = subprocess.run(command, capture_output=True, text=True)
+        if run.returncode:
+            wrong[header.name] = run.stderr
+    assert not wrong
