@@ -1,5 +1,6 @@
 """The committed results: the Markdown is what the rows give, and each row has its context."""
 
+import ablation
 import choices
 import cifar10
 import control_group
@@ -17,6 +18,7 @@ from torch import nn
 
 REPORTS = {
     "choices": choices.report,
+    "ablation_avx2": ablation.report,
     "cifar10_short": cifar10.report,
     "control_group": control_group.report,
     "kill_resume": kill_resume.report,
