@@ -125,6 +125,12 @@ inline void make_planes(RowMaker<ConvRow>& maker, int begin, int end, const Plan
   }
 }
 
+// At most a channel block of planes, transposed; the channels that aren't there are 0.
+inline void transpose_block(const float* in, int64_t plane, int channels, int64_t pixels, float* out) {
+  if (channels < kChannelBlock) std::fill_n(out, pixels * kChannelBlock, 0.0f);
+  transpose_planes(in, plane, channels, static_cast<int>(pixels), kChannelBlock, out);
+}
+
 // All operations on a thread's part of the planes of a convolution.
 inline void apply_epilogue(const Plan& plan, const KernelConfig& config, const Shapes& s,
                            const float* planes, float* output, const Partition& threads) {
@@ -133,8 +139,8 @@ inline void apply_epilogue(const Plan& plan, const KernelConfig& config, const S
   for (int block = threads.begin(blocks); block < threads.end(blocks); ++block) {
     const int first = block * kChannelBlock, count = std::min(kChannelBlock, filters - first);
     const auto conv_row = [&](int y, float* row, int64_t) {
-      transpose_planes(planes + first * s.conv_plane + static_cast<int64_t>(y) * config.conv_width,
-                       s.conv_plane, count, config.conv_width, kChannelBlock, row);
+      transpose_block(planes + first * s.conv_plane + static_cast<int64_t>(y) * config.conv_width,
+                      s.conv_plane, count, config.conv_width, row);
     };
     RowMaker<decltype(conv_row)> maker(plan, sources, 1, conv_row);
     make_planes(maker, 0, s.out_height, {output + first * s.output_plane, s.output_plane, s.out_width, count});
@@ -158,7 +164,7 @@ inline void epilogue_gradient(const Plan& plan, const KernelConfig& config, cons
   const auto input_of = [&](size_t i) {
     return inputs[i].get<float>(block_floats(sources.of[i].height, sources.of[i].width));
   };
-  transpose_planes(clamped, s.conv_plane, count, static_cast<int>(s.conv_plane), kChannelBlock, input_of(0));
+  transpose_block(clamped, s.conv_plane, count, s.conv_plane, input_of(0));
   for (size_t i = 0; i + 1 < ops.size(); ++i) {
     const RowSource &from = sources.of[i], &to = sources.of[i + 1];
     const float* in = input_of(i);
@@ -168,7 +174,7 @@ inline void epilogue_gradient(const Plan& plan, const KernelConfig& config, cons
                    made + y * to.pitch());
   }
   float* grad = grads[ops.size() % 2].get<float>(block_floats(s.out_height, s.out_width));
-  transpose_planes(given, s.output_plane, count, static_cast<int>(s.output_plane), kChannelBlock, grad);
+  transpose_block(given, s.output_plane, count, s.output_plane, grad);
   for (size_t i = ops.size(); i-- > 0;) {
     const RowSource& from = sources.of[i];
     float* back = grads[i % 2].get<float>(block_floats(from.height, from.width));
