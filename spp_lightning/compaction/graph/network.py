@@ -13,6 +13,8 @@ from spp_lightning.compaction.graph.steps import Step, steps_of, text_of
 
 __all__ = ["CompactNetwork"]
 
+_NO_KWARGS: dict[str, Any] = {}
+
 
 class CompactNetwork(nn.Module):
     """A network that runs a list of steps; no code is generated.
@@ -102,17 +104,19 @@ class CompactNetwork(nn.Module):
         Raises:
             TypeError: If an input is missing, or there is none of this name.
         """
-        program = self._program
-        slots = list(program.start)
-        if named or len(inputs) != len(program.inputs):
-            inputs = _bind(program, inputs, named)
-        slots[: len(inputs)] = inputs
-        for run, target, args, kwargs, out, free in program.instructions:
-            given = [slots[i] for i in args]
-            slots[out] = run(self, target, given, {key: slots[i] for key, i in kwargs})
+        names, _, others, instructions, output = self._program
+        if named or len(inputs) != len(names):
+            inputs = _bind(self._program, inputs, named)
+        slots = [*inputs, *others]
+        for run, target, _, pick, kwargs, out, free in instructions:
+            if kwargs:
+                named = {key: slots[i] for key, i in kwargs}
+                slots[out] = run(self, target, pick(slots), named)
+            else:
+                slots[out] = run(self, target, pick(slots), _NO_KWARGS)
             for i in free:
                 slots[i] = None
-        return slots[program.output]
+        return slots[output]
 
     def __getstate__(self) -> dict[str, Any]:
         return {key: value for key, value in self.__dict__.items() if key != "_program"}
@@ -133,7 +137,7 @@ def _bind(program: Program, inputs: tuple[Any, ...], named: dict[str, Any]) -> t
     wrong = [name for name in named if name not in names[count:]]
     if wrong:
         raise TypeError(f"The network has no other input {wrong[0]!r}; its inputs: {names}.")
-    defaults = program.start[count : len(names)]
+    defaults = program.defaults[count:]
     values = tuple(
         named.get(name, default) for name, default in zip(names[count:], defaults, strict=True)
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from operator import itemgetter
 from typing import Any, NamedTuple
 
 import torch
@@ -16,7 +17,7 @@ __all__ = ["REQUIRED", "Instruction", "Program", "compile_steps", "find"]
 
 REQUIRED = object()  # default value of an input that has none
 
-Run = Callable[[nn.Module, Any, list[Any], dict[str, Any]], Any]
+Run = Callable[[nn.Module, Any, Sequence[Any], dict[str, Any]], Any]
 
 
 class Instruction(NamedTuple):
@@ -26,6 +27,7 @@ class Instruction(NamedTuple):
         run: What makes the call: a function of the network, ``target``, and the arguments.
         target: What is called.
         args: Slots of the positional arguments.
+        pick: Reads the positional arguments from the slots.
         kwargs: Names and slots of the keyword arguments.
         out: Slot of the result.
         free: Slots that no later instruction reads.
@@ -34,6 +36,7 @@ class Instruction(NamedTuple):
     run: Run
     target: Any
     args: tuple[int, ...]
+    pick: Callable[[Any], tuple[Any, ...]]
     kwargs: tuple[tuple[str, int], ...]
     out: int
     free: tuple[int, ...]
@@ -44,13 +47,15 @@ class Program(NamedTuple):
 
     Attributes:
         inputs: Names of the inputs, which are the first slots.
-        start: The slots before the first instruction: defaults of the inputs, then constants.
+        defaults: Their defaults, :data:`REQUIRED` where there is none.
+        others: The slots behind them before the first instruction: constants, and None.
         instructions: The calls, in order.
         output: Slot of the network's result.
     """
 
     inputs: tuple[str, ...]
-    start: tuple[Any, ...]
+    defaults: tuple[Any, ...]
+    others: tuple[Any, ...]
     instructions: tuple[Instruction, ...]
     output: int
 
@@ -73,22 +78,22 @@ def find(network: nn.Module, path: tuple[str, ...]) -> Any:
     return module
 
 
-def _layer(network: nn.Module, target: tuple[str, ...], args: list[Any], kwargs: Any) -> Any:
+def _layer(network: nn.Module, target: tuple[str, ...], args: Sequence[Any], kwargs: Any) -> Any:
     return find(network, target)(*args, **kwargs)
 
 
-def _tensor(network: nn.Module, target: tuple[str, ...], args: list[Any], kwargs: Any) -> Any:
+def _tensor(network: nn.Module, target: tuple[str, ...], args: Sequence[Any], kwargs: Any) -> Any:
     return getattr(find(network, target[:-1]), target[-1])
 
 
-def _function(network: nn.Module, target: Any, args: list[Any], kwargs: Any) -> Any:
+def _function(network: nn.Module, target: Any, args: Sequence[Any], kwargs: Any) -> Any:
     return target(*args, **kwargs)
 
 
 _SELF = (Tensor, torch.Size, fx.Proxy)
 
 
-def _method(network: nn.Module, target: str, args: list[Any], kwargs: Any) -> Any:
+def _method(network: nn.Module, target: str, args: Sequence[Any], kwargs: Any) -> Any:
     value, *others = args
     if not isinstance(value, _SELF):
         raise TypeError(f"A network calls methods of tensors only, not {target!r} of {value!r}.")
@@ -96,16 +101,38 @@ def _method(network: nn.Module, target: str, args: list[Any], kwargs: Any) -> An
 
 
 class _Joined(NamedTuple):
-    """What the call of a row calls."""
+    """What the call of a row calls.
 
-    layers: tuple[tuple[str, ...], ...]
-    linear: tuple[str, ...] | None
+    Attributes:
+        paths: Of the compact layers, and behind them of the linear layer, if there is one.
+        has_linear: Whether there is one.
+        pick: Reads them all from the network's own children; None if some are further inside.
+    """
+
+    paths: tuple[tuple[str, ...], ...]
+    has_linear: bool
+    pick: Callable[[Any], tuple[Any, ...]] | None
 
 
-def _row(network: nn.Module, target: _Joined, args: list[Any], kwargs: Any) -> Tensor:
-    layers = [find(network, path) for path in target.layers]
-    linear = None if target.linear is None else find(network, target.linear)
-    return column_chain(*args, *layers, linear=linear)
+def _row(network: nn.Module, target: _Joined, args: Sequence[Any], kwargs: Any) -> Tensor:
+    paths, has_linear, pick = target
+    if pick is None:
+        modules = tuple([find(network, path) for path in paths])
+    else:
+        modules = pick(network._modules)
+    if has_linear:
+        return column_chain(*args, *modules[:-1], linear=modules[-1])
+    return column_chain(*args, *modules)
+
+
+def _picker(keys: Sequence[Any]) -> Callable[[Any], tuple[Any, ...]]:
+    """A function that reads items as a tuple: several times faster than a comprehension."""
+    if len(keys) > 1:
+        return itemgetter(*keys)
+    if keys:
+        (key,) = keys
+        return lambda items: (items[key],)
+    return lambda items: ()
 
 
 def _list(*parts: Any) -> list[Any]:
@@ -142,7 +169,8 @@ class _Compiler:
                 self._add_step(position, step)
         output = self._slot_of(self._steps[-1].args[0])
         names = tuple(str(self._steps[i].target) for i in self._inputs)
-        return Program(names, tuple(self._start), self._with_frees(output), output)
+        defaults, others = self._start[: len(names)], self._start[len(names) :]
+        return Program(names, tuple(defaults), tuple(others), self._with_frees(output), output)
 
     def _add_step(self, position: int, step: Step) -> None:
         runs: dict[str, Run] = {
@@ -164,8 +192,10 @@ class _Compiler:
 
         x, residual = self._steps[row.layers[0]].args[0], self._steps[row.layers[-1]].args[1:]
         args = [self._slot_of(x), self._slot_of(residual[0] if residual else None)]
-        linear = None if row.linear is None else path(row.linear)
-        target = _Joined(tuple(path(i) for i in row.layers), linear)
+        paths = tuple(path(i) for i in (*row.layers, row.linear) if i is not None)
+        children = all(len(path) == 1 for path in paths)
+        pick = _picker([path[0] for path in paths]) if children else None
+        target = _Joined(paths, row.linear is not None, pick)
         self._slots[row.result] = self._add(_row, target, args)
 
     def _add(
@@ -173,7 +203,8 @@ class _Compiler:
     ) -> int:
         out = len(self._start)
         self._start.append(None)
-        self._calls.append(Instruction(run, target, tuple(args), tuple(kwargs), out, ()))
+        call = Instruction(run, target, tuple(args), _picker(args), tuple(kwargs), out, ())
+        self._calls.append(call)
         return out
 
     def _slot_of(self, argument: Any) -> int:
