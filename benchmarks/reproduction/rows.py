@@ -22,7 +22,7 @@ __all__ = [
 Method = Literal[
     "baseline", "control", "spp", "one-shot columns", "gradual columns", "magnitude", "filters"
 ]
-Masking = Literal["sample", "scale", "penalize"]
+Masking = Literal["sample", "scale", "penalize"]  # the last one exists in the benchmark only
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,6 @@
 """The epilogue of a convolution: what a layer computes with it, while its output is in the cache.
 
-An operation that should be fused into the epilogue starts here. It needs a field of
-:class:`Epilogue` (or a kind of :class:`PlaneOp`), a line in ``__call__`` and ``gradient``, a number
-in ``numbers`` and ``of``, and the C++ code that reads it.
+To add an operation, follow the list in ``docs/kernels.md``, "Extend the kernels".
 """
 
 from __future__ import annotations

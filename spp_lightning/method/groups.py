@@ -93,6 +93,9 @@ class WeightGroups:
         Returns:
             One importance per group, ``(count,)``, in float32 at least.
 
+        Raises:
+            ValueError: If ``criterion`` is another one.
+
         >>> groups = WeightGroups((2, 1, 1, 2))
         >>> groups.importance(torch.tensor([[[[1.0, 3.0]]], [[[-2.0, 4.0]]]]))
         tensor([3., 7.])
@@ -102,16 +105,22 @@ class WeightGroups:
             i for i, size in enumerate(self.mask_shape) if size == 1 and split.shape[i] > 1
         )
         split = split.to(torch.promote_types(weight.dtype, torch.float32))
-        if not dims:
+        if not dims and criterion in ("l1", "l2"):  # of one weight both norms are its magnitude
             return split.abs().flatten()
         # Sum in memory order: another order, or torch's vector_norm, takes many times as long on
         # a CPU.
         order = sorted(range(split.dim()), key=split.stride, reverse=True)
         place = [order.index(dim) for dim in range(split.dim())]
         terms = split.permute(order)
-        terms = terms.abs() if criterion == "l1" else terms.square()
-        sums = terms.sum([place[dim] for dim in dims], keepdim=True).permute(place).flatten()
-        return sums if criterion == "l1" else sums.sqrt()
+
+        def total(x: Tensor) -> Tensor:
+            return x.sum([place[dim] for dim in dims], keepdim=True).permute(place).flatten()
+
+        if criterion == "l1":
+            return total(terms.abs())
+        if criterion == "l2":
+            return total(terms.square()).sqrt()
+        raise ValueError(f'`criterion` must be one of "l1", "l2", got {criterion!r}.')
 
     def zero(self, alive: Tensor, *tensors: Tensor) -> None:
         """Set the groups that are not alive to 0, in place.

@@ -1,8 +1,8 @@
-"""Which channels of a network's tensors are read at all, and a network without the others.
+"""Channels that no layer reads are removed from a network.
 
-A channel whose columns are pruned in every layer that reads it need not be computed: its filter
-goes, and its place in the norms and additions on the way. Layers that add or join tensors tie
-their channels together; the ties make classes of tensors that keep the same channels.
+A channel whose columns are pruned in every layer that reads it need not be computed. Its filter is
+removed, and its place in the norms and additions in between. An addition ties its tensors together:
+they keep the same channels. A concatenation ties each part to its range of the whole.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def remove_channels(graph: fx.GraphModule) -> dict[str, int]:
 
 
 def _kept_channels(graph: fx.GraphModule) -> dict[Node, Tensor]:
-    """Per 4-d tensor, which of its channels some layer reads; ``(channels,)``, bool."""
+    """For each 4-d tensor, which of its channels are read by a layer: ``(channels,)``, bool."""
     nodes = [node for node in graph.graph.nodes if len(shape_of(node) or ()) == 4]
     parent = {node: node for node in nodes}
 
@@ -74,7 +74,7 @@ def _kept_channels(graph: fx.GraphModule) -> dict[Node, Tensor]:
         return node
 
     cats: list[tuple[Node, list[Node]]] = []
-    free: set[Node] = set()  # nodes that can do with fewer output channels
+    free: set[Node] = set()  # nodes whose output channels can be removed
     for node in nodes:
         module = module_of(graph, node)
         once = module is None or times_called(graph, node.target) == 1
@@ -117,6 +117,7 @@ def _kept_channels(graph: fx.GraphModule) -> dict[Node, Tensor]:
 def _spread_through_cats(
     cats: list[tuple[Node, list[Node]]], masks: dict[Node, Tensor], root: object
 ) -> None:
+    """Keep a channel in a part if it is kept in the whole, and the other way round."""
     changed = True
     while changed:
         changed = False

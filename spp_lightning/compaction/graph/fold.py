@@ -1,4 +1,4 @@
-"""Batch norms and constant channels, computed in the weights of convolutions."""
+"""Batch norms and constant channels, folded into the weights and biases of convolutions."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ __all__ = ["absorb_constants", "fold_batch_norms"]
 
 
 def fold_batch_norms(graph: fx.GraphModule) -> None:
-    """Compute every batch norm that follows a convolution in that convolution's weights.
+    """Fold every batch norm that follows a convolution into that convolution.
 
     Args:
         graph: A traced network in evaluation mode, changed in place; its modules are replaced,
@@ -46,11 +46,12 @@ def fold_batch_norms(graph: fx.GraphModule) -> None:
 
 
 def absorb_constants(graph: fx.GraphModule) -> None:
-    """Take channels that are the same number everywhere out of the convolutions that read them.
+    """Move what convolutions compute of constant channels into their biases.
 
-    A pruned filter leaves its bias, the same number at every pixel, and often 0 behind a ReLU.
-    Where a convolution reads nothing but that number, which padding would break up unless it is 0,
-    its share goes into the bias, and the columns become 0.
+    A pruned filter outputs its bias, the same number at every pixel; a ReLU often makes that 0. A
+    convolution that reads such a channel adds the same number to all its outputs. That number goes
+    into its bias, and the columns that read the channel become 0. Zero padding would put other
+    numbers around the channel, so a padded convolution only does without channels that are 0.
 
     Args:
         graph: A traced network, changed in place; its modules are replaced, not changed.

@@ -1,4 +1,4 @@
-"""What follows a convolution and can be computed on the way: additions, clamps and pools."""
+"""What follows a convolution and can be its epilogue: an addition, a clamp, pools and norms."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from spp_lightning.compaction.epilogue import Clamp, Epilogue, PlaneOp
 from spp_lightning.compaction.graph.patterns import add_operands, as_clamp, as_plane_op
 from spp_lightning.compaction.graph.query import Node, shape_of, single_user
 
-__all__ = ["Chain", "chain_after"]
+__all__ = ["FusedNodes", "fused_after"]
 
 
 @dataclass
-class Chain:
-    """A convolution's node, and the nodes after it that one layer computes together with it."""
+class FusedNodes:
+    """A convolution's node, and the nodes after it that become the epilogue of one layer."""
 
     conv: Node
     nodes: list[Node] = field(default_factory=list)
@@ -25,35 +25,40 @@ class Chain:
 
     @property
     def epilogue(self) -> Epilogue:
-        """What the layer computes behind the convolution."""
+        """The layer's epilogue."""
         return Epilogue(self.clamp, self.post)
 
     @property
     def end(self) -> Node:
-        """The node whose output is that of the whole chain."""
+        """The last node: its output is the layer's."""
         return self.nodes[-1] if self.nodes else self.conv
 
 
-def chain_after(graph: fx.GraphModule, conv: Node) -> Chain:
-    """The longest chain that begins with a convolution: residual, clamp, operations on planes."""
-    chain = Chain(conv)
-    while (node := single_user(chain.end)) is not None and node.op != "output":
+def fused_after(graph: fx.GraphModule, conv: Node) -> FusedNodes:
+    """As many nodes after a convolution as an epilogue can compute, each read by the next only.
+
+    An epilogue adds a residual, then clamps, then pools or norms planes.
+    """
+    fused = FusedNodes(conv)
+    while (node := single_user(fused.end)) is not None and node.op != "output":
         operands, clamp = add_operands(node), as_clamp(graph, node)
         plane_op = as_plane_op(graph, node)
-        fresh = chain.clamp == Clamp()
-        if operands is not None and chain.residual is None and fresh and not chain.post:
+        unclamped = fused.clamp == Clamp()
+        if operands is not None and fused.residual is None and unclamped and not fused.post:
             first, second = operands
             if first is second or "get_attr" in (first.op, second.op):  # the latter has no batch
                 break
-            if 1 in (shape_of(first) or ())[2:]:  # of larger pictures one may be broadcast
+            # A side of 1 pixel: for a larger image this operand may be broadcast to the other one.
+            if 1 in (shape_of(first) or ())[2:]:
                 break
-            chain.residual = second if first is chain.end else first
-        # A clamp behind a max pool does the same in front of it.
-        elif clamp is not None and fresh and all(op.kind == "max_pool" for op in chain.post):
-            chain.clamp = clamp
+            fused.residual = second if first is fused.end else first
+        # A max pool may come first: clamps are monotone, so the maximum of clamped numbers is the
+        # clamped maximum. An operation that isn't monotone can't be moved in front of a pool.
+        elif clamp is not None and unclamped and all(op.kind == "max_pool" for op in fused.post):
+            fused.clamp = clamp
         elif plane_op is not None:
-            chain.post = (*chain.post, plane_op)
+            fused.post = (*fused.post, plane_op)
         else:
             break
-        chain.nodes.append(node)
-    return chain
+        fused.nodes.append(node)
+    return fused

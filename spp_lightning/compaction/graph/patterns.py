@@ -67,7 +67,7 @@ _ELEMENTWISE_METHODS = ("add", "add_", "sub", "sub_", "mul", "mul_")
 
 
 def add_operands(node: Node) -> tuple[Node, Node] | None:
-    """The two tensors of one shape that a node adds, if that is all it does."""
+    """The two tensors that a node adds, if it does no more and they are of one shape."""
     if not calls(node, _ADD, ("add", "add_")) or len(node.args) != 2 or node.kwargs:
         return None
     first, second = node.args
@@ -78,7 +78,7 @@ def add_operands(node: Node) -> tuple[Node, Node] | None:
 
 
 def cat_operands(node: Node) -> list[Node] | None:
-    """The pictures that a node joins channel by channel, if that is what it does."""
+    """The 4-d tensors that a node concatenates along the channels, if that is what it does."""
     if not calls(node, (torch.cat, torch.concat), ()):
         return None
     given = arguments(node, ("tensors", "dim"))
@@ -103,7 +103,7 @@ def is_channelwise(graph: fx.GraphModule, node: Node) -> bool:
         inputs = node.all_input_nodes
         return len(inputs) == 1 and len(shape_of(inputs[0]) or ()) == 4
     if calls(node, _ELEMENTWISE, _ELEMENTWISE_METHODS):
-        # Numbers may stand beside the pictures; a tensor that is none could hold channels anywhere.
+        # Scalars may be among the operands. A tensor that isn't 4-d could have channels anywhere.
         shapes = [shape_of(x) or () for x in node.all_input_nodes]
         return all(len(x) == 4 and x[1] == shape[1] for x in shapes)
     return False
@@ -125,7 +125,7 @@ def as_clamp(graph: fx.GraphModule, node: Node) -> Clamp | None:
 
 
 def as_plane_op(graph: fx.GraphModule, node: Node) -> PlaneOp | None:
-    """The pool or norm that a node computes plane by plane, if that is what it does."""
+    """The pool or norm of planes that a node computes, if that is what it does."""
     module = module_of(graph, node)
     given: dict[str, Any]
     if calls(node, (local_response_norm,), ()):

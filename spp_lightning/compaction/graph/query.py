@@ -1,4 +1,4 @@
-"""What the nodes of a traced network are: their modules, shapes, arguments and readers."""
+"""Questions about the nodes of a traced network: module, shape, arguments, users."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def calls(node: Node, functions: tuple[Callable[..., Any], ...], methods: tuple[
 
 
 def times_called(graph: fx.GraphModule, target: object) -> int:
-    """How often a layer is called, or one of its tensors is read by itself."""
+    """How many nodes call a layer, or read one of its tensors without calling it."""
     return sum(
         (node.op == "call_module" and node.target == target)
         or (node.op == "get_attr" and str(node.target).startswith(f"{target}."))
@@ -64,7 +64,7 @@ def times_called(graph: fx.GraphModule, target: object) -> int:
 
 
 def set_module(network: nn.Module, name: str, module: nn.Module) -> None:
-    """Put a module in the place of another one of a network."""
+    """Replace the module of a name by another one."""
     parent, _, child = name.rpartition(".")
     setattr(network.get_submodule(parent), child, module)
 
@@ -72,7 +72,7 @@ def set_module(network: nn.Module, name: str, module: nn.Module) -> None:
 def convolution_like(
     conv: nn.Conv2d, channels: int, filters: int, groups: int, bias: bool
 ) -> nn.Conv2d:
-    """A convolution of other sizes, and of everything else as ``conv``; its weights are not set."""
+    """A convolution of other sizes, else with the settings of ``conv``; its weights are random."""
     return nn.Conv2d(
         channels,
         filters,

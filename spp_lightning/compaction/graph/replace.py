@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from spp_lightning.compaction.geometry import Geometry
-from spp_lightning.compaction.graph.fuse import chain_after
+from spp_lightning.compaction.graph.fuse import fused_after
 from spp_lightning.compaction.graph.query import module_of, set_module, shape_of, times_called
 from spp_lightning.compaction.kernels.cpu import cost
 from spp_lightning.compaction.kernels.cpu.library import is_available
@@ -97,9 +97,9 @@ def replace_convolutions(graph: fx.GraphModule, tune: bool = False) -> dict[str,
             continue
         if len(node.args) != 1 or node.kwargs:
             continue
-        chain = chain_after(graph, node)
-        layer = ColumnConv2d.of(conv, chain.epilogue).train(conv.training)
-        shape, residual = shape_of(node.args[0]), chain.residual is not None
+        fused = fused_after(graph, node)
+        layer = ColumnConv2d.of(conv, fused.epilogue).train(conv.training)
+        shape, residual = shape_of(node.args[0]), fused.residual is not None
         assert shape is not None
         if tune:
             decision = _measure(conv, layer, shape, residual)
@@ -115,14 +115,14 @@ def replace_convolutions(graph: fx.GraphModule, tune: bool = False) -> dict[str,
             if _is_pruned(conv) and len(calls) == times_called(graph, name):
                 set_module(graph, name, ColumnConv2d.of(conv).train(conv.training))
             continue
-        end = chain.end
+        end = fused.end
         set_module(graph, name, layer)
-        arguments = (node.args[0],) if chain.residual is None else (node.args[0], chain.residual)
+        arguments = (node.args[0],) if fused.residual is None else (node.args[0], fused.residual)
         with graph.graph.inserting_after(end):
-            fused = graph.graph.call_module(name, arguments)
-        fused.meta = dict(end.meta)
-        end.replace_all_uses_with(fused)
-        for old in (*reversed(chain.nodes), node):
+            call = graph.graph.call_module(name, arguments)
+        call.meta = dict(end.meta)
+        end.replace_all_uses_with(call)
+        for old in (*reversed(fused.nodes), node):
             graph.graph.erase_node(old)
             order.pop(old, None)
     graph.graph.lint()

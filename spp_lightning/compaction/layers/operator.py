@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from torch.nn.grad import conv2d_input, conv2d_weight
 from torch.utils.flop_counter import register_flop_formula
 
-from spp_lightning.compaction.epilogue import Epilogue
+from spp_lightning.compaction.epilogue import Clamp
 from spp_lightning.compaction.geometry import Geometry, dense_weight
 from spp_lightning.compaction.kernels import gpu
 from spp_lightning.compaction.kernels.cpu.checks import check_columns
@@ -209,7 +209,7 @@ def _forward(
         y = gpu.column_conv2d(
             x, weight, columns, bias, *sizes, residual=residual, clamp=epilogue.clamp
         )
-        return Epilogue(post=epilogue.post)(y)
+        return epilogue._replace(clamp=Clamp())(y)  # all that the kernel leaves
     if columns.is_cpu:  # to read them on another device would wait for it
         check_columns(columns, spec.geometry)
     y = _dense(x, weight, columns, bias, spec.geometry)
