@@ -12,6 +12,8 @@ from spp_lightning.compaction.geometry import Geometry
 
 SENTINEL = 12345.0
 ROOM = 512  # floats of a guard on each side
+# Images of which rows are whole vectors, of which planes are, and of which neither are.
+SIZES = {"rows": (64, 64), "planes": (32, 130), "neither": (63, 65)}
 NORM = PlaneOp("local_response_norm", (3, 3), alpha=LRN_ALPHA)
 
 

@@ -45,7 +45,7 @@ inline void conv_gradient(const BackwardTask& task, const float* given, const fl
     std::memcpy(grad, given, sizeof(float) * task.grad_floats);
     return;
   }
-  Convolution(plan, pass, s, sources, nullptr, nullptr).run(nullptr, planes, Partition{0, 1});
+  Convolution(plan, pass, s, sources, nullptr, nullptr).run(nullptr, planes, false, Partition{0, 1});
   for (int f = 0; f < plan.geometry.filters; f += kChannelBlock)
     epilogue_gradient(plan, pass, s, std::min(kChannelBlock, plan.geometry.filters - f),
                       planes + f * s.conv_plane, given + f * s.output_plane, grad + f * s.conv_plane);

@@ -301,6 +301,7 @@ struct StageTask {
   const float* residual;
   float* output;
   bool planes;  // whether the output is planes, or channel blocks for the next stage
+  bool non_temporal;  // whether planes are stored so
 };
 
 // Row y of the convolution, clamped: [block][pixel][filter], the blocks `out_stride` apart.
@@ -346,8 +347,9 @@ inline void run_unit(const Stage& stage, const StageTask& task, const Unit& unit
   RowMaker<decltype(row)> maker(stage.plan, stage.rows, unit.blocks, row);
   if (task.planes) {
     const int filter = unit.first_filter;
-    return make_planes(maker, begin, end, {task.output + filter * stage.s.output_plane,
-                                           stage.s.output_plane, stage.s.out_width, unit.last_filter - filter});
+    return make_planes(maker, begin, end,
+                       {task.output + filter * stage.s.output_plane, stage.s.output_plane,
+                        stage.s.out_width, unit.last_filter - filter, task.non_temporal});
   }
   const BlockedPlanes out = stage.output(task.output, stage.edge);
   for (int block = 0; block < unit.blocks; ++block)

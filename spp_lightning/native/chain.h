@@ -69,6 +69,7 @@ class BlockedChain : public Chain {
     task.output = !is_last ? between(index, part)
                   : linear ? features_of(part)
                            : output_of(write, last.s, part);
+    task.non_temporal = is_last && !linear && is_non_temporal(write, last.s, task.output);
     if (stage.bands) run_bands(stage, task, part.threads);
     else run_stage(stage, task, part.threads);
   }

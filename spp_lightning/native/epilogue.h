@@ -100,6 +100,7 @@ struct PlaneOutput {
   int64_t plane;  // floats from one to the next
   int width;
   int filters;    // of all blocks
+  bool non_temporal;  // whether whole vectors are stored so
 };
 
 // Rows [begin, end) of some channel blocks, transposed some at a time.
@@ -120,7 +121,8 @@ inline void make_planes(RowMaker<ConvRow>& maker, int begin, int end, const Plan
     for (int block = 0; block < blocks; ++block) {
       const int filter = block * kChannelBlock;
       transpose_back(made + block * stride, kChannelBlock, std::min(kChannelBlock, to.filters - filter),
-                     rows * to.width, to.plane, to.planes + filter * to.plane + y * to.width);
+                     rows * to.width, to.plane, to.planes + filter * to.plane + y * to.width,
+                     to.non_temporal && y * to.width % kLanes == 0);
     }
   }
 }
@@ -143,7 +145,8 @@ inline void apply_epilogue(const Plan& plan, const KernelConfig& config, const S
                       s.conv_plane, count, config.conv_width, row);
     };
     RowMaker<decltype(conv_row)> maker(plan, sources, 1, conv_row);
-    make_planes(maker, 0, s.out_height, {output + first * s.output_plane, s.output_plane, s.out_width, count});
+    make_planes(maker, 0, s.out_height,
+                {output + first * s.output_plane, s.output_plane, s.out_width, count, false});
   }
 }
 
@@ -184,7 +187,7 @@ inline void epilogue_gradient(const Plan& plan, const KernelConfig& config, cons
   const float* conv = input_of(0);
   for (int64_t i = 0; i < s.conv_plane * kChannelBlock; ++i)
     grad[i] = conv[i] > plan.low && conv[i] < plan.high ? grad[i] : 0.0f;
-  transpose_back(grad, kChannelBlock, count, static_cast<int>(s.conv_plane), s.conv_plane, out);
+  transpose_back(grad, kChannelBlock, count, static_cast<int>(s.conv_plane), s.conv_plane, out, false);
 }
 
 }  // namespace SPP_ISA

@@ -73,6 +73,7 @@ void for_each_image(const ForwardPass& pass, const Shapes& s, size_t plane_float
         }
         memory.guard([&] { run(phase, ImagePart{image, shared, all}); });
       }
+    finish_stores();
   }
   memory.rethrow();
 }
@@ -113,6 +114,21 @@ inline float* output_of(const ForwardPass& pass, const Shapes& s, const ImagePar
   if (pass.bfloat16) return part.scratch.result;
   return static_cast<float*>(pass.output) +
          part.image * pass.plan->geometry.filters * s.output_plane;
+}
+
+#ifdef SPP_EXACT_BUFFERS
+constexpr int64_t kNonTemporalBytes = 1 << 10;  // so that small outputs are, too
+#else
+constexpr int64_t kNonTemporalBytes = 4 << 20;  // of an output that leaves the cache before it is read
+#endif
+
+// Whether whole vectors of the planes that the convolution makes of an image are written by non-temporal stores:
+// if they are part of a large output, and all planes begin at an aligned address.
+inline bool is_non_temporal(const ForwardPass& pass, const Shapes& s, const float* planes) {
+  const int64_t bytes = pass.batch * pass.plan->geometry.filters * s.conv_plane * sizeof(float);
+  const bool is_output = pass.plan->epilogue.empty() && !pass.bfloat16;
+  return kAvoidsStoreMisses && is_output && bytes >= kNonTemporalBytes &&
+         s.conv_plane % kLanes == 0 && reinterpret_cast<uintptr_t>(planes) % sizeof(Vector) == 0;
 }
 
 // Narrows a thread's part of the result to bfloat16.

@@ -57,6 +57,7 @@ struct TileTask {
   float* output;          // the first filter's plane, at the first pixel
   int64_t plane;          // floats from one filter's plane to the next
   int filters, pixels;    // to store
+  bool non_temporal;      // whether full tiles are stored so
   bool clamped;
   float low, high;
   float* partial;         // sums over the columns so far; null if the panel has all columns
@@ -89,8 +90,21 @@ inline __attribute__((always_inline)) void store_whole(const Vector (&sum)[kRows
       Vector y = sum[r][v];
       if (task.residual) y += load(task.residual + r * task.plane + v * kLanes);
       if (task.clamped) y = clamp(y, task.low, task.high);
-      store(out + v * kLanes, y);
+      store_output(out + v * kLanes, y, task.non_temporal);
     }
+  }
+}
+
+constexpr int kPrefetchColumns = 8;  // with fewer, to prefetch the output takes longer than it spares
+
+template <int kRows, int kV>
+inline __attribute__((always_inline)) void prefetch_output(const TileTask& task) {
+  if (!kAvoidsStoreMisses || !task.last || task.non_temporal || task.columns < kPrefetchColumns) return;
+  for (int r = 0; r < std::min(kRows, task.filters); ++r) {
+    const float* row = task.output + r * task.plane;
+#pragma GCC unroll 3
+    for (int v = 0; v < kV; ++v) __builtin_prefetch(row + v * kLanes, 1);
+    __builtin_prefetch(row + kV * kLanes - 1, 1);
   }
 }
 
@@ -109,6 +123,7 @@ void pixel_tile(const TileTask& task) {
 #pragma GCC unroll 3
       for (int v = 0; v < kV; ++v) sum[r][v] = load(task.partial + (r * kVectors + v) * kLanes);
   }
+  prefetch_output<kRows, kV>(task);
   if (task.last && task.residual)
     for (int r = 0; r < std::min(kRows, task.filters); ++r)
       for (int v = 0; v < kV; ++v) __builtin_prefetch(task.residual + r * task.plane + v * kLanes);
@@ -141,6 +156,7 @@ struct GroupTask {
   float* output;
   float* partial;  // room for the sums of all filters of a tile; null if one panel has all columns
   int filters;
+  bool non_temporal;  // whether full tiles are stored so
 };
 
 // Tiles of filters [first, last) at one tile of pixels. `task` has what is the same for all of them.
@@ -202,7 +218,7 @@ class Convolution {
   }
 
   // A thread's part of the planes.
-  void run(const float* residual, float* output, const Partition& threads) {
+  void run(const float* residual, float* output, bool non_temporal, const Partition& threads) {
     const int filters = plan_.group_filters(), filter_tiles = plan_.group_tiles();
     const int tiles = static_cast<int>((s_.conv_plane + kTile - 1) / kTile);
     const int parts = filter_parts(tiles, filter_tiles, threads.count);
@@ -211,7 +227,8 @@ class Convolution {
       const TileWeights& weights = kPairs ? plan_.pairs : plan_.weights;
       set_group(g);
       const GroupTask group{weights.of_group(g), plan_.bias.data() + g * filters,
-                            residual ? residual + at : nullptr, output + at, partial_, filters};
+                            residual ? residual + at : nullptr, output + at, partial_, filters,
+                            non_temporal};
       for (int item = threads.begin(tiles * parts); item < threads.end(tiles * parts); ++item) {
         const Partition part{item / tiles, parts};
         run_tile(group, item % tiles * kTile, part.begin(filter_tiles), part.end(filter_tiles));
@@ -237,6 +254,7 @@ class Convolution {
     task.panel = panel_;
     task.plane = s_.conv_plane;
     task.pixels = tile.count;
+    task.non_temporal = group.non_temporal;
     task.clamped = plan_.low > -kInfinity || plan_.high < kInfinity;
     task.low = plan_.low;
     task.high = plan_.high;
@@ -299,7 +317,7 @@ inline void forward_pixels(const ForwardPass& pass) {
     float* made = has_epilogue ? part.scratch.planes : output;
     if (phase == 0) {
       Convolution conv(plan, pass, s, input_of(pass, s, part), start, end);
-      conv.run(residual_of(pass, s, part), made, part.threads);
+      conv.run(residual_of(pass, s, part), made, is_non_temporal(pass, s, made), part.threads);
     } else if (phase == 1 && has_epilogue) {
       apply_epilogue(plan, pass, s, made, output, part.threads);
     } else {

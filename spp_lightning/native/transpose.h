@@ -43,9 +43,10 @@ inline void transpose_planes(const float* in, int64_t plane, int channels, int p
                      std::min(kLanes, pixels - p), pitch, out + p * pitch + c);
 }
 
-// The way back. A tile of kLanes pixels is read whole, also behind the last one.
+// The way back. A tile of kLanes pixels is read whole, also behind the last one. Non-temporal stores need planes
+// of whole vectors, and the first pixels at an aligned address.
 inline void transpose_back(const float* in, int64_t pitch, int channels, int pixels, int64_t plane,
-                           float* out) {
+                           float* out, bool non_temporal) {
   for (int c = 0; c < channels; c += kLanes)
     for (int p = 0; p < pixels; p += kLanes) {
       Vector block[kLanes];
@@ -56,7 +57,7 @@ inline void transpose_back(const float* in, int64_t pitch, int channels, int pix
       float* to = out + c * plane + p;
       if (p + kLanes <= pixels && count == kLanes) {
 #pragma GCC unroll 16
-        for (int i = 0; i < kLanes; ++i) store(to + i * plane, block[i]);
+        for (int i = 0; i < kLanes; ++i) store_output(to + i * plane, block[i], non_temporal);
       } else {
         for (int i = 0; i < count; ++i) store_lanes(to + i * plane, block[i], pixels - p);
       }

@@ -10,6 +10,14 @@
 namespace spp {
 namespace SPP_ISA {
 
+// A store waits until its line is in the cache. With AVX-512 the kernels avoid that: they write large outputs by
+// non-temporal stores, which need no line, and prefetch the lines of the others. With fewer lanes it isn't worth
+// its time; tests define this as 1 for all instruction sets.
+#ifndef SPP_AVOIDS_STORE_MISSES
+#define SPP_AVOIDS_STORE_MISSES (SPP_LANES == 16)
+#endif
+constexpr bool kAvoidsStoreMisses = SPP_AVOIDS_STORE_MISSES;
+
 constexpr int kLanes = SPP_LANES;
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
@@ -22,6 +30,23 @@ typedef uint16_t Halves __attribute__((vector_size(kLanes * 2), aligned(2), may_
 
 inline Vector load(const float* p) { return *reinterpret_cast<const Vector*>(p); }
 inline void store(float* p, Vector v) { *reinterpret_cast<Vector*>(p) = v; }
+
+// A vector of the output. A non-temporal store needs an aligned address, and other threads see it after
+// finish_stores().
+inline void store_output(float* p, Vector v, [[maybe_unused]] bool non_temporal) {
+#if SPP_LANES == 16
+  if (kAvoidsStoreMisses && non_temporal) return _mm512_stream_ps(p, v);
+#elif SPP_LANES == 8
+  if (kAvoidsStoreMisses && non_temporal) return _mm256_stream_ps(p, v);
+#endif
+  store(p, v);
+}
+
+inline void finish_stores() {
+#if SPP_LANES > 4
+  if (kAvoidsStoreMisses) _mm_sfence();
+#endif
+}
 
 // One number in all lanes. Compilers drop the subtraction of 0; a sum with 0 they would compute, since it makes
 // -0 a 0.

@@ -235,7 +235,8 @@ inline void finish_tile(const float* products, int64_t stride, const float* bias
 template <int kSide>
 inline void finish_block(const ForwardPass& pass, const Shapes& s, const TileBatches& batches,
                          const WinogradWeights& weights, const float* products, int64_t stride,
-                         int block, int first, int last, const float* residual, float* planes, float* result) {
+                         int block, int first, int last, const float* residual, float* planes,
+                         bool non_temporal, float* result) {
   const Plan& plan = *pass.plan;
   const int width = pass.conv_width, filter = block * kChannelBlock;
   const int filters = std::min(kChannelBlock, plan.geometry.filters - filter);
@@ -252,7 +253,8 @@ inline void finish_block(const ForwardPass& pass, const Shapes& s, const TileBat
     const int64_t at = filter * s.conv_plane + int64_t{y} * kSide * width;
     const int pixels = rows * width;
     if (residual) add_residual(plan, residual + at, s.conv_plane, filters, pixels, result);
-    transpose_back(result, kChannelBlock, filters, pixels, s.conv_plane, planes + at);
+    transpose_back(result, kChannelBlock, filters, pixels, s.conv_plane, planes + at,
+                   non_temporal && y * kSide * width % kLanes == 0);
   }
 }
 
@@ -265,6 +267,7 @@ inline void winograd_planes(const ForwardPass& pass, const Shapes& s, const Wino
   const WinogradBuffers own(pass, batches);
   const Partition whole{0, 1}, rows = batches.by_rows ? threads : whole;
   const Partition rest = batches.by_rows ? whole : threads;
+  const bool non_temporal = is_non_temporal(pass, s, planes);
   const int units = TileBatches::per(batches.out_blocks, kBlocksAtOnce), end = rows.end(batches.tile_rows);
   for (int first = rows.begin(batches.tile_rows); first < end; first += batches.rows) {
     const int last = std::min(first + batches.rows, end), tiles = (last - first) * batches.tile_cols;
@@ -277,7 +280,7 @@ inline void winograd_planes(const ForwardPass& pass, const Shapes& s, const Wino
       for (int i = 0; i < blocks; ++i)
         finish_block<kSide>(pass, s, batches, weights, own.products + i * batches.tiles * kChannelBlock,
                             batches.out_stride(blocks), block + i, first, last, residual, planes,
-                            own.result);
+                            non_temporal, own.result);
     }
   }
 }

@@ -9,10 +9,13 @@ import pytest
 import torch
 from cases import (
     NORM,
+    SENTINEL,
+    SIZES,
     Case,
     Tensors,
     cases,
     guarded,
+    intact,
     tensors,
 )
 from facade import EXACT, Kernel, handle, has_pairs, output, prepared, set_instruction_set
@@ -252,18 +255,22 @@ def test_what_is_no_number_goes_where_torch_takes_it(post, value, kernel, isa):
         torch.testing.assert_close(out[finite].double(), expected[finite], rtol=1e-5, atol=1e-5)
 
 
-def test_large_outputs_are_those_of_single_images(isa):
-    """They are written by non-temporal stores; those of one image here aren't."""
-    case = Case(Geometry(3, 64, (3, 3), padding=(1, 1)), (64, 64), 5, SOME[:5])
+@pytest.mark.parametrize("size", SIZES.values(), ids=SIZES)
+def test_large_outputs_are_those_of_single_images(size, isa):
+    """AVX-512 writes them by non-temporal stores where addresses are aligned; not one image."""
+    case = Case(Geometry(3, 64, (3, 3), padding=(1, 1)), size, 5, SOME[:5])
     t = tensors(case)
     made = handle(case, t, RELU)
     expected = torch.cat([made.forward(x[None].contiguous()) for x in t.x])
     assert expected.nbytes > 4 * 2**20 > expected[0].nbytes
     for kernel in EXACT:
         for threads in THREADS:
-            out = torch.full(expected.shape, math.nan)  # aligned, as guarded memory isn't
-            made.run(prepared(made, t.x, kernel, threads), t.x, None, out)
-            assert torch.equal(out, expected)
+            aligned = torch.full(expected.shape, math.nan)
+            assert aligned.data_ptr() % 64 == 0
+            for out in (aligned, guarded(aligned, SENTINEL)):
+                made.run(prepared(made, t.x, kernel, threads), t.x, None, out)
+                assert torch.equal(out, expected)
+            assert intact(out)
 
 
 def test_gradients_dont_depend_on_what_was_computed_before(isa):
