@@ -165,12 +165,18 @@ class ChainHandle:
         if out is None:
             # Numbers one by one are read faster than a tuple.
             out = torch.empty(*prepared.out_shape, dtype=torch.float32)
+        native, linear = prepared.native, self.linear
+        assert native is not None, "one layer at a time otherwise"
+        # Arguments one by one: a call with unpacked tuples takes longer.
         self._forward(
-            prepared.native.address,  # type: ignore[union-attr]
-            *(x.data_ptr(), x.numel()),
-            *((None, 0) if residual is None else (residual.data_ptr(), residual.numel())),
-            None if self.linear is None else self.linear.address,
-            *(out.data_ptr(), out.numel()),
+            native.address,
+            x.data_ptr(),
+            x.numel(),
+            None if residual is None else residual.data_ptr(),
+            0 if residual is None else residual.numel(),
+            None if linear is None else linear.address,
+            out.data_ptr(),
+            out.numel(),
         )
         return out
 

@@ -187,16 +187,17 @@ class Handle:
             ValueError: If a tensor has more or fewer elements than what was prepared.
             MemoryError: If there is no memory for it.
         """
-        added, count = (None, 0) if residual is None else (residual.data_ptr(), residual.numel())
+        added = None if residual is None else residual.data_ptr()
+        count = 0 if residual is None else residual.numel()
+        x_at, x_count, out_at, out_count = x.data_ptr(), x.numel(), out.data_ptr(), out.numel()
+        # Arguments one by one: a call with unpacked tuples takes longer.
         if prepared.chain is None:
             self._forward(
-                *(self.address, prepared.address, x.data_ptr(), x.numel(), added, count),
-                *(out.data_ptr(), out.numel()),
+                self.address, prepared.address, x_at, x_count, added, count, out_at, out_count
             )
         else:
             self._forward_chain(
-                *(prepared.chain.address, x.data_ptr(), x.numel(), added, count, None),
-                *(out.data_ptr(), out.numel()),
+                prepared.chain.address, x_at, x_count, added, count, None, out_at, out_count
             )
 
     def config_for(self, shape: Sequence[int], dtype: torch.dtype, threads: int) -> KernelConfig:
