@@ -195,9 +195,7 @@ def stream(images: int = 16) -> DataLoader[Any]:
 
 
 def stateful(**options: Any) -> Any:
-    from torchdata.stateful_dataloader import (  # type: ignore[import-untyped]
-        StatefulDataLoader,
-    )
+    from torchdata.stateful_dataloader import StatefulDataLoader
 
     return StatefulDataLoader(noise(80), 16, **options)
 
