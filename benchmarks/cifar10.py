@@ -88,7 +88,7 @@ class Run:
 
 
 def accuracy(net: ConvNet) -> float:
-    """Accuracy on the 10,000 test pictures, in percent."""
+    """Accuracy on the 10,000 test images, in percent."""
     trainer = Trainer(logger=False, enable_progress_bar=False, enable_model_summary=False)
     data = CIFAR10DataModule(DATA, batch_size=500)
     return 100 * float(trainer.test(net, data, verbose=False)[0]["test_acc"])
@@ -126,7 +126,7 @@ def measure(schedule: str, runs: dict[str, Run]) -> Row:
             *("torchvision", "lightning"),
             device=device,
             **threads,
-            data=f"{data_of(DATA)}, all 50,000 training and 10,000 test pictures",
+            data=f"{data_of(DATA)}, all 50,000 training and 10,000 test images",
             seed=0,
             runs="1 each",
         ),

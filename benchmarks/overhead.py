@@ -65,12 +65,12 @@ def convolutions(net: nn.Module) -> list[nn.Module]:
 
 
 def batch_of(model: str, device: str) -> Batch:
-    """Random pictures and labels."""
+    """Random images and labels."""
     generator = torch.Generator().manual_seed(0)
     shape = MODELS[model][1]
-    pictures = torch.randn(shape, generator=generator)
+    images = torch.randn(shape, generator=generator)
     labels = torch.randint(0, 10, shape[:1], generator=generator)
-    return pictures.to(device), labels.to(device)
+    return images.to(device), labels.to(device)
 
 
 # --- the contenders ---

@@ -3,7 +3,7 @@
     python benchmarks/real_networks.py --save
 
 Trains and prunes a ConvNet and a ResNet-18 on CIFAR-10 for some minutes (their accuracy is no
-matter here), and compares the predicted classes of all test pictures: the pruned network's, those
+matter here), and compares the predicted classes of all test images: the pruned network's, those
 of its compact file loaded by a process that doesn't know its class, and those of the file turned
 back into a dense network. Exits with 1 if any differ. ``--checkpoint`` takes a ConvNet that was
 pruned before, such as that of ``benchmarks/cifar10.py``.
@@ -74,13 +74,13 @@ def pruned(net: LightningModule, normalize: Normalize, steps: int) -> LightningM
 
 
 def predictions(net: nn.Module, data: CIFAR10DataModule) -> Tensor:
-    """Predicted class of every test picture, ``(10000,)``."""
+    """Predicted class of every test image, ``(10000,)``."""
     data.setup("test")
     found = []
     with torch.no_grad():
         for batch in data.test_dataloader():
-            pictures, _ = data.on_after_batch_transfer(batch, 0)
-            found.append(net(pictures).argmax(1))
+            images, _ = data.on_after_batch_transfer(batch, 0)
+            found.append(net(images).argmax(1))
     return torch.cat(found)
 
 

@@ -12,7 +12,7 @@ anywhere; so everything about an element that can be is worked out before the lo
 
 * its address is a pointer of its pixel plus an offset of its column: one instruction;
 * whether it lies in the zero padding is ``outside[pixel] & taps[column] != 0``, one instruction:
-  bit ``i`` of ``outside`` says that row ``i`` of the kernel falls off the picture there, bit
+  bit ``i`` of ``outside`` says that row ``i`` of the kernel falls off the image there, bit
   ``15 + j`` that column ``j`` does, and ``taps`` has the bits of the element's ``i`` and ``j``;
 * the next tile's loads are issued before the product of the present one.
 

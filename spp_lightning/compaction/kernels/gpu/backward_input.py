@@ -51,7 +51,7 @@ def column_conv2d_backward_input(
     kept columns alone, on the tensor cores, and no atomic additions. One fused kernel can't do
     that: which outputs an input element needs differs from column to column, so a tile of it is no
     matrix product unless all columns take part. The price is the product's way through memory (in
-    ``grad``'s dtype); it is done for so many pictures at once as stay in the L2 cache.
+    ``grad``'s dtype); it is done for so many images at once as stay in the L2 cache.
 
     Args:
         grad: Gradient of the output, ``(B, N, Ho, Wo)``.
@@ -69,7 +69,7 @@ def column_conv2d_backward_input(
 
     Raises:
         TypeError: If the dtypes aren't float32, float16 or bfloat16.
-        ValueError: If the kernel or a picture is too large.
+        ValueError: If the kernel or an image is too large.
     """
     check_tensors(grad, weight, kernel_size)
     kept = len(columns)

@@ -64,7 +64,7 @@ def column_conv2d_backward_weight(
 
     Raises:
         TypeError: If the dtypes aren't float32, float16 or bfloat16.
-        ValueError: If the kernel or a picture is too large.
+        ValueError: If the kernel or an image is too large.
     """
     check_tensors(grad, x, kernel_size)
     filters, kept = grad.shape[1] // groups, len(columns)

@@ -73,7 +73,7 @@ def column_conv2d(
 
     Raises:
         TypeError: If the dtypes aren't one of the three.
-        ValueError: If the kernel or a picture is too large.
+        ValueError: If the kernel or an image is too large.
     """
     check_tensors(x, weight, kernel_size)
     filters, kept = weight.shape

@@ -24,7 +24,7 @@ _MAX_KERNEL = 15  # rows and columns of a kernel whose taps fit into the 32 bits
 
 
 def check_tensors(first: Tensor, second: Tensor | None = None, kernel_size: Pair = (1, 1)) -> None:
-    """Refuse what the kernels can't compute: other types, large kernels, large pictures."""
+    """Refuse what the kernels can't compute: other types, large kernels, large images."""
     if first.dtype not in (torch.float32, torch.float16, torch.bfloat16):
         raise TypeError(
             f"The Triton kernels compute in float32, float16 and bfloat16, got {first.dtype}."
@@ -33,11 +33,11 @@ def check_tensors(first: Tensor, second: Tensor | None = None, kernel_size: Pair
         raise TypeError(f"All tensors must have one dtype, got {first.dtype} and {second.dtype}.")
     if max(kernel_size) > _MAX_KERNEL:
         raise ValueError(f"`kernel_size` must be at most {_MAX_KERNEL}, got {kernel_size}.")
-    # Offsets within a picture and pixels are numbered in 32 bits, offsets of pictures in 64.
+    # Offsets within an image and pixels are numbered in 32 bits, offsets of images in 64.
     reach = sum((n - 1) * s for n, s in zip(first.shape[1:], first.stride()[1:], strict=True))
     if max(reach, len(first) * math.prod(first.shape[2:])) >= 2**31:
         raise ValueError(
-            "A tensor must have fewer than 2**31 pixels, and a picture must lie within 2**31"
+            "A tensor must have fewer than 2**31 pixels, and an image must lie within 2**31"
             f" elements of memory; got shape {tuple(first.shape)}, strides {first.stride()}."
         )
 

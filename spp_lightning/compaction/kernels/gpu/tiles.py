@@ -55,7 +55,7 @@ def groups_of(columns, first, k, kept, columns_per_group, BLOCK_K: tl.constexpr)
 
 @jit
 def pixel_offsets(p, size, strides):
-    """Of pixels p of all pictures: their offset, 64 bits wide."""
+    """Of pixels p of all images: their offset, 64 bits wide."""
     image = (p // (size[0] * size[1])).to(tl.int64)
     y = p // size[1] % size[0]
     x = p % size[1]
