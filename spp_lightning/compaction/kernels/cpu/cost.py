@@ -110,9 +110,9 @@ _WINOGRAD_TILES = 56  # of a block, for which weights are read once
 # Threads.
 _FORK = 5000.0  # nanoseconds until all threads work, and until they are done
 _BARRIER = 1000.0  # nanoseconds until all threads have reached a point
-# Several threads share an image of a chain less evenly than that of a layer alone: one call must
-# save a tenth. With that ResNet-50 at 10 times fewer MACs takes 6.3 ms instead of 7.1 with two
-# threads (AVX2), and ConvNet, whose one call is worth a fifth, keeps it.
+# Threads share an image of a chain less evenly than that of a layer alone. With fewer images than
+# threads, one call must save a tenth: ResNet-50 at 10 times fewer MACs is a tenth faster with two
+# threads (AVX2), and ConvNet keeps its one call.
 _CHAIN_MARGIN = 0.9
 
 # A call of a layer from Python, and of a dense one: nanoseconds without any computing.
@@ -250,7 +250,7 @@ def choose_chain(
         for count in dict.fromkeys((threads, 1))
     }
     count = min(times, key=times.__getitem__)
-    margin = _CHAIN_MARGIN if threads > 1 else 1.0
+    margin = _CHAIN_MARGIN if first[0] < threads else 1.0
     pays = possible and times[count] < margin * one_by_one
     return ChainChoice(possible, count if pays else 0, times[count] / 1e3, one_by_one / 1e3)
 
