@@ -111,8 +111,8 @@ _WINOGRAD_TILES = 56  # of a block, for which weights are read once
 _FORK = 5000.0  # nanoseconds until all threads work, and until they are done
 _BARRIER = 1000.0  # nanoseconds until all threads have reached a point
 # Threads share an image of a chain less evenly than that of a layer alone. With fewer images than
-# threads, one call must save a tenth: ResNet-50 at 10 times fewer MACs is a tenth faster with two
-# threads (AVX2), and ConvNet keeps its one call.
+# threads, one call must save a tenth: the bottlenecks of ResNet-50 are faster layer by layer then,
+# and ConvNet keeps its one call.
 _CHAIN_MARGIN = 0.9
 
 # A call of a layer from Python, and of a dense one: nanoseconds without any computing.
