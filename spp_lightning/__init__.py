@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from spp_lightning.compaction.report import compact_report
     from spp_lightning.data.cifar10 import CIFAR10DataModule
     from spp_lightning.data.digits import DigitsDataModule
+    from spp_lightning.method.computed import materialize_weights
     from spp_lightning.method.pruner import SPPPruner
     from spp_lightning.models.convnet import ConvNet
     from spp_lightning.training.callback import SPPCallback
@@ -31,6 +32,7 @@ __all__ = [
     "count_macs",
     "launcher_options",
     "load_compact",
+    "materialize_weights",
     "save_compact",
     "to_dense",
 ]
@@ -48,6 +50,7 @@ _HOMES = {
     "count_macs": "compaction.macs",
     "launcher_options": "training.launcher",
     "load_compact": "compaction.file.container",
+    "materialize_weights": "method.computed",
     "save_compact": "compaction.file.container",
     "to_dense": "compaction.graph.to_dense",
 }

@@ -13,7 +13,7 @@ import spp_lightning
 from spp_lightning import compact, save_compact
 
 PACKAGE = Path(spp_lightning.__file__).parent
-METHOD_OF_COMPACTION = ("method.masks", "method.selection", "method.groups")
+METHOD_OF_COMPACTION = ("method.masks", "method.selection", "method.groups", "method.computed")
 FLOORS = (  # of compaction, the lowest first; a room may import its own floor and those below
     ("native", *METHOD_OF_COMPACTION),
     (

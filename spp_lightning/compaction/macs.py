@@ -7,9 +7,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 
 from spp_lightning.compaction.geometry import Geometry
-from spp_lightning.method.groups import WeightGroups, weight_of
+from spp_lightning.method.computed import effective_weight
 from spp_lightning.method.selection import is_convolution
 
 __all__ = ["count_macs"]
@@ -19,7 +20,8 @@ def count_macs(model: nn.Module, example_input: Any) -> dict[str, int]:
     """Multiply-accumulate operations of every convolution and linear layer for an input.
 
     Weights in columns or filters that are 0 throughout don't count, since a compact network skips
-    them. One MAC is one multiplication and one addition; biases, norms and pools aren't counted.
+    them. Where a layer computes its weight from others, the computed one counts. One MAC is one
+    multiplication and one addition; biases, norms and pools aren't counted.
 
     Args:
         model: The network. It is run once in evaluation mode, and left as it was.
@@ -42,7 +44,10 @@ def count_macs(model: nn.Module, example_input: Any) -> dict[str, int]:
     layers = {
         name: layer
         for name, layer in model.named_modules()
-        if is_convolution(layer) or isinstance(layer, nn.Linear) or _geometry_of(layer)
+        if is_convolution(layer)
+        or isinstance(layer, nn.Linear)
+        or (isinstance(layer, _ConvNd) and not layer.transposed)  # parametrized
+        or _geometry_of(layer)
     }
     positions: dict[str, int] = {}
 
@@ -83,7 +88,7 @@ def _times_applied(layer: nn.Module, x: Tensor, output: Tensor) -> int:
     if geometry := _geometry_of(layer):  # whose output may be pooled already
         height, width = x.shape[-2:]
         return (len(x) if x.dim() == 4 else 1) * math.prod(geometry.out_size(height, width))
-    dims = weight_of(layer).dim() - 2  # of the kernel
+    dims = len(getattr(layer, "kernel_size", ()))
     if dims:
         batch = output.shape[0] if output.dim() == dims + 2 else 1
         return batch * math.prod(output.shape[-dims:])
@@ -92,10 +97,12 @@ def _times_applied(layer: nn.Module, x: Tensor, output: Tensor) -> int:
 
 def _kept_weights(layer: nn.Module) -> int:
     """Weights that are neither in a column of zeros nor in a filter of zeros."""
-    weight = weight_of(layer).detach()
     if _geometry_of(layer):
-        return weight.numel()
-    groups = WeightGroups.of(layer).conv_groups if is_convolution(layer) else 1
+        return int(layer.get_parameter("weight").numel())
+    weight = effective_weight(layer)
+    if weight is None:  # the layer's forward hands no weight to torch
+        weight = layer.get_parameter("weight").detach()
+    groups = int(getattr(layer, "groups", 1))
     nonzero = weight.unflatten(0, (groups, -1)).flatten(2) != 0
     columns, filters = nonzero.any(1).sum(1), nonzero.any(2).sum(1)
     return int((columns * filters).sum())

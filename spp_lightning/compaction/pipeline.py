@@ -12,8 +12,8 @@ from torch.utils._pytree import tree_leaves
 
 from spp_lightning.compaction.graph.channels import remove_channels
 from spp_lightning.compaction.graph.fold import absorb_constants, fold_batch_norms
+from spp_lightning.compaction.graph.lift import make_layers
 from spp_lightning.compaction.graph.network import CompactNetwork
-from spp_lightning.compaction.graph.norms import make_norms_layers
 from spp_lightning.compaction.graph.replace import (
     Decision,
     has_hooks,
@@ -23,6 +23,7 @@ from spp_lightning.compaction.graph.replace import (
 from spp_lightning.compaction.graph.trace import trace
 from spp_lightning.compaction.graph.tune import tune_chains
 from spp_lightning.compaction.timing import interleaved_ms
+from spp_lightning.method.computed import remove_parametrizations
 from spp_lightning.method.masks import is_masked
 
 __all__ = ["compact"]
@@ -84,6 +85,8 @@ def compact(
         if not isinstance(flag, bool):
             raise ValueError(f"`{name}` must be True or False, got {flag!r}.")
     original, model = model, copy.deepcopy(model).eval()
+    for module in model.modules():
+        remove_parametrizations(module)
     if inputs[0].is_cpu:
         model.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
         inputs = tuple(x.contiguous() for x in inputs)
@@ -96,7 +99,7 @@ def compact(
         graph = trace(model, inputs)
     except Exception as error:  # whatever a network may raise that cannot be traced
         return _one_by_one(original, f"can't be traced ({type(error).__name__}: {error})")
-    make_norms_layers(graph)
+    make_layers(graph)
     if fold:
         fold_batch_norms(graph)
         absorb_constants(graph)

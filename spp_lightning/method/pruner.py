@@ -55,8 +55,9 @@ class SPPPruner(PruningProgress):
 
     Raises:
         ValueError: If a setting is out of range, a pattern matches no layer, there is no layer to
-            prune, a layer named by ``layers`` has a lazy or shared weight, the layers are on
-            several devices, or another pruner is at work on the network.
+            prune, a layer named by ``layers`` has a lazy or shared weight, a layer computes another
+            weight from the stored one, the layers are on several devices, or another pruner is at
+            work on the network.
 
     Attributes:
         model: The network.

@@ -11,7 +11,11 @@ from torch import nn
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.parameter import UninitializedParameter
 
+from spp_lightning.method.computed import computes_weight
+
 __all__ = ["Selection", "is_convolution", "is_depthwise", "select_layers"]
+
+_PARAMETRIZED = "parametrized"
 
 
 def is_convolution(layer: nn.Module) -> bool:
@@ -72,8 +76,9 @@ def select_layers(
 
     Raises:
         ValueError: If a pattern matches no layer or there is no layer to prune (the error lists
-            the convolutions of the network), or if ``patterns`` match a layer whose weight is lazy
-            or shared with another module.
+            the convolutions of the network), if ``patterns`` match a layer whose weight is lazy
+            or shared with another module, or if a chosen layer's ``forward`` or a parametrization
+            computes the weight that it uses.
 
     >>> net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3, groups=8), nn.Conv2d(8, 4, 1))
     >>> selection = select_layers(net, {"0": 0.5, "*": 0.75})
@@ -87,7 +92,7 @@ def select_layers(
             convolutions[name] = layer
         elif isinstance(layer, _ConvNd):
             # A parametrization, such as weight norm, computes the weight from other parameters.
-            skipped[name] = "transposed" if layer.transposed else "parametrized"
+            skipped[name] = "transposed" if layer.transposed else _PARAMETRIZED
     owners = Counter(id(p) for module in model.modules() for p in module._parameters.values())
     for name, layer in convolutions.items():
         weight = layer._parameters["weight"]
@@ -121,10 +126,26 @@ def select_layers(
         ratios = dict.fromkeys(chosen, float(prune_ratio))
 
     layers = {name: convolutions[name] for name in ratios}
+    parametrized = [name for name, reason in skipped.items() if reason == _PARAMETRIZED]
+    if isinstance(prune_ratio, Mapping):
+        parametrized = _matching(list(prune_ratio), parametrized)
+    _check_weights(layers, parametrized if patterns is None else [])
     if not layers:
         there = ", ".join(f"{name} ({reason})" for name, reason in skipped.items()) or "none"
         raise ValueError(f"There is no convolution to prune. Convolutions left out: {there}.")
     return Selection(layers, ratios, skipped)
+
+
+def _check_weights(layers: Mapping[str, nn.Module], parametrized: Iterable[str]) -> None:
+    """Check that zeros in the stored weights are zeros in the weights that the layers use."""
+    computed = [f"{name} ({type(x).__name__})" for name, x in layers.items() if computes_weight(x)]
+    computed += [f"{name} ({_PARAMETRIZED})" for name in parametrized]
+    if computed:
+        raise ValueError(
+            "The layers to prune must use their weights as they are stored, but these compute"
+            f" other ones from them: {', '.join(computed)}. Zeros would not last. Call"
+            " `materialize_weights(model)` first, or choose other layers by `layers`."
+        )
 
 
 def _match(argument: str, patterns: list[str], names: list[str], what: str) -> list[str]:
@@ -134,4 +155,8 @@ def _match(argument: str, patterns: list[str], names: list[str], what: str) -> l
                 f"`{argument}` must hold patterns that match convolutions, but {pattern!r} matches"
                 f" none. {what}: {', '.join(names) or 'none'}."
             )
+    return _matching(patterns, names)
+
+
+def _matching(patterns: list[str], names: list[str]) -> list[str]:
     return [name for name in names if any(fnmatchcase(name, pattern) for pattern in patterns)]

@@ -12,6 +12,25 @@ def test_convnet_is_as_published():
     assert macs == {"conv1": 2_457_600, "conv2": 6_553_600, "conv3": 3_276_800, "ip1": 10_240}
 
 
+class Standardized(nn.Conv2d):
+    """Weight standardisation: a column of zeros in the stored weight isn't one in the used one."""
+
+    def forward(self, x):
+        weight = self.weight - self.weight.mean((1, 2, 3), keepdim=True)
+        return self._conv_forward(x, weight, self.bias)
+
+
+def test_weights_that_are_computed_count_as_they_are_used():
+    plain, standard = nn.Conv2d(4, 3, 1), Standardized(4, 3, 1)
+    norm = nn.utils.parametrizations.weight_norm(nn.Conv2d(4, 3, 1))
+    for layer in (plain, standard, norm.parametrizations.weight):
+        weight = layer.original1 if layer is norm.parametrizations.weight else layer.weight
+        weight.data[:, :2] = 0
+    x = torch.zeros(1, 4, 5, 5)
+    found = [count_macs(layer, x)[""] for layer in (plain, standard, norm)]
+    assert found == [25 * 2 * 3, 25 * 4 * 3, 25 * 2 * 3]
+
+
 class Twice(nn.Module):
     def __init__(self):
         super().__init__()

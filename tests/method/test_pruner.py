@@ -14,7 +14,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from spp_lightning import SPPPruner
+from spp_lightning import SPPPruner, materialize_weights
 
 
 @pytest.fixture(autouse=True)
@@ -70,12 +70,23 @@ def zero_groups(layer, granularity):
     return sum(all(weight[spot] == 0 for spot in group) for group in groups)
 
 
+class ScaledConv2d(nn.Conv2d):
+    """A convolution with a forward of its own, in which zeros of the weight stay zeros."""
+
+    def forward(self, x):
+        return self._conv_forward(x, self.weight * 0.5, self.bias)
+
+
 class StandardizedConv2d(nn.Conv2d):
-    """A convolution with a forward of its own."""
+    """Weight standardisation, as in NFNet and BiT ResNets: every filter has the mean 0."""
+
+    def __init__(self, *sizes, **options):
+        super().__init__(*sizes, **options)
+        self.gain = nn.Parameter(torch.zeros(self.out_channels, 1, 1, 1))
 
     def forward(self, x):
         weight = self.weight - self.weight.mean((1, 2, 3), keepdim=True)
-        return self._conv_forward(x, weight, self.bias)
+        return self._conv_forward(x, self.gain * weight, self.bias)
 
 
 # --- exactly the target number of groups ---
@@ -98,7 +109,7 @@ class StandardizedConv2d(nn.Conv2d):
         (lambda: nn.Conv2d(10, 4, 3, groups=2), "channel", 7),
         (lambda: nn.Conv2d(3, 10, 3), "filter", 7),
         (lambda: nn.Conv2d(4, 10, 3, groups=2), "filter", 7),
-        (lambda: StandardizedConv2d(3, 4, 3), "column", 19),
+        (lambda: ScaledConv2d(3, 4, 3), "column", 19),
         (lambda: nn.Conv2d(3, 4, 3, dtype=torch.bfloat16), "column", 19),
         (lambda: nn.Conv2d(3, 4, 3).to(memory_format=torch.channels_last), "column", 19),
         (lambda: nn.Conv2d(4, 6, 3, groups=2).to(memory_format=torch.channels_last), "column", 26),
@@ -367,13 +378,13 @@ COPIES = {
 
 @pytest.mark.parametrize("make_copy", COPIES.values(), ids=COPIES)
 def test_copies_are_plain(make_copy):
-    net = nn.Sequential(nn.Conv2d(3, 4, 3), StandardizedConv2d(4, 6, 3))
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), ScaledConv2d(4, 6, 3))
     fresh = vars(nn.Conv2d(4, 6, 3)).keys()
     pruner = SPPPruner(net, A=0.6, interval=1)
     train(net, pruner, sgd(net), range(3))
     assert not pruner.finished and 0 in pruner.mask["0"]
     twin = make_copy(net)
-    assert [type(layer) for layer in twin] == [nn.Conv2d, StandardizedConv2d]
+    assert [type(layer) for layer in twin] == [nn.Conv2d, ScaledConv2d]
     assert all(vars(layer).keys() == fresh for layer in twin)
     for ours, theirs in zip(net.parameters(), twin.parameters(), strict=True):
         assert torch.equal(ours, theirs)
@@ -713,6 +724,46 @@ def test_layer_that_cannot_be_pruned_is_left_out_unless_named():
     pruner.fold()
     with pytest.raises(ValueError, match=r"`layers` must match layers .* '0\.0' can't: shares"):
         SPPPruner(net, layers=["*"])
+
+
+def computed_net():
+    """A plain layer between one that computes its weight in ``forward`` and one with a norm."""
+    norm = nn.utils.parametrizations.weight_norm(nn.Conv2d(4, 5, 3))
+    return nn.Sequential(StandardizedConv2d(3, 4, 3), nn.Conv2d(4, 4, 3), norm)
+
+
+def test_layers_that_compute_their_weight_are_refused_by_name():
+    net = computed_net()
+    refused = r"compute other ones from them: 0 \(StandardizedConv2d\), 2 \(parametrized\)\. Zeros"
+    with pytest.raises(ValueError, match=refused):
+        SPPPruner(net)
+    with pytest.raises(ValueError, match=r"from them: 0 \(StandardizedConv2d\)\. "):
+        SPPPruner(net, layers=["0"])
+    assert type(net[0]) is StandardizedConv2d  # nothing was masked
+    assert list(SPPPruner(net, prune_ratio={"1": 0.5}).num_target) == ["1"]
+
+
+def test_materialized_weights_compute_the_same_and_can_be_pruned():
+    net = computed_net().eval()
+    net[0].gain.data.uniform_(0.5, 1)
+    x = torch.randn(2, 3, 9, 9)
+    before = net(x)
+    assert materialize_weights(net) is net
+    assert [type(layer) for layer in net] == [nn.Conv2d] * 3
+    torch.testing.assert_close(net(x), before)
+    pruner = SPPPruner(net, A=0.9, interval=1)
+    finish(pruner)
+    pruner.fold()
+    assert zero_groups(net[0], "column") == pruner.num_target["0"] == 21
+
+
+def test_a_layer_that_computes_more_than_its_weight_is_not_materialized():
+    class Doubling(StandardizedConv2d):
+        def forward(self, x):
+            return 2 * super().forward(x) + 1
+
+    with pytest.raises(ValueError, match=r"'0' of `model` .* but Doubling computes something else"):
+        materialize_weights(nn.Sequential(Doubling(3, 4, 3)))
 
 
 def test_a_second_pruner_is_an_error():

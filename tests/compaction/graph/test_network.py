@@ -15,8 +15,8 @@ from torch.nn import functional as F
 
 from spp_lightning import ConvNet, compact
 from spp_lightning.compaction import ColumnConv2d
+from spp_lightning.compaction.graph.lift import make_layers
 from spp_lightning.compaction.graph.network import CompactNetwork
-from spp_lightning.compaction.graph.norms import make_norms_layers
 from spp_lightning.compaction.graph.program import compile_steps
 from spp_lightning.compaction.graph.steps import Step, Value, text_of
 from spp_lightning.compaction.graph.trace import trace
@@ -299,8 +299,53 @@ def test_a_norm_that_uses_the_batch_stays_a_function():
             return F.batch_norm(x, None, None, self.norm.weight, self.norm.bias, True)
 
     graph = trace(Net().eval(), (torch.randn(2, 3, 4, 4),))
-    make_norms_layers(graph)
+    make_layers(graph)
     assert [node.target for node in graph.graph.nodes].count(F.batch_norm) == 1
+
+
+class Standardized(nn.Conv2d):
+    """Weight standardisation as in timm's ScaledStdConv2d, written with functions."""
+
+    def __init__(self, *sizes, **options):
+        super().__init__(*sizes, **options)
+        self.gain = nn.Parameter(torch.rand(self.out_channels, 1, 1, 1))
+
+    def forward(self, x):
+        flat = self.weight.reshape(1, self.out_channels, -1)
+        gain = (self.gain * 0.5).view(-1)
+        weight = F.batch_norm(flat, None, None, weight=gain, training=True, momentum=0.0)
+        weight = weight.reshape_as(self.weight)
+        return F.conv2d(x, weight, self.bias, self.stride, self.padding, self.dilation, self.groups)
+
+
+def test_a_computed_weight_becomes_that_of_a_plain_layer():
+    torch.manual_seed(0)
+    old = nn.utils.spectral_norm(nn.Conv2d(8, 8, 3))
+    new = nn.utils.parametrizations.weight_norm(nn.Conv2d(8, 8, 3))
+    net = nn.Sequential(Standardized(3, 8, 3, padding=1, stride=2), nn.ReLU(), old, new).eval()
+    new.parametrizations.weight.original1.data[:, 2:] = 0
+    x = torch.randn(1, 3, 32, 32)
+    fast = compact(net, x)
+    assert type(fast.get_submodule("3")) is ColumnConv2d
+    assert len(fast.get_submodule("3").columns) == 18
+    assert {step.kind for step in fast.compact_steps} == {"input", "layer", "output"}
+    assert [step.target for step in fast.compact_steps[1:-1]] == ["0.conv", "2", "3"]
+    with torch.no_grad():
+        torch.testing.assert_close(fast(x), net(x), rtol=1e-4, atol=1e-5)
+
+
+def test_a_weight_that_depends_on_the_input_stays_a_function():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.kernels = nn.Parameter(torch.randn(2, 4, 3, 1, 1))
+
+        def forward(self, x):
+            return F.conv2d(x, (self.kernels * x.mean()).sum(0))
+
+    graph = trace(Net().eval(), (torch.randn(1, 3, 4, 4),))
+    make_layers(graph)
+    assert [node.target for node in graph.graph.nodes].count(F.conv2d) == 1
 
 
 def test_joined_or_not_a_network_computes_the_same():
