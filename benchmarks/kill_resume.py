@@ -46,7 +46,7 @@ from spp_lightning import ConvNet, DigitsDataModule, SPPCallback
 MAX_STEPS = 64  # optimizer steps; pruning ends after about 46, the rest is retraining
 ACCUMULATE = 2
 SAVE_EVERY = 2  # optimizer steps
-PRUNING: dict[str, Any] = {"A": 0.25, "interval": 3}
+PRUNING: dict[str, Any] = {"A": 0.25, "interval": 3, "kernels": "compact"}
 # 39 batches an epoch: an odd number, so an epoch's last step is of one micro-batch.
 DATA: dict[str, Any] = {"batch_size": 9, "test_size": 0.8}
 EPOCH_BATCHES, EPOCH_STEPS = 39, 20

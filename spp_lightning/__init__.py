@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from spp_lightning.compaction.file.container import load_compact, save_compact
     from spp_lightning.compaction.graph.to_dense import to_dense
     from spp_lightning.compaction.layers.column_conv import ColumnConv2d
+    from spp_lightning.compaction.layers.kept import kept_columns
     from spp_lightning.compaction.macs import count_macs
     from spp_lightning.compaction.pipeline import compact
     from spp_lightning.compaction.report import compact_report
@@ -30,6 +31,7 @@ __all__ = [
     "compact",
     "compact_report",
     "count_macs",
+    "kept_columns",
     "launcher_options",
     "load_compact",
     "materialize_weights",
@@ -48,6 +50,7 @@ _HOMES = {
     "compact": "compaction.pipeline",
     "compact_report": "compaction.report",
     "count_macs": "compaction.macs",
+    "kept_columns": "compaction.layers.kept",
     "launcher_options": "training.launcher",
     "load_compact": "compaction.file.container",
     "materialize_weights": "method.computed",

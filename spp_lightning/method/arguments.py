@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable
-from typing import Any, Concatenate, ParamSpec, TypeVar
+from typing import Any, Concatenate, ParamSpec, TypeVar, get_type_hints
 
 from torch import nn
 
@@ -18,14 +18,13 @@ from spp_lightning.method.settings import SPPSettings
 __all__ = ["takes_model_and_settings", "takes_settings"]
 
 Owner = TypeVar("Owner")
+Settings = TypeVar("Settings", bound=SPPSettings)
 Arguments = ParamSpec("Arguments")
 
 
 def takes_settings(
-    settings: Callable[Arguments, SPPSettings],
-) -> Callable[
-    [Callable[[Owner, SPPSettings], None]], Callable[Concatenate[Owner, Arguments], None]
-]:
+    settings: Callable[Arguments, Settings],
+) -> Callable[[Callable[[Owner, Settings], None]], Callable[Concatenate[Owner, Arguments], None]]:
     """Decorate ``__init__(self, settings)``: callers give the settings as plain arguments.
 
     >>> class Run:
@@ -37,7 +36,7 @@ def takes_settings(
     """
 
     def decorate(
-        init: Callable[[Owner, SPPSettings], None],
+        init: Callable[[Owner, Settings], None],
     ) -> Callable[Concatenate[Owner, Arguments], None]:
         def wrapper(self: Owner, /, *args: Arguments.args, **kwargs: Arguments.kwargs) -> None:
             init(self, settings(*args, **kwargs))
@@ -72,7 +71,11 @@ def _described(wrapper: Any, init: Any, settings: Any) -> Any:
     """Give a wrapper the signature and the documentation of what it stands for."""
     functools.update_wrapper(wrapper, init)
     own = list(inspect.signature(init, eval_str=True).parameters.values())[:-1]
-    fields = inspect.signature(settings, eval_str=True).parameters.values()
+    types = get_type_hints(settings)  # each evaluated in the module of the class that declares it
+    fields = [
+        field.replace(annotation=types[field.name])
+        for field in inspect.signature(settings).parameters.values()
+    ]
     wrapper.__signature__ = inspect.Signature([*own, *fields], return_annotation=None)
     wrapper.__doc__ = inspect.getdoc(settings)
     return wrapper

@@ -5,6 +5,9 @@ A masked layer gets a subclass of its class, in which ``weight`` is a property: 
 ``parameters`` and optimizers never see the mask. A copy or a pickle of a masked layer is a plain
 layer. A masked layer also counts its output positions, for its MACs. A hook could count them, but
 removing a hook makes a compiled network compile again.
+
+A masked layer may be handed a :class:`Convolution`, which computes it in another way than the dense
+product of weight and mask.
 """
 
 from __future__ import annotations
@@ -13,23 +16,46 @@ import copy
 import copyreg
 import math
 from functools import cache
-from typing import Any, Literal, cast
+from typing import Any, Literal, Protocol, cast
 
 import torch
 from torch import Tensor, nn
 
 from spp_lightning.method.groups import WeightGroups, weight_of
 
-__all__ = ["Masking", "is_masked", "mask_layer", "output_positions", "unmask_layer"]
+__all__ = [
+    "Convolution",
+    "Masking",
+    "acting_mask",
+    "convolution_of",
+    "is_masked",
+    "mask_layer",
+    "note_positions",
+    "output_positions",
+    "unmask_layer",
+]
 
 Masking = Literal["sample", "scale"]
 
 _NEW: Any = vars(copyreg)["__newobj__"]
 _RECONSTRUCT: Any = vars(copyreg)["_reconstructor"]
-_ATTRIBUTES = ("_spp_sampled", "_spp_expected", "_spp_positions")
+_ATTRIBUTES = ("_spp_sampled", "_spp_expected", "_spp_positions", "_spp_convolution")
 
 
-def mask_layer(layer: nn.Module, groups: WeightGroups, sampled: Tensor, expected: Tensor) -> None:
+class Convolution(Protocol):
+    """Computes a masked layer, or leaves it to the dense layer."""
+
+    def __call__(self, layer: nn.Module, x: Tensor, *args: Any) -> Tensor | None:
+        """The output of a masked layer, whose mask is :func:`acting_mask`; None to leave it."""
+
+
+def mask_layer(
+    layer: nn.Module,
+    groups: WeightGroups,
+    sampled: Tensor,
+    expected: Tensor,
+    convolution: Convolution | None = None,
+) -> None:
     """Let masks act on a layer's weight until :func:`unmask_layer`.
 
     Args:
@@ -38,6 +64,7 @@ def mask_layer(layer: nn.Module, groups: WeightGroups, sampled: Tensor, expected
         sampled: Mask in training mode, ``(groups,)``: bool, True = kept, or a float factor per
             group. Later in-place changes act, too.
         expected: Mask in evaluation mode, likewise.
+        convolution: Asked first whenever the layer runs uncompiled.
 
     Raises:
         ValueError: If the layer is masked already.
@@ -46,7 +73,7 @@ def mask_layer(layer: nn.Module, groups: WeightGroups, sampled: Tensor, expected
         raise ValueError(f"`layer` (={layer}) is masked already. A layer takes one mask at a time.")
     # With one convolution group, the mask broadcasts against the weight without a split.
     shape = groups.mask_shape[1:] if groups.conv_groups == 1 else groups.mask_shape
-    attributes: tuple[Tensor | int, ...] = (sampled.view(shape), expected.view(shape), 0)
+    attributes = (sampled.view(shape), expected.view(shape), 0, convolution)
     for name, value in zip(_ATTRIBUTES, attributes, strict=True):
         setattr(layer, name, value)
     cls: Any = type(layer)
@@ -71,9 +98,33 @@ def output_positions(layer: nn.Module) -> int:
     return int(vars(layer)["_spp_positions"])
 
 
+def note_positions(layer: nn.Module, count: int) -> None:
+    """Set :func:`output_positions` of a masked layer."""
+    vars(layer)["_spp_positions"] = count
+
+
+def acting_mask(layer: nn.Module) -> Tensor:
+    """The mask of a masked layer that acts in its mode, shaped as its weight groups."""
+    attributes = vars(layer)
+    mask: Tensor = attributes["_spp_sampled" if layer.training else "_spp_expected"]
+    return mask
+
+
+def convolution_of(layer: nn.Module) -> Convolution | None:
+    """What computes a masked layer; None without it, and where hooks wait for the layer's call."""
+    convolution: Convolution | None = vars(layer).get("_spp_convolution")
+    hooked = (
+        layer._forward_hooks
+        or layer._forward_pre_hooks
+        or layer._backward_hooks
+        or layer._backward_pre_hooks
+    )
+    return None if hooked else convolution
+
+
 def _masked_weight(layer: Any) -> Tensor:
     weight: Tensor = weight_of(layer)
-    mask: Tensor = layer._spp_sampled if layer.training else layer._spp_expected
+    mask = acting_mask(layer)
     if mask.device != weight.device:  # the network was moved; the pruner moves at its next step
         mask = mask.to(weight.device)
     if mask.dtype != torch.bool:
@@ -88,8 +139,13 @@ def _masked_weight(layer: Any) -> Tensor:
 
 
 def _forward(layer: Any, *args: Any, **kwargs: Any) -> Any:
+    compiling = torch.compiler.is_compiling()
+    if layer._spp_convolution is not None and not compiling and len(args) == 1 and not kwargs:
+        output = layer._spp_convolution(layer, args[0])
+        if output is not None:
+            return output
     output = super(type(layer), layer).forward(*args, **kwargs)
-    if not torch.compiler.is_compiling() and layer._spp_positions == 0:
+    if not compiling and layer._spp_positions == 0:
         kernel_dims = weight_of(layer).dim() - 2
         layer._spp_positions = math.prod(output.shape[-kernel_dims:])
     return output

@@ -12,11 +12,25 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchmetrics.classification import MulticlassAccuracy
 
-from spp_lightning.compaction.epilogue import local_response_norm
+from spp_lightning.compaction.epilogue import (
+    LRN_ALPHA,
+    Clamp,
+    Epilogue,
+    PlaneOp,
+    local_response_norm,
+)
+from spp_lightning.compaction.layers.kept import with_epilogue
 
 __all__ = ["ConvNet"]
 
 TEMPERATURE = 4.0  # of the softmax in distillation
+
+# What follows each convolution. A max pool and a ReLU may change places.
+_MAX, _AVG = (PlaneOp(kind, (3, 3), (2, 2), ceil_mode=True) for kind in ("max_pool", "avg_pool"))
+_NORM = PlaneOp("local_response_norm", (3, 3), alpha=LRN_ALPHA)
+_AFTER_1, _AFTER_2, _AFTER_3 = (
+    Epilogue(Clamp(0.0), ops) for ops in ((_MAX, _NORM), (_AVG, _NORM), (_AVG,))
+)
 
 
 class ConvNet(LightningModule):
@@ -113,9 +127,9 @@ class ConvNet(LightningModule):
         """
         if self.channels_last:
             x = x.contiguous(memory_format=torch.channels_last)
-        x = local_response_norm(F.relu(F.max_pool2d(self.conv1(x), 3, 2, ceil_mode=True)))
-        x = local_response_norm(F.avg_pool2d(F.relu(self.conv2(x)), 3, 2, ceil_mode=True))
-        x = F.avg_pool2d(F.relu(self.conv3(x)), 3, 2, ceil_mode=True)
+        x = with_epilogue(self.conv1, x, _AFTER_1, _after_1)
+        x = with_epilogue(self.conv2, x, _AFTER_2, _after_2)
+        x = with_epilogue(self.conv3, x, _AFTER_3, _after_3)
         return self.ip1(x.flatten(1))
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:  # noqa: D102
@@ -170,6 +184,18 @@ class ConvNet(LightningModule):
             "optimizer": optimizer,
             "lr_scheduler": {"scheduler": scheduler, "interval": "step"},
         }
+
+
+def _after_1(y: Tensor) -> Tensor:
+    return local_response_norm(F.relu(F.max_pool2d(y, 3, 2, ceil_mode=True)))
+
+
+def _after_2(y: Tensor) -> Tensor:
+    return local_response_norm(_after_3(y))
+
+
+def _after_3(y: Tensor) -> Tensor:
+    return F.avg_pool2d(F.relu(y), 3, 2, ceil_mode=True)
 
 
 def _distance(logits: Tensor, answers: Tensor) -> Tensor:

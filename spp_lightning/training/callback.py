@@ -11,9 +11,10 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
+from spp_lightning.compaction.layers.kept import kept_columns
 from spp_lightning.method.arguments import takes_settings
 from spp_lightning.method.pruner import SPPPruner
-from spp_lightning.method.settings import SPPSettings
+from spp_lightning.training.settings import TrainingSettings
 from spp_lightning.training.tensorboard import log_layout, log_update
 
 __all__ = ["SPPCallback"]
@@ -44,6 +45,9 @@ class SPPCallback(Callback):
             argument: ``prune_ratio``, ``speedup``, ``granularity``, ``criterion``, ``use_rank``,
             ``interval``, ``A``, ``u``, ``crossing``, ``recovery``, ``masking``, ``layers``,
             ``start_step``, ``seed``.
+        kernels: What computes the pruned layers in training. ``"auto"``: on CPUs the kernels that
+            read only the columns that the mask keeps, wherever the cost model says that a step is
+            faster so; ``"compact"``: those kernels wherever they can; ``"dense"``: never.
 
     Attributes:
         settings: The checked settings.
@@ -60,8 +64,8 @@ class SPPCallback(Callback):
     >>> trainer = Trainer(callbacks=[SPPCallback(speedup=4)], logger=False)
     """
 
-    @takes_settings(SPPSettings)
-    def __init__(self, settings: SPPSettings) -> None:
+    @takes_settings(TrainingSettings)
+    def __init__(self, settings: TrainingSettings) -> None:
         self.settings = settings
         self.pruner: SPPPruner | None = None
         self._restored: dict[str, Any] | None = None
@@ -83,7 +87,8 @@ class SPPCallback(Callback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: D102
         # By now the network is on its device, and a checkpoint's state is loaded.
         if self.pruner is None or self.pruner.model is not pl_module:
-            self.pruner = SPPPruner(pl_module, **vars(self.settings))
+            self.pruner = SPPPruner(pl_module, **self.settings.of_pruner())
+            self.pruner.compute_with(kept_columns(self.settings.kernels))
             self._step = 0
         self._fitting = True
         if self._restored is not None:

@@ -22,6 +22,7 @@ from torch import nn
 
 from spp_lightning import ConvNet, DigitsDataModule, SPPCallback, SPPPruner
 from spp_lightning.method.settings import SPPSettings
+from spp_lightning.training.settings import TrainingSettings
 
 FAST = {"A": 0.5, "interval": 1}  # at its target within about ten steps
 
@@ -385,6 +386,7 @@ def test_nan_weight_names_layer_and_step_and_keeps_the_state(tiny):
         ({"u": 1.0}, r"`u` must be in \(0, 1\), got 1.0"),
         ({"interval": 0}, "`interval` must be a whole number of at least 1, got 0"),
         ({"granularity": "row"}, "`granularity` must be one of \"column\", .* got 'row'"),
+        ({"kernels": "sparse"}, "`kernels` must be one of \"auto\", .* got 'sparse'"),
         ({"layers": "conv*"}, "`layers` must be a list of at least one layer pattern"),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else None,
@@ -398,13 +400,13 @@ def test_settings_are_plain_arguments_with_their_documentation():
     """As ``help``, editors and the command line see them."""
     fields = inspect.signature(SPPSettings, eval_str=True).parameters
     assert len(fields) == 14
-    for cls, own in ((SPPCallback, []), (SPPPruner, ["model"])):
+    for cls, own, more in ((SPPCallback, [], ["kernels"]), (SPPPruner, ["model"], [])):
         parameters = inspect.signature(cls).parameters
-        assert list(parameters) == [*own, *fields]
+        assert list(parameters) == [*own, *fields, *more]
         assert all(parameters[name] == field for name, field in fields.items())
         assert all(f"\n    {name}: " in cls.__init__.__doc__ for name in fields)
     callback = pickle.loads(pickle.dumps(SPPCallback(0.5, layers=["conv1"])))
-    assert callback.settings == SPPSettings(prune_ratio=0.5, layers=["conv1"])
+    assert callback.settings == TrainingSettings(prune_ratio=0.5, layers=["conv1"])
     with pytest.raises(TypeError, match="intervall"):
         SPPCallback(intervall=90)
 
