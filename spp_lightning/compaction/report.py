@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from spp_lightning.compaction.geometry import Geometry, kept_columns
+from spp_lightning.compaction.graph.network import CompactNetwork
 from spp_lightning.compaction.graph.replace import decide, decision_of
 from spp_lightning.compaction.layers.column_conv import ColumnConv2d
 from spp_lightning.compaction.spec import ConvSpec
@@ -46,10 +47,14 @@ class CompactReport(NamedTuple):
     Attributes:
         layers: One row per convolution that the input passes, in the order of the forward pass.
         chains: Names of the layers that one call of the kernels computes, for each such call.
+        parts: Names of the modules that are compact networks, where the whole network isn't one.
+        opaque: Names of the modules that are called as they are, since torch.fx can't trace them.
     """
 
     layers: tuple[LayerReport, ...]
     chains: tuple[tuple[str, ...], ...]
+    parts: tuple[str, ...] = ()
+    opaque: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         head = ("layer", "columns", "kernel", "threads", "µs", "dense µs", "why")
@@ -70,10 +75,13 @@ class CompactReport(NamedTuple):
             for row in (head, *rows)
         ]
         calls = [f"One call: {', '.join(names)}." for names in self.chains]
-        return "\n".join([*lines, *calls])
+        parts = [f"Compact parts: {', '.join(self.parts)}."] if self.parts else []
+        if self.opaque:
+            parts.append(f"Called as they are: {', '.join(self.opaque)}.")
+        return "\n".join([*lines, *calls, *parts])
 
 
-def compact_report(network: nn.Module, example_input: Tensor | tuple[Tensor, ...]) -> CompactReport:
+def compact_report(network: nn.Module, example_input: Any) -> CompactReport:
     """What runs in a compact network, layer by layer, for an input.
 
     The report follows from the network and the cost model, so there is one for networks from files,
@@ -83,7 +91,8 @@ def compact_report(network: nn.Module, example_input: Tensor | tuple[Tensor, ...
     Args:
         network: What :func:`compact` or :func:`load_compact` returned. It is run in evaluation mode
             and left as it was.
-        example_input: A batch of inputs, or a tuple of the positional arguments.
+        example_input: What ``compact`` takes as one: a batch of inputs, or a list or dict of
+            tensors, or a tuple of the positional arguments.
 
     Raises:
         ValueError: If ``network`` isn't a network with convolutions.
@@ -108,15 +117,18 @@ def compact_report(network: nn.Module, example_input: Tensor | tuple[Tensor, ...
         raise ValueError("`network` must have convolutions; this one has none.")
     seen = _inputs_of(network, layers, example_input)
     rows = tuple(_row(layers[module], module, *inputs) for module, inputs in seen.items())
-    return CompactReport(rows, tuple(_chains(layers, seen)))
+    parts, opaque = [], []
+    for name, module in network.named_modules():
+        if isinstance(module, CompactNetwork):
+            parts += [name] if name else []
+            opaque += [f"{name}.{inner}".lstrip(".") for inner in module.opaque_layers]
+    return CompactReport(rows, tuple(_chains(layers, seen)), tuple(parts), tuple(opaque))
 
 
 _Inputs = dict[nn.Module, tuple[Tensor, bool]]  # the first argument, and whether there is another
 
 
-def _inputs_of(
-    network: nn.Module, layers: dict[nn.Module, str], example: Tensor | tuple[Tensor, ...]
-) -> _Inputs:
+def _inputs_of(network: nn.Module, layers: dict[nn.Module, str], example: Any) -> _Inputs:
     seen: _Inputs = {}
 
     def note(module: nn.Module, given: tuple[Any, ...]) -> None:

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from spp_lightning.compaction.epilogue import local_response_norm
+from spp_lightning.compaction.graph.inputs import items_of
 from spp_lightning.compaction.graph.steps import Value
 
 __all__ = ["LAYERS", "METHODS", "check_call", "check_layer", "function_name", "functions"]
@@ -62,12 +63,12 @@ take_along_dim tensor_split tile transpose tril triu unbind unflatten unsqueeze 
 _PRODUCTS = "addbmm addmm addmv addr baddbmm bmm dot inner kron matmul mm mv outer".split()
 
 _TORCH_ONLY = """
-adaptive_avg_pool1d adaptive_max_pool1d alpha_dropout avg_pool1d bilinear broadcast_tensors cat
-cdist celu channel_shuffle column_stack concat concatenate conv1d conv2d conv3d conv_transpose1d
+adaptive_avg_pool1d adaptive_max_pool1d alpha_dropout arange avg_pool1d bilinear broadcast_tensors
+cat cdist celu channel_shuffle column_stack concat concatenate conv1d conv2d conv3d conv_transpose1d
 conv_transpose2d conv_transpose3d cosine_similarity dropout dstack einsum feature_dropout
-full_like group_norm hardshrink hstack layer_norm max_pool1d max_pool2d max_pool3d meshgrid
-ones_like pairwise_distance pixel_shuffle pixel_unshuffle rms_norm rsub selu stack std_mean
-tensordot threshold var_mean vstack zeros_like
+full full_like group_norm hardshrink hstack layer_norm max_pool1d max_pool2d max_pool3d meshgrid
+ones ones_like pairwise_distance pixel_shuffle pixel_unshuffle rms_norm rsub selu stack std_mean
+tensordot threshold var_mean vstack zeros zeros_like
 """.split()
 
 _FUNCTIONAL = """
@@ -135,6 +136,7 @@ def functions() -> dict[str, Callable[..., Any]]:
     found |= {f"torch.nn.functional.{name}": getattr(F, name) for name in _FUNCTIONAL}
     found |= {f"operator.{name}": getattr(operator, name) for name in _OPERATORS}
     found["spp_lightning.local_response_norm"] = local_response_norm
+    found["spp_lightning.items_of"] = items_of
     found[GETATTR] = getattr
     return found
 

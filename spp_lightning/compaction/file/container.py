@@ -54,8 +54,9 @@ def save_compact(model: nn.Module, path: str | Path) -> None:
         path: The file. A file that exists is overwritten.
 
     Raises:
-        ValueError: If ``model`` isn't a compact network, or holds a layer or a function that a
-            file can't hold; or if ``path`` isn't a path, or exists and isn't a file.
+        ValueError: If ``model`` isn't a compact network (the error names the parts of it that
+            are), or holds a layer or a function that a file can't hold; or if ``path`` isn't a
+            path, or exists and isn't a file.
         FileNotFoundError: If the folder of ``path`` doesn't exist.
         OSError: If the file can't be written.
 
@@ -71,10 +72,7 @@ def save_compact(model: nn.Module, path: str | Path) -> None:
     """
     _check_path(path)
     if not isinstance(model, CompactNetwork):
-        raise ValueError(
-            "`model` must be a network that `compact` made of a traceable one (a CompactNetwork),"
-            f" got {type(model).__name__}."
-        )
+        raise ValueError(_not_compact(model))
     target = Path(os.path.realpath(path))  # a link stays one
     if target.exists() and not target.is_file():
         raise ValueError(f"`path` (={path}) must be a file to write, but is something else.")
@@ -204,6 +202,22 @@ def _checksum(*parts: bytes) -> bytes:
     for part in parts:
         checksum.update(part)
     return checksum.digest()
+
+
+def _not_compact(model: object) -> str:
+    """Why something that isn't a compact network can't be saved, and what of it can."""
+    text = (
+        "`model` must be a network that `compact` made of a traceable one (a CompactNetwork), got"
+        f" {type(model).__name__}."
+    )
+    modules = model.named_modules() if isinstance(model, nn.Module) else ()
+    parts = [f"`model.{name}`" for name, part in modules if isinstance(part, CompactNetwork)]
+    if not parts:
+        return text
+    return (
+        f"{text} Save each of its compact parts by itself, {', '.join(parts)}, and set what"
+        " `load_compact` returns in their places."
+    )
 
 
 def _check_path(path: object) -> None:

@@ -34,7 +34,8 @@ def describe(module: nn.Module, store: TensorStore) -> dict[str, Any]:
     if kind is not ColumnConv2d and LAYERS.get(kind.__name__) is not kind:
         raise ValueError(
             "it must be a ColumnConv2d, or one of the layers of torch.nn that a file may name, got"
-            f" {kind.__module__}.{kind.__qualname__}"
+            f" {kind.__module__}.{kind.__qualname__}; to save the network without it, make"
+            " `compact` of the parts before and behind it"
         )
     if module._forward_hooks or module._forward_pre_hooks:
         raise ValueError("it has forward hooks, which can't be saved; remove them first")

@@ -9,6 +9,7 @@ from torch import Tensor, fx, nn
 
 from spp_lightning.compaction.graph.join import Row, join
 from spp_lightning.compaction.graph.program import REQUIRED, Program, compile_steps
+from spp_lightning.compaction.graph.query import is_opaque
 from spp_lightning.compaction.graph.steps import Step, steps_of, text_of
 
 __all__ = ["CompactNetwork"]
@@ -90,6 +91,14 @@ class CompactNetwork(nn.Module):
             [str(self.compact_steps[i].target) for i in (*row.layers, row.linear) if i is not None]
             for row in self._rows
         ]
+
+    @property
+    def opaque_layers(self) -> list[str]:
+        """Names of the modules that torch.fx couldn't trace, and that are called as they are."""
+        names = dict.fromkeys(
+            str(step.target) for step in self.compact_steps if step.kind == "layer"
+        )
+        return [name for name in names if is_opaque(self.get_submodule(name))]
 
     def forward(self, *inputs: Any, **named: Any) -> Any:
         """Run the steps.

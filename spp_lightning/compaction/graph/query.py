@@ -7,11 +7,14 @@ from typing import Any
 
 from torch import fx, nn
 
+from spp_lightning.compaction.layers.column_conv import ColumnConv2d
+
 __all__ = [
     "Node",
     "arguments",
     "calls",
     "convolution_like",
+    "is_opaque",
     "module_of",
     "set_module",
     "shape_of",
@@ -86,3 +89,10 @@ def convolution_like(
         conv.weight.device,
         conv.weight.dtype,
     ).train(conv.training)
+
+
+def is_opaque(module: nn.Module) -> bool:
+    """Whether a module that a graph calls is neither a layer of torch nor one of compaction."""
+    kind = type(module)
+    layer = kind is ColumnConv2d or kind.__module__.startswith("torch.nn.")
+    return not layer or kind.__module__ == nn.Sequential.__module__  # a container

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from typing import NamedTuple, TypeGuard
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor, fx, nn
 
 from spp_lightning.compaction.geometry import Geometry
 from spp_lightning.compaction.graph.fuse import fused_after
+from spp_lightning.compaction.graph.network import CompactNetwork
 from spp_lightning.compaction.graph.query import module_of, set_module, shape_of, times_called
 from spp_lightning.compaction.kernels.cpu import cost
 from spp_lightning.compaction.kernels.cpu.library import is_available
@@ -64,12 +66,27 @@ def has_hooks(module: nn.Module) -> bool:
     return bool(module._forward_hooks or module._forward_pre_hooks)
 
 
-def replace_one_by_one(model: nn.Module) -> list[str]:
-    """Replace the pruned convolutions of a network that isn't traced; returns their names."""
+def replace_one_by_one(model: nn.Module, below: Sequence[str] = ("",)) -> list[str]:
+    """Replace the pruned convolutions of a network that isn't traced.
+
+    Args:
+        model: The network, changed in place. Its parts that are compact are left as they are.
+        below: Names of the modules inside of which layers are replaced.
+
+    Returns:
+        The names of the layers.
+    """
     made: dict[nn.Module, ColumnConv2d] = {}  # a layer of two names stays one layer
     names = []
+    compact = [
+        f"{name}."
+        for name, module in model.named_modules(remove_duplicate=False)
+        if name and isinstance(module, CompactNetwork)
+    ]
     for name, module in list(model.named_modules(remove_duplicate=False)):
-        if not name or has_hooks(module):
+        if not name or has_hooks(module) or name.startswith(tuple(compact)):
+            continue
+        if not any(name.startswith(f"{place}." if place else "") for place in below):
             continue
         if _replaceable(module, name) and _is_pruned(module):
             if module not in made:

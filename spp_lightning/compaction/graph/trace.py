@@ -1,53 +1,78 @@
-"""Networks as graphs: traced with torch.fx, and what the nodes of such a graph mean."""
+"""A network as a graph: traced with torch.fx, without calls that change nothing."""
 
 from __future__ import annotations
 
-import operator
+from collections import Counter
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.fx.passes.shape_prop import ShapeProp
 from torch.nn import functional as F
+from torch.utils._pytree import tree_leaves
 
-from spp_lightning.compaction.epilogue import local_response_norm
+from spp_lightning.compaction.graph.in_place import write_nothing_in_place
+from spp_lightning.compaction.graph.inputs import bind, propagate
 from spp_lightning.compaction.graph.network import CompactNetwork
-from spp_lightning.compaction.graph.query import Node, arguments, module_of
-from spp_lightning.compaction.layers.column_conv import ColumnConv2d
+from spp_lightning.compaction.graph.query import arguments, is_opaque, module_of
+from spp_lightning.compaction.graph.tracer import Tracer
 
 __all__ = ["trace"]
 
 
-_LEAVES = (ColumnConv2d,)
-
-
-class _Tracer(fx.Tracer):
-    def is_leaf_module(self, module: nn.Module, name: str) -> bool:
-        return isinstance(module, _LEAVES) or super().is_leaf_module(module, name)
-
-
-def trace(model: nn.Module, inputs: tuple[Tensor, ...]) -> fx.GraphModule:
+def trace(
+    model: nn.Module, inputs: tuple[Any, ...], named: Mapping[str, Any] | None = None
+) -> fx.GraphModule:
     """The graph of a network, with the shapes of its tensors. No node of it writes in place.
+
+    Modules inside of the network that torch.fx cannot trace are called as they are. An input that
+    isn't given and is None, a bool or text by default is no input of the graph.
 
     Args:
         model: The network, in evaluation mode. The graph shares its modules.
         inputs: The positional arguments that the network is run with, once.
+        named: The keyword arguments, likewise.
 
     Raises:
         Exception: Whatever a network raises that can't be traced.
     """
     if isinstance(model, CompactNetwork):
         raise ValueError("it is compact already")
-    tracer = _Tracer(autowrap_functions=(local_response_norm,))
+    given = bind(model, inputs, named)
+    tracer = Tracer(given)
     traced = fx.GraphModule(model, tracer.trace(model), type(model).__name__).eval()
+    _check_opaque(traced, tracer.failures)
+    if tracer.takes_list:
+        _check_loops(traced)
     _drop_calls_without_effect(traced)
-    _write_nothing_in_place(traced)
+    wrote = write_nothing_in_place(traced)
     traced.graph.eliminate_dead_code()
     traced.recompile()
-    with torch.no_grad():
-        ShapeProp(traced).propagate(*inputs)
+    seen = _OpaqueModules(traced)
+    propagate(traced, given)
+    seen.check(wrote)
     _check_names(traced)
     _check_methods(traced)
     return traced
+
+
+def _check_opaque(graph: fx.GraphModule, failures: Mapping[str, str]) -> None:
+    """Check that the graph is of more than modules that can't be traced."""
+    called = {str(node.target) for node in graph.graph.nodes if node.op == "call_module"}
+    opaque = {name: why for name, why in failures.items() if name in called}
+    inside = {id(x): x for name in opaque for x in graph.get_submodule(name).parameters()}
+    weights = sum(x.numel() for x in inside.values())
+    if 2 * weights > sum(x.numel() for x in graph.parameters()):
+        name, why = next(iter(opaque.items()))
+        raise ValueError(f"most of its weights are in modules like {name}: {why}")
+
+
+def _check_loops(graph: fx.GraphModule) -> None:
+    """Check that no layer is called for several items of a list: another list may be longer."""
+    calls = Counter(str(node.target) for node in graph.graph.nodes if node.op == "call_module")
+    often = [name for name, count in calls.items() if count > 1]
+    if often:
+        raise ValueError(f"{often[0]} is called for several items of a list")
 
 
 def _check_names(graph: fx.GraphModule) -> None:
@@ -67,17 +92,22 @@ def _check_methods(graph: fx.GraphModule) -> None:
 
 
 _STOCHASTIC_DEPTH = "torchvision.ops.stochastic_depth.stochastic_depth"
+_DROPOUTS = (
+    *(F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout),
+)
 
 
 def _drop_calls_without_effect(graph: fx.GraphModule) -> None:
-    """Remove assertions, and stochastic depth, which passes its input on in evaluation."""
+    """Remove assertions, identities, and what passes its input on in evaluation."""
     for node in reversed(graph.graph.nodes):
-        if node.op != "call_function":
+        if type(module_of(graph, node)) is nn.Identity and len(node.args) == 1:
+            node.replace_all_uses_with(node.args[0])
+        elif node.op != "call_function":
             continue
-        name = f"{getattr(node.target, '__module__', '')}.{getattr(node.target, '__name__', '')}"
-        if name == _STOCHASTIC_DEPTH:
-            given = arguments(node, ("input", "p", "mode", "training"))
-            if given.get("training", True):
+        elif node.target in _DROPOUTS or _name_of(node.target) == _STOCHASTIC_DEPTH:
+            mode = () if node.target in _DROPOUTS else ("mode",)
+            given = arguments(node, ("input", "p", *mode, "training"))
+            if given.get("training", True) is not False:
                 continue
             node.replace_all_uses_with(given["input"])
         elif node.target is not torch._assert:
@@ -86,91 +116,55 @@ def _drop_calls_without_effect(graph: fx.GraphModule) -> None:
     graph.recompile()
 
 
-_IN_PLACE = {
-    getattr(operator, f"i{name.removesuffix('_')}"): getattr(operator, name)
-    for name in (
-        *("add", "sub", "mul", "truediv", "pow", "floordiv", "mod", "matmul"),
-        *("and_", "or_", "xor", "lshift", "rshift"),
-    )
-} | {torch.relu_: torch.relu, F.relu_: torch.relu, F.elu_: F.elu, F.leaky_relu_: F.leaky_relu}
-_ALIASES = (
-    *("view", "reshape", "flatten", "transpose", "permute", "squeeze", "unsqueeze", "chunk"),
-    *("split", "contiguous", "detach", "expand", "narrow", "getitem", "t", "to", "unbind"),
-    *("select", "unflatten", "dropout"),
-)
+def _name_of(function: Any) -> str:
+    return f"{getattr(function, '__module__', '')}.{getattr(function, '__name__', '')}"
 
 
-def _write_nothing_in_place(graph: fx.GraphModule) -> None:
-    """Let every node make a new tensor, and later nodes read that one.
+class _OpaqueModules:
+    """Watches what the modules that torch.fx can't trace do to their inputs, in the next run."""
 
-    Raises:
-        ValueError: If a node writes to a tensor that others may see by another name.
-    """
-    place = {node: i for i, node in enumerate(graph.graph.nodes)}
-    modules = {id(m) for m in graph.modules() if getattr(m, "inplace", False) is True}
-    for node in list(graph.graph.nodes):
-        if id(module_of(graph, node)) not in modules and not _made_out_of_place(graph, node):
-            continue
-        written = node.args[0] if node.args else node.kwargs.get("input")
-        if not isinstance(written, Node):
-            raise ValueError(f"{node.name} writes in place to something that isn't a tensor")
-        base = _base(graph, written)
-        if base.op in ("placeholder", "get_attr"):
-            owner = "input" if base.op == "placeholder" else f"own tensor {base.target}"
-            raise ValueError(f"{node.name} writes in place to the network's {owner}")
-        later = [user for user in written.users if place[user] > place[node]]
-        same_memory = [base]
-        for tensor in same_memory:  # which grows
-            views = (x for x in tensor.users if place[x] < place[node] and _is_alias(graph, x))
-            same_memory.extend(views)
-            readers = (x for x in tensor.users if place[x] > place[node] and not _asks_shape(x))
-            if tensor is not written and any(readers):
-                raise ValueError(
-                    f"{node.name} writes in place to a part or a view of {base.name}, which is"
-                    " read later by another name"
-                )
-        for user in later:
-            user.replace_input_with(written, node)
-    for module in graph.modules():
-        if id(module) in modules:
-            vars(module)["inplace"] = False  # the network is a copy
+    def __init__(self, graph: fx.GraphModule) -> None:
+        self._wrote: list[str] = []
+        self._aliased: list[str] = []
+        self._hooks: list[Any] = []
+        names = {str(node.target) for node in graph.graph.nodes if node.op == "call_module"}
+        for name in sorted(names):
+            module = graph.get_submodule(name)
+            if is_opaque(module):
+                self._watch(name, module)
 
+    def _watch(self, name: str, module: nn.Module) -> None:
+        versions: list[tuple[Tensor, int]] = []
 
-def _made_out_of_place(graph: fx.GraphModule, node: Node) -> bool:
-    """Whether a node wrote in place; it doesn't any more."""
-    if node.op == "call_function" and node.target in _IN_PLACE:
-        node.target = _IN_PLACE[node.target]  # type: ignore[index]
-        return True
-    if node.op == "call_function" and node.kwargs.get("inplace"):
-        node.kwargs = {**node.kwargs, "inplace": False}
-        return True
-    name = str(node.target)
-    if node.op == "call_method" and name.endswith("_") and not name.endswith("__"):
-        if not hasattr(Tensor, name[:-1]):
-            raise ValueError(f"{node.name} writes in place, and can't do so anywhere else")
-        node.target = name[:-1]
-        return True
-    if node.op == "call_function" and node.target is operator.setitem:
-        raise ValueError(f"{node.name} writes to a part of a tensor")
-    return False
+        def before(module: nn.Module, args: Any, kwargs: Any) -> None:
+            versions[:] = [(x, x._version) for x in _tensors((args, kwargs))]
+
+        def after(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+            if any(x._version != version for x, version in versions):
+                self._wrote.append(name)
+            memory = {x.untyped_storage().data_ptr() for x, _ in versions}
+            if any(x.untyped_storage().data_ptr() in memory for x in _tensors(output)):
+                self._aliased.append(name)
+
+        self._hooks.append(module.register_forward_pre_hook(before, with_kwargs=True))
+        self._hooks.append(module.register_forward_hook(after, with_kwargs=True))
+
+    def check(self, network_writes: bool) -> None:
+        """Check that none wrote to its inputs, and where the network writes, none passed them on.
+
+        Raises:
+            ValueError: Otherwise: what a compact network computes first could be read later.
+        """
+        for hook in self._hooks:
+            hook.remove()
+        if self._wrote:
+            raise ValueError(f"{self._wrote[0]}, which can't be traced, writes to its inputs")
+        if self._aliased and network_writes:
+            raise ValueError(
+                f"{self._aliased[0]}, which can't be traced, returns its input or a view of it, and"
+                " the network writes in place"
+            )
 
 
-def _base(graph: fx.GraphModule, node: Node) -> Node:
-    """The tensor that a node is a view of, or the node itself."""
-    while _is_alias(graph, node) and node.all_input_nodes:
-        node = node.all_input_nodes[0]
-    return node
-
-
-def _asks_shape(node: Node) -> bool:
-    """Whether a node asks a tensor for something that isn't in its memory."""
-    if node.op == "call_method":
-        return node.target in ("size", "dim", "numel")
-    return node.target is getattr and node.args[1] in ("shape", "ndim", "dtype", "device")
-
-
-def _is_alias(graph: fx.GraphModule, node: Node) -> bool:
-    module = module_of(graph, node)
-    if module is not None:
-        return isinstance(module, (nn.Identity, nn.Flatten, nn.Dropout, nn.Dropout2d))
-    return getattr(node.target, "__name__", str(node.target)) in _ALIASES
+def _tensors(values: Any) -> list[Tensor]:
+    return [x for x in tree_leaves(values) if isinstance(x, Tensor)]

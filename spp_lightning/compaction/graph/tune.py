@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from spp_lightning.compaction.graph.network import CompactNetwork
 from spp_lightning.compaction.layers.chain import tune_chain
@@ -14,12 +15,13 @@ from spp_lightning.compaction.layers.column_conv import ColumnConv2d
 __all__ = ["tune_chains"]
 
 
-def tune_chains(network: CompactNetwork, inputs: tuple[Tensor, ...]) -> None:
+def tune_chains(network: CompactNetwork, inputs: tuple[Any, ...], named: Mapping[str, Any]) -> None:
     """Measure every chain of a network for an input, and keep what is fastest.
 
     Args:
         network: The network.
         inputs: Its positional arguments.
+        named: Its keyword arguments.
     """
     seen: dict[nn.Module, tuple[Any, ...]] = {}
     chains = [[network.get_submodule(name) for name in row] for row in network.joined_layers]
@@ -30,7 +32,7 @@ def tune_chains(network: CompactNetwork, inputs: tuple[Tensor, ...]) -> None:
     ]
     try:
         with torch.no_grad():
-            network(*inputs)
+            network(*inputs, **named)
     finally:
         for hook in hooks:
             hook.remove()
