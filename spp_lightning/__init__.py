@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from spp_lightning.method.computed import materialize_weights
     from spp_lightning.method.pruner import SPPPruner
     from spp_lightning.models.convnet import ConvNet
+    from spp_lightning.planning.solve import plan
     from spp_lightning.training.callback import SPPCallback
     from spp_lightning.training.launcher import launcher_options
 
@@ -35,6 +36,7 @@ __all__ = [
     "launcher_options",
     "load_compact",
     "materialize_weights",
+    "plan",
     "save_compact",
     "to_dense",
 ]
@@ -54,6 +56,7 @@ _HOMES = {
     "launcher_options": "training.launcher",
     "load_compact": "compaction.file.container",
     "materialize_weights": "method.computed",
+    "plan": "planning.solve",
     "save_compact": "compaction.file.container",
     "to_dense": "compaction.graph.to_dense",
 }

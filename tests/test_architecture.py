@@ -39,16 +39,25 @@ MAY_IMPORT = {  # what each room may import besides itself
     "compaction.pipeline": up_to(4),
     "compaction.report": up_to(4),
     "compaction": ("compaction",),  # the public names of its rooms
-    "training": ("method", "compaction"),
+    "planning": ("method", "compaction"),
+    "training": ("method", "compaction", "planning"),
     "data": (),
     "models": ("compaction",),
-    "cli": ("method", "compaction", "training", "models", "data"),
-    "": ("method", "compaction", "training", "models", "data"),  # spp_lightning/__init__.py
+    "cli": ("method", "compaction", "planning", "training", "models", "data"),
+    "": (
+        "method",
+        "compaction",
+        "planning",
+        "training",
+        "models",
+        "data",
+    ),  # spp_lightning/__init__.py
 }
 THIRD_PARTY = {  # of the rooms that a pruned network needs in production
     "native": set(),
     "method": {"torch"},
     "compaction": {"torch", "numpy", "triton"},
+    "planning": {"torch", "numpy"},
 }
 NOT_LOADED = (
     *("lightning", "pytorch_lightning", "torchvision", "sklearn", "tensorboard"),

@@ -86,7 +86,10 @@ def measure(model: nn.Module, fast: nn.Module, shape: tuple[int, ...], batch: in
 
 
 def interleaved_ms(
-    functions: Sequence[Callable[[], object]], rounds: int = _ROUNDS, turn: float = _TURN
+    functions: Sequence[Callable[[], object]],
+    rounds: int = _ROUNDS,
+    turn: float = _TURN,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> list[float]:
     """Median milliseconds per call of functions that take turns: what slows one slows all.
 
@@ -94,6 +97,8 @@ def interleaved_ms(
         functions: What to time; each is called twice before.
         rounds: Most turns of each function.
         turn: Least seconds of a turn; 0 for a single call.
+        clock: Seconds since some moment. With ``time.thread_time`` what other programs do meanwhile
+            does not count; nor does work in other threads.
 
     >>> short, long = interleaved_ms([lambda: None, lambda: time.sleep(0.01)])
     >>> short < 1 and 10 < long
@@ -113,11 +118,11 @@ def interleaved_ms(
         if i >= _LEAST and time.perf_counter() - start > _BUDGET:
             break
         for function, count, milliseconds in zip(functions, repeats, turns, strict=True):
-            begin = time.perf_counter()
+            begin = clock()
             for _ in range(count):
                 function()
             _wait()
-            milliseconds.append(1000 * (time.perf_counter() - begin) / count)
+            milliseconds.append(1000 * (clock() - begin) / count)
     return [statistics.median(milliseconds) for milliseconds in turns]
 
 

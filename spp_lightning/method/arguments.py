@@ -17,6 +17,8 @@ from spp_lightning.method.settings import SPPSettings
 
 __all__ = ["takes_model_and_settings", "takes_settings"]
 
+_ARGS, _RAISES = "Args:\n", "\nRaises:\n"  # headings of a docstring
+
 Owner = TypeVar("Owner")
 Settings = TypeVar("Settings", bound=SPPSettings)
 Arguments = ParamSpec("Arguments")
@@ -77,5 +79,15 @@ def _described(wrapper: Any, init: Any, settings: Any) -> Any:
         for field in inspect.signature(settings).parameters.values()
     ]
     wrapper.__signature__ = inspect.Signature([*own, *fields], return_annotation=None)
-    wrapper.__doc__ = inspect.getdoc(settings)
+    wrapper.__doc__ = _documentation(settings)
     return wrapper
+
+
+def _documentation(settings: Any) -> str:
+    """The docstring of a class of settings, with the arguments of the classes that it extends."""
+    parts = [inspect.getdoc(cls) or "" for cls in settings.__mro__ if issubclass(cls, SPPSettings)]
+    own, *extended = (part.partition(_ARGS) for part in parts)
+    before = "".join(
+        after.partition(_RAISES)[0].rstrip() + "\n" for *_, after in reversed(extended)
+    )
+    return f"{own[0]}{own[1]}{before}{own[2]}"

@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from numbers import Integral, Real
-from typing import Any, get_args
+from typing import Any
 
+from spp_lightning.method.checks import check, check_choice, is_whole, number
 from spp_lightning.method.groups import Criterion, Granularity
 from spp_lightning.method.masks import Masking
 
@@ -81,32 +81,32 @@ class SPPSettings:
             if not self.prune_ratio:
                 raise ValueError("`prune_ratio` must name at least one layer pattern, got {}.")
             for pattern, ratio in self.prune_ratio.items():
-                _check("prune_ratio", pattern, "a dict by layer pattern", isinstance(pattern, str))
-                _check(f"prune_ratio[{pattern!r}]", ratio, "in [0, 1)", 0 <= _number(ratio) < 1)
+                check("prune_ratio", pattern, "a dict by layer pattern", isinstance(pattern, str))
+                check(f"prune_ratio[{pattern!r}]", ratio, "in [0, 1)", 0 <= number(ratio) < 1)
         elif self.prune_ratio is not None:
             ratio = self.prune_ratio
-            _check("prune_ratio", ratio, "in [0, 1)", 0 <= _number(ratio) < 1)
+            check("prune_ratio", ratio, "in [0, 1)", 0 <= number(ratio) < 1)
         if self.speedup is not None:
-            speedup = _number(self.speedup)
+            speedup = number(self.speedup)
             finite = 1 <= speedup < math.inf
-            _check("speedup", self.speedup, "a finite number of at least 1", finite)
-        _check_choice("granularity", self.granularity, Granularity)
-        _check_choice("criterion", self.criterion, Criterion)
-        _check("use_rank", self.use_rank, "True or False", isinstance(self.use_rank, bool))
-        _check("interval", self.interval, "a whole number of at least 1", _whole(self.interval, 1))
-        _check("A", self.A, "in (0, 1]", 0 < _number(self.A) <= 1)
-        _check("u", self.u, "in (0, 1)", 0 < _number(self.u) < 1)
-        _check("crossing", self.crossing, "in (0, 1]", 0 < _number(self.crossing) <= 1)
-        _check("recovery", self.recovery, "True or False", isinstance(self.recovery, bool))
-        _check_choice("masking", self.masking, Masking)
+            check("speedup", self.speedup, "a finite number of at least 1", finite)
+        check_choice("granularity", self.granularity, Granularity)
+        check_choice("criterion", self.criterion, Criterion)
+        check("use_rank", self.use_rank, "True or False", isinstance(self.use_rank, bool))
+        check("interval", self.interval, "a whole number of at least 1", is_whole(self.interval, 1))
+        check("A", self.A, "in (0, 1]", 0 < number(self.A) <= 1)
+        check("u", self.u, "in (0, 1)", 0 < number(self.u) < 1)
+        check("crossing", self.crossing, "in (0, 1]", 0 < number(self.crossing) <= 1)
+        check("recovery", self.recovery, "True or False", isinstance(self.recovery, bool))
+        check_choice("masking", self.masking, Masking)
         if self.layers is not None:
             is_list = isinstance(self.layers, Sequence) and not isinstance(self.layers, str)
             rule = "a list of at least one layer pattern"
             names = is_list and all(isinstance(pattern, str) for pattern in self.layers)
-            _check("layers", self.layers, rule, names and len(self.layers) > 0)
+            check("layers", self.layers, rule, names and len(self.layers) > 0)
         start = self.start_step
-        _check("start_step", start, "a whole number of at least 0", _whole(start, 0))
-        _check("seed", self.seed, "a whole number of at least 0", _whole(self.seed, 0))
+        check("start_step", start, "a whole number of at least 0", is_whole(start, 0))
+        check("seed", self.seed, "a whole number of at least 0", is_whole(self.seed, 0))
 
     @property
     def ratio(self) -> float | Mapping[str, float]:
@@ -130,25 +130,3 @@ class SPPSettings:
         }
         del plain["speedup"]
         return plain
-
-
-def _number(value: object) -> float:
-    """The value, if it is a number; else NaN, which is in no range."""
-    if isinstance(value, Real) and not isinstance(value, bool):
-        return float(value)
-    return math.nan
-
-
-def _whole(value: object, lowest: int) -> bool:
-    return isinstance(value, Integral) and not isinstance(value, bool) and int(value) >= lowest
-
-
-def _check(name: str, value: object, rule: str, holds: bool) -> None:
-    if not holds:
-        raise ValueError(f"`{name}` must be {rule}, got {value!r}.")
-
-
-def _check_choice(name: str, value: object, choices: Any) -> None:
-    allowed = get_args(choices)
-    rule = "one of " + ", ".join(f'"{choice}"' for choice in allowed)
-    _check(name, value, rule, value in allowed)

@@ -14,7 +14,10 @@ from torch.optim.swa_utils import AveragedModel
 from spp_lightning.compaction.layers.kept import kept_columns
 from spp_lightning.method.arguments import takes_settings
 from spp_lightning.method.pruner import SPPPruner
+from spp_lightning.planning.plan import Plan
+from spp_lightning.planning.table import text_table
 from spp_lightning.training.settings import TrainingSettings
+from spp_lightning.training.targets import given_plan, report_end, solved_plan
 from spp_lightning.training.tensorboard import log_layout, log_update
 
 __all__ = ["SPPCallback"]
@@ -33,6 +36,11 @@ class SPPCallback(Callback):
     stopped, given the batches that the uninterrupted run would have seen. Another fit of the same
     module goes on where the last one ended; another module is pruned from the start.
 
+    A target of the whole network (``speedup=3, of="network"``, ``of="latency"``, ``macs`` or
+    ``latency_ms``) is solved into a ratio per layer at the start of the fit, as by
+    :func:`~spp_lightning.plan`, with the loss of ``training_step`` on two batches. Rank 0 solves.
+    The ratios are part of the state: a resumed run keeps them.
+
     A step is a batch after which an optimizer has stepped: with gradient accumulation one step,
     not one micro-batch. Validation while pruning uses the expected mask, weights times 1 − p.
 
@@ -44,18 +52,23 @@ class SPPCallback(Callback):
         settings: The fields of :class:`~spp_lightning.method.settings.SPPSettings`, each as an
             argument: ``prune_ratio``, ``speedup``, ``granularity``, ``criterion``, ``use_rank``,
             ``interval``, ``A``, ``u``, ``crossing``, ``recovery``, ``masking``, ``layers``,
-            ``start_step``, ``seed``.
+            ``start_step``, ``seed``; and those of
+            :class:`~spp_lightning.planning.target.TargetSettings`: ``of``, ``macs``,
+            ``latency_ms``, ``input_shape``, ``device``, ``threads``.
         kernels: What computes the pruned layers in training. ``"auto"``: on CPUs the kernels that
             read only the columns that the mask keeps, wherever the cost model says that a step is
             faster so; ``"compact"``: those kernels wherever they can; ``"dense"``: never.
 
     Attributes:
         settings: The checked settings.
+        plan: The ratio of each layer, MACs and latency of the last fit; ``None`` before the first,
+            or if there is no target and nothing tells the shape of the inputs.
         pruner: The :class:`~spp_lightning.SPPPruner` of the last fit; ``None`` before the first.
 
     Raises:
         ValueError: At once if a setting is out of range. At the start of a fit if a pattern matches
-            no layer, the strategy shards weights, or a checkpoint is of other layers or settings.
+            no layer, the strategy shards weights, a checkpoint is of other layers or settings, or
+            a target cannot be reached.
             At an update if a weight is not finite.
 
     Source: Wang et al., BMVC 2018.
@@ -68,6 +81,7 @@ class SPPCallback(Callback):
     def __init__(self, settings: TrainingSettings) -> None:
         self.settings = settings
         self.pruner: SPPPruner | None = None
+        self.plan: Plan | None = None
         self._restored: dict[str, Any] | None = None
         self._fitting = False
         self._step = 0  # optimizer steps that pruning has counted, over all fits
@@ -87,7 +101,9 @@ class SPPCallback(Callback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: D102
         # By now the network is on its device, and a checkpoint's state is loaded.
         if self.pruner is None or self.pruner.model is not pl_module:
-            self.pruner = SPPPruner(pl_module, **self.settings.of_pruner())
+            self.plan = self._planned(trainer, pl_module)
+            ratios = None if self._solved is None else self._solved.ratios
+            self.pruner = SPPPruner(pl_module, **self.settings.of_pruner(ratios))
             self.pruner.compute_with(kept_columns(self.settings.kernels))
             self._step = 0
         self._fitting = True
@@ -124,6 +140,8 @@ class SPPCallback(Callback):
                 " the last checkpoint: trainer.fit(…, ckpt_path=…)."
             )
         pruner.fold(*trainer.optimizers)
+        if self.plan is not None and self.plan.ms is not None:
+            report_end(trainer, pl_module, self.settings, self.plan, pruner)
 
     def on_exception(  # noqa: D102
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
@@ -173,7 +191,8 @@ class SPPCallback(Callback):
     def state_dict(self) -> dict[str, Any]:
         """The state of the pruning: a plain dict, for ``torch.load(weights_only=True)``."""
         state = None if self.pruner is None else self.pruner.state_dict()
-        return {"step": self._step, "pruner": state}
+        plan = None if self._solved is None else self._solved.as_dict()
+        return {"step": self._step, "pruner": state, "plan": plan}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from a state: at once if a fit has begun, else at the start of the next fit.
@@ -181,7 +200,7 @@ class SPPCallback(Callback):
         Raises:
             ValueError: If the state is of other layers or other settings.
         """
-        missing = {"step", "pruner"} - state_dict.keys()
+        missing = {"step", "pruner", "plan"} - state_dict.keys()
         if missing:
             raise ValueError(f"The state of SPPCallback lacks {', '.join(sorted(missing))}.")
         step = state_dict["step"]
@@ -199,6 +218,28 @@ class SPPCallback(Callback):
             self._step = step
 
     # -- inside --------------------------------------------------------------------------------
+
+    @property
+    def _solved(self) -> Plan | None:
+        """The plan, if a target was solved into it."""
+        return None if self.settings.target is None else self.plan
+
+    def _planned(self, trainer: Trainer, pl_module: LightningModule) -> Plan | None:
+        """The plan of a checkpoint, a new one for the target, or what the given ratios come to."""
+        target = self.settings.target
+        if target is None:
+            return given_plan(trainer, pl_module, self.settings)
+        if self._restored is None:
+            return solved_plan(trainer, pl_module, self.settings)
+        if self._restored["plan"] is None:
+            raise ValueError(f"The state must hold a plan for {target}, but has none.")
+        plan = Plan.from_dict(self._restored["plan"])
+        if plan.target != target.in_words():
+            raise ValueError(
+                f"The state must be of a run with this target, but it was {plan.target!r} and is"
+                f" {target.in_words()!r}."
+            )
+        return plan
 
     @property
     def _active_pruner(self) -> SPPPruner:
@@ -219,11 +260,10 @@ class SPPCallback(Callback):
 
     def _announce(self, trainer: Trainer, pruner: SPPPruner) -> None:
         """Say what is pruned and how long it takes; warn if the Trainer stops before that."""
-        groups = ", ".join(
-            f"{name} {target} of {pruner.num_groups[name]}"
-            for name, target in pruner.num_target.items()
-        )
-        rank_zero_info(f"SPP prunes {pruner.settings.granularity}s: {groups}.")
+        table = _table(pruner) if self.plan is None else self.plan.table(costs=False)
+        rank_zero_info(f"SPP prunes {pruner.settings.granularity}s:\n{table}")
+        if self.plan is not None:
+            rank_zero_info(self.plan.summary())
         if pruner.skipped:
             left = ", ".join(f"{name} ({reason})" for name, reason in pruner.skipped.items())
             rank_zero_info(f"SPP leaves out: {left}.")
@@ -246,3 +286,12 @@ class SPPCallback(Callback):
                 f"SPP takes about {needed} more steps to its target, but the Trainer stops after"
                 f" {remaining}. Fit longer{advice}."
             )
+
+
+def _table(pruner: SPPPruner) -> str:
+    """What is pruned, layer by layer, without MACs: nothing tells the shape of the inputs."""
+    rows = [
+        [name, f"{pruner.num_groups[name]}", f"{target}", f"{target / pruner.num_groups[name]:.1%}"]
+        for name, target in pruner.num_target.items()
+    ]
+    return text_table(["layer", "groups", "pruned", "ratio"], rows)

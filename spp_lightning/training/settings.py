@@ -1,23 +1,24 @@
-"""The settings of SPPCallback: those of pruning, and how a Trainer computes meanwhile."""
+"""The settings of SPPCallback: pruning, a target, and what computes the layers meanwhile."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, get_args
 
 from spp_lightning.compaction.layers.kept import Kernels
-from spp_lightning.method.settings import SPPSettings
+from spp_lightning.method.checks import check_choice
+from spp_lightning.planning.target import TargetSettings
 
 __all__ = ["TrainingSettings"]
 
 
 @dataclass(frozen=True)
-class TrainingSettings(SPPSettings):
+class TrainingSettings(TargetSettings):
     """The arguments of :class:`~spp_lightning.SPPCallback`.
 
     Args:
-        kernels: What computes the pruned layers in training, ``"auto"``, ``"dense"`` or
-            ``"compact"``.
+        kernels: What computes the pruned layers in training. ``"auto"``: on CPUs the kernels that
+            read only the columns that the mask keeps, wherever the cost model says that a step is
+            faster so; ``"compact"``: those kernels wherever they can; ``"dense"``: never.
 
     Raises:
         ValueError: If an argument has the wrong type or is out of range.
@@ -30,10 +31,4 @@ class TrainingSettings(SPPSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.kernels not in get_args(Kernels):
-            rule = ", ".join(f'"{choice}"' for choice in get_args(Kernels))
-            raise ValueError(f"`kernels` must be one of {rule}, got {self.kernels!r}.")
-
-    def of_pruner(self) -> dict[str, Any]:
-        """Those that are arguments of :class:`~spp_lightning.SPPPruner`."""
-        return {name: value for name, value in vars(self).items() if name != "kernels"}
+        check_choice("kernels", self.kernels, Kernels)

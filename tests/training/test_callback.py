@@ -4,6 +4,7 @@ import inspect
 import logging
 import math
 import pickle
+from typing import get_type_hints
 
 import pytest
 import torch
@@ -285,7 +286,8 @@ def test_it_says_what_it_prunes_and_how_long_it_takes(tiny, caplog):
     callback = SPPCallback(interval=2)
     with caplog.at_level(logging.INFO), pytest.warns(match="SPP") as caught:
         make_trainer(callback, max_steps=20).fit(tiny, tiny_data())
-    assert "SPP prunes columns: conv1 21 of 27, conv2 54 of 72." in caplog.text
+    table = "SPP prunes columns:\nlayer  groups  pruned  ratio\nconv1      27      21  77.8%\n"
+    assert f"{table}conv2      72      54  75.0%\n" in caplog.text
     assert callback.pruner.expected_updates == 71
     messages = [str(warning.message) for warning in caught]
     assert any("about 140 more steps" in m and "stops after 20" in m for m in messages)
@@ -398,12 +400,16 @@ def test_bad_argument_fails_at_once(arguments, message):
 
 def test_settings_are_plain_arguments_with_their_documentation():
     """As ``help``, editors and the command line see them."""
-    fields = inspect.signature(SPPSettings, eval_str=True).parameters
-    assert len(fields) == 14
-    for cls, own, more in ((SPPCallback, [], ["kernels"]), (SPPPruner, ["model"], [])):
+    for cls, settings, own, count in (
+        (SPPCallback, TrainingSettings, [], 21),
+        (SPPPruner, SPPSettings, ["model"], 14),
+    ):
+        fields, types = inspect.signature(settings).parameters, get_type_hints(settings)
         parameters = inspect.signature(cls).parameters
-        assert list(parameters) == [*own, *fields, *more]
-        assert all(parameters[name] == field for name, field in fields.items())
+        assert list(parameters) == [*own, *fields]
+        assert len(fields) == count
+        for name, field in fields.items():
+            assert parameters[name] == field.replace(annotation=types[name])
         assert all(f"\n    {name}: " in cls.__init__.__doc__ for name in fields)
     callback = pickle.loads(pickle.dumps(SPPCallback(0.5, layers=["conv1"])))
     assert callback.settings == TrainingSettings(prune_ratio=0.5, layers=["conv1"])

@@ -1,0 +1,1 @@
+"""Targets of the whole network, solved into a ratio per layer."""

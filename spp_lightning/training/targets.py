@@ -1,0 +1,218 @@
+"""Solves a target of the whole network before a fit, and measures what was reached after it."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import itertools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities import CombinedLoader, rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities.seed import isolate_rng
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+
+from spp_lightning.method.groups import weight_of
+from spp_lightning.method.pruner import SPPPruner
+from spp_lightning.planning.latency import Bench, on_device, using_threads
+from spp_lightning.planning.plan import Plan
+from spp_lightning.planning.solve import Planner
+from spp_lightning.planning.target import TargetSettings
+
+__all__ = ["given_plan", "report_end", "solved_plan"]
+
+_BATCHES = 2  # of training data, on which the loss is computed
+# MACs that all the losses of a plan may take; fewer images are used where it would be more.
+_MOST_MACS = {"cpu": 2e12, "cuda": 1e14}
+_LEAST_IMAGES = 8
+
+Inputs = tuple[Tensor, ...]
+
+
+def solved_plan(trainer: Trainer, pl_module: LightningModule, settings: TargetSettings) -> Plan:
+    """Solve the target of the settings on rank 0; every rank gets the plan.
+
+    Args:
+        trainer: A Trainer at the start of a fit.
+        pl_module: The network, on its device.
+        settings: The settings.
+
+    Raises:
+        ValueError: On every rank, if there is no example input or the target cannot be reached.
+    """
+    trainer.fit_loop.setup_data()  # on all ranks: they wait for each other
+    outcome: tuple[dict[str, Any] | None, str] = (None, "")
+    if trainer.is_global_zero:
+        try:
+            outcome = _solve(trainer, pl_module, settings).as_dict(), ""
+        except ValueError as error:
+            outcome = None, str(error)
+    plain, problem = trainer.strategy.broadcast(outcome)
+    if plain is None:
+        raise ValueError(problem)
+    return Plan.from_dict(plain)
+
+
+def given_plan(
+    trainer: Trainer, pl_module: LightningModule, settings: TargetSettings
+) -> Plan | None:
+    """The MACs that the given ratios leave, and the latency if ``input_shape`` is given.
+
+    Returns:
+        A plan of the given ratios; None on other ranks than 0, or if nothing tells the shape of the
+        inputs.
+    """
+    shown = settings.input_shape is not None
+    if not trainer.is_global_zero or not (shown or pl_module.example_input_array is not None):
+        return None
+    try:
+        inputs = _example_inputs(trainer, pl_module, settings)
+        return Planner(pl_module, inputs, settings).solve(None, latency=shown)
+    except ValueError as error:
+        if shown:
+            raise
+        rank_zero_info(f"SPP can't count the network's MACs: {error}")
+        return None
+
+
+def report_end(
+    trainer: Trainer,
+    pl_module: LightningModule,
+    settings: TargetSettings,
+    plan: Plan,
+    pruner: SPPPruner,
+) -> None:
+    """Say what the fit reached, on rank 0: MACs and measured latency, dense and pruned."""
+    if not trainer.is_global_zero:
+        return
+    try:
+        dense_ms, ms = _measured_end(trainer, pl_module, settings, pruner)
+    except Exception as error:  # a trained network must not be lost to a measurement
+        rank_zero_warn(f"SPP could not measure the pruned network's latency: {error}")
+        ended = plan.ended(pruner.num_pruned)
+    else:
+        ended = plan.ended(pruner.num_pruned, dense_ms, ms)
+    rank_zero_info(f"SPP ends with:\n{ended.summary()}")
+
+
+def _measured_end(
+    trainer: Trainer, pl_module: LightningModule, settings: TargetSettings, pruner: SPPPruner
+) -> tuple[float, float]:
+    """Milliseconds of the network, unpruned and pruned, each as ``compact`` makes it."""
+    device = on_device(settings.device, pl_module)
+    inputs = tuple(x.to(device) for x in _example_inputs(trainer, pl_module, settings))
+    pruned = copy.deepcopy(pl_module).eval().to(device)
+    unpruned = copy.deepcopy(pruned)
+    for name in pruner.layers:
+        weight = weight_of(unpruned.get_submodule(name)).detach()
+        weight[weight == 0] = 1e-3 * float(weight.abs().max()) or 1e-3
+    with using_threads(settings.threads):
+        bench = Bench(unpruned, inputs)
+        return bench.dense_ms, bench.ms(bench.compacted(pruned))
+
+
+def _solve(trainer: Trainer, pl_module: LightningModule, settings: TargetSettings) -> Plan:
+    assert settings.target is not None
+    inputs = _example_inputs(trainer, pl_module, settings)
+    planner = Planner(pl_module, inputs, settings)
+    rank_zero_info(f"SPP measures the network, for {settings.target}.")
+    batches = list(itertools.islice(_batches(trainer), _BATCHES))
+    most = _MOST_MACS["cuda" if pl_module.device.type == "cuda" else "cpu"]
+    loss = _loss_on(trainer, batches, max(_LEAST_IMAGES, int(most / planner.loss_macs)))
+    try:
+        with torch.no_grad():
+            loss(copy.deepcopy(pl_module).eval())
+    except Exception as error:  # whatever a training_step raises outside of a training loop
+        rank_zero_info(
+            "SPP estimates by the weights what layers cost: training_step gives no loss before the"
+            f" fit ({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''})."
+        )
+    else:
+        planner.loss = loss
+    return planner.solve(settings.target)
+
+
+def _example_inputs(
+    trainer: Trainer, pl_module: LightningModule, settings: TargetSettings
+) -> Inputs:
+    """What the network is to be fast for: positional arguments on its device."""
+    example: Any = pl_module.example_input_array
+    if settings.input_shape is not None:
+        generator = torch.Generator().manual_seed(0)
+        example = torch.randn(tuple(settings.input_shape), generator=generator)
+    found = ""
+    if example is None:
+        first = next(_batches(trainer), None)
+        image = first[0] if isinstance(first, (list, tuple)) and first else first
+        example = image[:1] if isinstance(image, Tensor) and image.dim() else None
+        found = f", and the first training batch is {_kind(first)}"
+    inputs = example if isinstance(example, tuple) else (example,)
+    if not inputs or not all(isinstance(x, Tensor) for x in inputs):
+        if pl_module.example_input_array is not None:
+            found = f" that is a tensor or a tuple of tensors, but {_kind(example)}"
+        raise ValueError(
+            "`input_shape` must be given for a target of the whole network, such as"
+            " (1, 3, 224, 224): got None, the module has no `example_input_array`"
+            f"{found}."
+        )
+    like = next((p for p in pl_module.parameters() if p.is_floating_point()), torch.empty(0))
+    return tuple(x.to(like) if x.is_floating_point() else x.to(like.device) for x in inputs)
+
+
+def _kind(value: object) -> str:
+    if isinstance(value, (list, tuple)):
+        return f"a {type(value).__name__} of {', '.join(type(x).__name__ for x in value)}"
+    return f"a {type(value).__name__}"
+
+
+def _batches(trainer: Trainer) -> Iterator[Any]:
+    """The first training batches; the fit starts with the same ones afterwards."""
+    loaders = trainer.train_dataloader
+    if loaders is None:
+        return
+    combined = CombinedLoader(loaders, "min_size")
+    with _kept_generators(combined.flattened), isolate_rng():
+        batches = [batch for batch, *_ in itertools.islice(combined, _BATCHES)]
+    for batch in batches:
+        yield trainer.strategy.batch_to_device(batch)
+
+
+@contextmanager
+def _kept_generators(loaders: list[Any]) -> Iterator[None]:
+    """Set the loaders' own generators back afterwards, so that the fit sees the same order."""
+    owners = [x for loader in loaders for x in (loader, getattr(loader, "sampler", None))]
+    generators = {id(g): g for x in owners if (g := getattr(x, "generator", None)) is not None}
+    states = {key: generator.get_state() for key, generator in generators.items()}
+    try:
+        yield
+    finally:
+        for key, generator in generators.items():
+            generator.set_state(states[key])
+
+
+def _loss_on(trainer: Trainer, batches: list[Any], images: int) -> Callable[[nn.Module], float]:
+    """The mean loss of ``training_step`` on batches, of which the first images are used."""
+    per_batch = max(images // max(len(batches), 1), 1)
+    batches = [tree_map(lambda x: _first(x, per_batch), batch) for batch in batches]
+
+    def loss(module: nn.Module) -> float:
+        # What the module would log is no step's.
+        vars(module)["log"] = vars(module)["log_dict"] = lambda *_, **__: None
+        step: Any = module.training_step
+        takes_index = len(inspect.signature(step).parameters) > 1
+        total = 0.0
+        for i, batch in enumerate(batches):
+            with torch.no_grad(), trainer.precision_plugin.train_step_context():
+                output = step(batch, i) if takes_index else step(batch)
+            total += float(output["loss"] if isinstance(output, dict) else output)
+        return total / len(batches)
+
+    return loss
+
+
+def _first(x: Any, count: int) -> Any:
+    return x[:count] if isinstance(x, Tensor) and x.dim() else x
