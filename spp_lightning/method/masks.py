@@ -111,10 +111,14 @@ def acting_mask(layer: nn.Module) -> Tensor:
 
 
 def convolution_of(layer: nn.Module) -> Convolution | None:
-    """What computes a masked layer; None without it, and where hooks wait for the layer's call."""
+    """What computes a masked layer; None without it, and where hooks wait for the layer's call.
+
+    A ``forward`` of the layer's own counts as a hook.
+    """
     convolution: Convolution | None = vars(layer).get("_spp_convolution")
     hooked = (
-        layer._forward_hooks
+        "forward" in vars(layer)
+        or layer._forward_hooks
         or layer._forward_pre_hooks
         or layer._backward_hooks
         or layer._backward_pre_hooks
