@@ -1,67 +1,44 @@
-"""Training on the kept columns alone, once the masks are fixed."""
+"""Training on kept columns where a simpler method prunes them; SPPCallback does so by itself."""
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable
 from typing import Any
 
-import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from torch import Tensor
+from torch import Tensor, nn
 
-from reproduction.simpler import convolutions
-from spp_lightning import ConvNet
-from spp_lightning.compaction.epilogue import LRN_ALPHA, Clamp, Epilogue, PlaneOp
-from spp_lightning.compaction.layers.column_conv import ColumnConv2d
-from spp_lightning.method.groups import weight_of
+from reproduction.simpler import ColumnMasks, convolutions
+from spp_lightning import kept_columns
+from spp_lightning.compaction.layers.kept import Kernels
+from spp_lightning.method.groups import WeightGroups
+from spp_lightning.method.masks import is_masked, mask_layer, unmask_layer
 
 __all__ = ["KeptColumns"]
 
-NORM = PlaneOp("local_response_norm", (3, 3), alpha=LRN_ALPHA)
-# What follows each convolution of ConvNet. Its max pool and its ReLU may change places.
-EPILOGUES = {
-    "conv1": (PlaneOp("max_pool", (3, 3), (2, 2), ceil_mode=True), NORM),
-    "conv2": (PlaneOp("avg_pool", (3, 3), (2, 2), ceil_mode=True), NORM),
-    "conv3": (PlaneOp("avg_pool", (3, 3), (2, 2), ceil_mode=True),),
-}
-
 
 class KeptColumns(Callback):
-    """Computes a ConvNet's training steps on the package's CPU kernels once its masks are fixed.
+    """Computes the columns that :class:`ColumnMasks` keeps, and no others.
 
-    The parameters, the optimizer and the checkpoints stay those of the whole network: before every
-    step the kept columns are copied into compact layers, and their gradients are copied back. The
-    gradient of a pruned weight is 0, as with masks.
+    The parameters, the optimizer and the checkpoints stay those of the whole network. The gradient
+    of a pruned weight is 0. That changes nothing, since ColumnMasks zeroes the weight after each
+    step.
 
     Args:
-        over: Whether the masks are fixed, asked before every step.
+        pruning: What prunes; stands before this callback.
+        kernels: As those of SPPCallback.
     """
 
-    def __init__(self, over: Callable[[], bool]) -> None:
-        self.over = over
-        self.layers: dict[str, ColumnConv2d] = {}
+    def __init__(self, pruning: ColumnMasks, kernels: Kernels = "auto") -> None:
+        self.pruning = pruning
+        self.make = kept_columns(kernels)
+        self.masks: dict[str, Tensor] = {}  # of the layers that are masked
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:  # noqa: D102
-        assert isinstance(pl_module, ConvNet)
-        if not self.over():
-            return
-        if not self.layers:
-            self._begin(pl_module)
-        with torch.no_grad():
-            for name, layer in self.layers.items():
-                weight = weight_of(pl_module.get_submodule(name))
-                layer.weight.copy_(weight.flatten(1).index_select(1, layer.columns))
-
-    def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: D102
-        for name, layer in self.layers.items():
-            weight = weight_of(pl_module.get_submodule(name))
-            assert layer.weight.grad is not None
-            whole = torch.zeros(weight.flatten(1).shape)
-            whole.index_copy_(1, layer.columns.long(), layer.weight.grad)
-            gradient = whole.view(weight.shape)
-            weight.grad = gradient if weight.grad is None else weight.grad + gradient
-            layer.weight.grad = None
+        for name, layer in convolutions(pl_module).items():
+            mask = self.pruning.masks[f"{name}.weight"]
+            if mask is not self.masks.get(name):
+                self._mask(layer, mask.flatten())
+                self.masks[name] = mask
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: D102
         self._end(pl_module)
@@ -71,22 +48,14 @@ class KeptColumns(Callback):
     ) -> None:
         self._end(pl_module)
 
-    def _begin(self, net: ConvNet) -> None:
-        for name, conv in convolutions(copy.deepcopy(net)).items():  # a copy is without masks
-            with torch.no_grad():
-                conv.weight.copy_(convolutions(net)[name].weight)
-            layer = ColumnConv2d.of(conv, Epilogue(Clamp(0.0), EPILOGUES[name]))
-            layer.bias = net.get_parameter(f"{name}.bias")
-            self.layers[name] = layer
+    def _mask(self, layer: nn.Module, mask: Tensor) -> None:
+        if is_masked(layer):
+            unmask_layer(layer)
+        groups = WeightGroups.of(layer)
+        mask_layer(layer, groups, mask, mask, self.make(layer, groups))
 
-        def forward(x: Tensor) -> Tensor:
-            for layer in self.layers.values():
-                x = layer(x)
-            return net.ip1(x.flatten(1))
-
-        net.forward = forward  # type: ignore[method-assign]
-
-    def _end(self, net: LightningModule) -> None:
-        if self.layers:
-            self.layers = {}
-            del net.forward
+    def _end(self, net: nn.Module) -> None:
+        self.masks = {}
+        for layer in convolutions(net).values():
+            if is_masked(layer):
+                unmask_layer(layer)

@@ -56,10 +56,11 @@ class Masks(Callback, ABC):
             share = 1 - (1 - self.done / self.updates) ** 3
             with torch.no_grad():
                 self.masks = self.choose(net, share)
+        parameters = dict(net.named_parameters())  # of masked layers, too
         with torch.no_grad():
             for name, mask in self.masks.items():
                 self.masks[name] = mask.to(net.device)  # loaded masks are on the CPU
-                net.get_parameter(name).mul_(self.masks[name])
+                parameters[name].mul_(self.masks[name])
 
     def state_dict(self) -> dict[str, Any]:  # noqa: D102
         return {"done": self.done, "masks": self.masks}

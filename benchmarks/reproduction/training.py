@@ -191,7 +191,7 @@ class Run:
     def _callbacks(self, net: ConvNet, kept_columns: bool) -> list[Callback]:
         """What prunes, and what is changed in the training, in the order in which it acts."""
         row = self.configuration
-        pruning = self._pruning(net)
+        pruning = self._pruning(net, kept_columns)
         callbacks = [*pruning]
         over = partial(all_over, pruning)
         if (row.pruning_lr, row.retraining_lr) != (1, 1):
@@ -202,16 +202,16 @@ class Run:
         if row.last_batch > 1:
             callbacks.append(LastBatches(row.last_batch, self.schedule.milestones(self.steps)[0]))
         if kept_columns:
-            callbacks.append(KeptColumns(over))
+            callbacks += [KeptColumns(each) for each in pruning if isinstance(each, ColumnMasks)]
         return callbacks
 
     @property
     def _on_kept_columns(self) -> bool:
-        """Whether kept columns alone can be computed once the masks are fixed."""
+        """Whether kept columns alone are computed, where that is faster."""
         by_column = self.configuration.method in ("spp", "one-shot columns", "gradual columns")
         return by_column and self.precision == "32-true" and not torch.cuda.is_available()
 
-    def _pruning(self, net: ConvNet) -> list[Callback]:
+    def _pruning(self, net: ConvNet, kept_columns: bool) -> list[Callback]:
         row = self.configuration
         if row.method in ("baseline", "control"):
             return []
@@ -236,6 +236,7 @@ class Run:
             recovery=row.recovery,
             masking="sample" if row.masking == "penalize" else row.masking,
             seed=self.seed,
+            kernels="auto" if kept_columns else "dense",
         )
         callbacks: list[Callback] = [spp]
         if row.score_decay or not row.dead_filters:
@@ -301,7 +302,7 @@ class Record(Callback):
     """Keeps, over resumes, the layers' sparsity at every update, the seconds and the devices.
 
     Args:
-        kept_columns: Whether steps are computed on kept columns alone once the masks are fixed.
+        kept_columns: Whether steps are computed on kept columns alone, where that is faster.
     """
 
     def __init__(self, kept_columns: bool) -> None:

@@ -13,7 +13,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 from reproduction.kept import KeptColumns
 from reproduction.rates import LastBatches, PhaseRates
 from reproduction.rows import ALL_TABLES, BASELINE, CAUSES, CONTROL, DEFAULT, by_worth
-from reproduction.training import all_over, penalty_ceiling
+from reproduction.simpler import ColumnMasks
+from reproduction.training import penalty_ceiling
 from reproduction.variants import Importance, Penalize, StraightThrough
 
 from spp_lightning import ConvNet, SPPCallback, SPPPruner
@@ -155,27 +156,22 @@ def test_learning_rates_and_batches_by_phase(net):
     assert sizes == [1] * 6 + [8] * 2
 
 
-def test_steps_on_kept_columns_are_those_with_masks(net, images):
-    callback = pruning(net, speedup=4, A=1.0, interval=1)
-    kept = KeptColumns(lambda: all_over([callback]))
-    kept.on_train_batch_start(None, net)
-    assert not kept.layers  # the masks aren't fixed
-    for step in range(1000):
-        callback.pruner.step(step)
-    assert callback.pruner.finished
-    masked = {name: grad.clone() for name, grad in gradients(net, images).items()}
-    kept.on_train_batch_start(None, net)
-    assert kept.layers["conv2"].weight.shape == (32, 200)
-    found = gradients(net, images)
-    kept.on_after_backward(None, net)
-    found = {name: parameter.grad for name, parameter in net.named_parameters()}
-    for name, grad in found.items():
-        torch.testing.assert_close(
-            grad, masked[name], rtol=1e-3, atol=1e-5 * masked[name].abs().max()
-        )
-    assert not found["conv2.weight"].flatten(1)[:, ~callback.pruner.mask["conv2"]].any()
-    kept.on_train_end(None, net)
-    assert "forward" not in vars(net)
+def test_steps_on_kept_columns_are_those_of_zeroed_weights(net, images):
+    masks = ColumnMasks(4, updates=2)
+    clock, kept = Clock(net.configure_optimizers()["optimizer"]), KeptColumns(masks, "compact")
+    for clock.global_step in range(2):  # the masks grow once
+        masks.on_train_batch_end(clock, net)
+        zeroed = {name: grad.clone() for name, grad in gradients(net, images).items()}
+        kept.on_train_batch_start(clock, net)
+        found = gradients(net, images)
+        for name, grad in zeroed.items():
+            mask = masks.masks.get(name, torch.tensor(1))
+            tolerance = 1e-5 * grad.abs().max()
+            torch.testing.assert_close(found[name], grad * mask, rtol=1e-3, atol=tolerance)
+        assert not found["conv2.weight"][:, ~masks.masks["conv2.weight"]].any()
+        kept.on_train_end(clock, net)
+        assert type(net.conv2) is torch.nn.Conv2d
+    assert masks.masks["conv2.weight"].sum() == 200
 
 
 def test_rows_come_in_the_order_of_their_worth():
