@@ -1,7 +1,8 @@
-"""The commands: `compact`, from a checkpoint to a measured file; `inspect`, what is in one."""
+"""The commands: `compact`, from a checkpoint to a measured file; `inspect`; `plan`."""
 
 import json
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -212,6 +213,66 @@ def test_inspect_refuses_a_damaged_file_with_the_loaders_message(compact_file):
     result = run("net.spp", command="inspect")
     assert result.exit_code == 1
     assert result.output.strip() == f"Error: {refused.value}"
+
+
+def network():
+    """A depthwise convolution between two that can be pruned, for 3×16×16 images."""
+    conv = partial(nn.Conv2d, padding=1)
+    depthwise = nn.Conv2d(16, 16, 3, padding=1, groups=16)
+    return nn.Sequential(
+        conv(3, 16, 3), depthwise, conv(16, 8, 3), nn.Flatten(), nn.Linear(2048, 4)
+    )
+
+
+def test_plan_as_json():
+    words = ["test_cli:network", "--input-shape", "3,16,16", "--threads", "1", "--json"]
+    result = run(*words, "--speedup", "2.5", command="plan")
+    assert result.exit_code == 0, result.output
+    told = json.loads(result.output)
+    plan = told["plan"]
+    prunable = [16 * 16 * 27 * 16, 16 * 16 * 144 * 8]
+    dense = sum(prunable) + 16 * 16 * 9 * 16 + 2048 * 4
+    assert [layer["macs"] for layer in plan["layers"]] == prunable
+    assert plan["dense_macs"] == dense
+    assert dense / 2.5 - 16 * 16 * 16 < plan["macs"] <= dense / 2.5
+    assert plan["left_out"] == {"1": "depthwise"}
+    assert plan["measured_on"] == "cpu with 1 thread for a batch of 1×3×16×16"
+    assert all(layer["ms"] > 0 and len(layer["sensitivity"]) == 5 for layer in plan["layers"])
+    speedups = {row["speedup"]: row for row in told["speedups"]}
+    assert speedups[1.0]["macs"] == dense
+    assert dense / 3 - 16 * 16 * 16 < speedups[3.0]["macs"] <= dense / 3
+    assert all(row["ms"] > 0 for row in told["speedups"])
+
+
+def test_plan_with_data_shows_what_the_loss_says(tiny):
+    words = ["conftest:TinyModule", "--input-shape", "3,8,8", "--data", "conftest:tiny_data"]
+    result = run(*words, "--macs", "20000", "--layers", "conv*", command="plan")
+    assert result.exit_code == 0, result.output
+    assert "target: the network's MACs: 20,000\nlayer" in result.output
+    assert "conv2  8×8×3×3" in result.output
+    assert "speedup of the MACs" in result.output
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "message"),
+    [
+        (["test_cli:nothing"], 2, "can't be imported"),
+        (["test_cli:network"], 2, "give --input-shape C,H,W"),
+        (["test_cli:network", "--input-shape", "5,16,16"], 1, "must be an input of the network"),
+        (["conftest:tiny_data"], 1, "must make an nn.Module"),
+        (["--speedup", "90"], 1, "`speedup` (=90) of the network must be from 1 to"),
+        (["--speedup", "2", "--macs", "9"], 1, "Only one of"),
+        (["--device", "cuda:9"], 1, "must be a device of this machine"),
+        (["--data", "conftest:TinyModule"], 1, "must make a LightningDataModule or batches"),
+        (["--data", "conftest:tiny_data"], 1, "must make batches that the network has a loss for"),
+    ],
+)
+def test_errors_of_plan(words, code, message):
+    if words[0].startswith("--"):
+        words = ["test_cli:network", "--input-shape", "3,16,16", *words]
+    result = run(*words, command="plan")
+    assert result.exit_code == code, result.output
+    assert message in " ".join(result.output.split())
 
 
 def test_help_names_everything():

@@ -128,20 +128,36 @@ class Plan:
         head = ["layer", "size", "groups", "pruned", "ratio", "MACs", "share"]
         timed = any(layer.ms is not None for layer in self.layers)
         points = list(self.layers[0].sensitivity) if costs else []
-        head += ["ms"] * timed + [f"cost at {point}" for point in points]
+        head += ["ms"] * timed + [f"{float(point):.0%} costs" for point in points]
         rows = []
         for layer in self.layers:
             row = [layer.name, "×".join(map(str, layer.size)), f"{layer.groups}", f"{layer.pruned}"]
             row += [f"{layer.ratio:.1%}", short_count(layer.macs)]
             row += [f"{layer.macs / self.dense_macs:.1%}"]
             row += ["-" if layer.ms is None else f"{layer.ms:.3f}"] * timed
-            rows.append(row + [f"{layer.sensitivity[point]:.4f}" for point in points])
+            rows.append(row + [f"{layer.sensitivity[point]:.3f}" for point in points])
         return text_table(head, rows, left=2)
 
+    def notes(self) -> str:
+        """What the costs are of, what isn't pruned and what ``compact`` keeps dense, and why."""
+        dense = {x.name: x.kept_dense for x in self.layers if x.kept_dense is not None}
+        rows = [("not pruned", self.left_out), ("compact keeps dense", dense)]
+        notes = [f"{what}: {_by_reason(reasons)}" for what, reasons in rows if reasons]
+        if any(layer.sensitivity for layer in self.layers):
+            notes.insert(0, f"costs: by the {self.estimate}")
+        return "\n".join(notes)
+
     def __str__(self) -> str:
-        return f"{self.table()}\n{self.summary()}"
+        return "\n".join(x for x in (self.table(), self.notes(), self.summary()) if x)
 
 
 def told_numbers(dense: float, pruned: float, told: Any) -> str:
     """Two numbers and how many times as small the second one is."""
     return f"{told(dense)} dense, {told(pruned)} pruned: {dense / pruned:.2f}×"
+
+
+def _by_reason(reasons: Mapping[str, str]) -> str:
+    names: dict[str, list[str]] = {}
+    for name, reason in reasons.items():
+        names.setdefault(reason, []).append(name)
+    return "; ".join(f"{', '.join(group)} ({reason})" for reason, group in names.items())

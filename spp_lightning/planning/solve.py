@@ -228,6 +228,11 @@ class Planner:
                 }
         return self._sensitivity
 
+    def measure(self) -> None:
+        """Measure each layer now, also for targets that don't need it."""
+        with using_threads(self.settings.threads):
+            _ = self.times, self.sensitivity
+
     # -- solving -------------------------------------------------------------------------------
 
     def solve(self, target: Target | None, latency: bool = True) -> Plan:

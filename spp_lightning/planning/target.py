@@ -48,7 +48,9 @@ class Target(NamedTuple):
         whole = {"macs": "the network's MACs", "latency": "the network's latency"}[self.quantity]
         if self.argument == "speedup":
             return f"{whole} / {self.value:g}"
-        return f"{whole}: {self.value:,.6g}" + (" ms" if self.quantity == "latency" else "")
+        return f"{whole}: " + (
+            f"{self.value:,.0f}" if self.quantity == "macs" else f"{self.value:g} ms"
+        )
 
     def __str__(self) -> str:
         value = f"{self.value:,.0f}" if self.argument == "macs" else f"{self.value:g}"

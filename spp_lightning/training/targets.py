@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import copy
-import inspect
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,8 +12,7 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import CombinedLoader, rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.seed import isolate_rng
-from torch import Tensor, nn
-from torch.utils._pytree import tree_map
+from torch import Tensor
 
 from spp_lightning.method.groups import weight_of
 from spp_lightning.method.pruner import SPPPruner
@@ -22,12 +20,11 @@ from spp_lightning.planning.latency import Bench, on_device, using_threads
 from spp_lightning.planning.plan import Plan
 from spp_lightning.planning.solve import Planner
 from spp_lightning.planning.target import TargetSettings
+from spp_lightning.training.losses import MOST_MACS, step_loss
 
 __all__ = ["given_plan", "report_end", "solved_plan"]
 
 _BATCHES = 2  # of training data, on which the loss is computed
-# MACs that all the losses of a plan may take; fewer images are used where it would be more.
-_MOST_MACS = {"cpu": 2e12, "cuda": 1e14}
 _LEAST_IMAGES = 8
 
 Inputs = tuple[Tensor, ...]
@@ -121,8 +118,9 @@ def _solve(trainer: Trainer, pl_module: LightningModule, settings: TargetSetting
     planner = Planner(pl_module, inputs, settings)
     rank_zero_info(f"SPP measures the network, for {settings.target}.")
     batches = list(itertools.islice(_batches(trainer), _BATCHES))
-    most = _MOST_MACS["cuda" if pl_module.device.type == "cuda" else "cpu"]
-    loss = _loss_on(trainer, batches, max(_LEAST_IMAGES, int(most / planner.loss_macs)))
+    most = MOST_MACS["cuda" if pl_module.device.type == "cuda" else "cpu"]
+    images = max(_LEAST_IMAGES, int(most / planner.loss_macs))
+    loss = step_loss(batches, images, trainer.precision_plugin.train_step_context)
     try:
         with torch.no_grad():
             loss(copy.deepcopy(pl_module).eval())
@@ -192,27 +190,3 @@ def _kept_generators(loaders: list[Any]) -> Iterator[None]:
     finally:
         for key, generator in generators.items():
             generator.set_state(states[key])
-
-
-def _loss_on(trainer: Trainer, batches: list[Any], images: int) -> Callable[[nn.Module], float]:
-    """The mean loss of ``training_step`` on batches, of which the first images are used."""
-    per_batch = max(images // max(len(batches), 1), 1)
-    batches = [tree_map(lambda x: _first(x, per_batch), batch) for batch in batches]
-
-    def loss(module: nn.Module) -> float:
-        # What the module would log is no step's.
-        vars(module)["log"] = vars(module)["log_dict"] = lambda *_, **__: None
-        step: Any = module.training_step
-        takes_index = len(inspect.signature(step).parameters) > 1
-        total = 0.0
-        for i, batch in enumerate(batches):
-            with torch.no_grad(), trainer.precision_plugin.train_step_context():
-                output = step(batch, i) if takes_index else step(batch)
-            total += float(output["loss"] if isinstance(output, dict) else output)
-        return total / len(batches)
-
-    return loss
-
-
-def _first(x: Any, count: int) -> Any:
-    return x[:count] if isinstance(x, Tensor) and x.dim() else x
