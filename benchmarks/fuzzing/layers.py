@@ -21,6 +21,8 @@ __all__ = ["LayerCase", "check", "draw", "smaller"]
 
 Layout = Literal["contiguous", "channels last", "strided", "expanded", "without batch"]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
+# Winograd's transforms cost some digits of float32; bfloat16 has 8 bits.
+EPSILON = {torch.float32: 2e-4, torch.bfloat16: 2e-2, torch.float64: 1e-12}
 CLAMPS = [(-math.inf, math.inf), (0.0, math.inf), (0.0, 6.0), (-0.5, 0.75)]
 
 
@@ -154,17 +156,19 @@ def _check(case: LayerCase) -> None:
         grad = torch.randn(found.shape, generator=generator).to(dtype)
         found.backward(grad)
         expected.backward(grad.double())
+        slacks = _slacks(case, leaf, kept, columns, offset, added, bound, grad)
         for name, ours, theirs in (
             ("input", x.grad, leaf.grad),
             ("weight", layer.weight.grad, kept.grad),
         ):
             assert ours is not None and theirs is not None
-            # Where a pool or a clamp decides by the last bit, a gradient may go another way.
-            if case.post or case.clamp != CLAMPS[0]:
+            # Where a pool decides by the last bit, a gradient may go another way.
+            if case.post:
                 _check_finite(name, ours, theirs)
             else:
                 most = float(theirs.abs().max()) if theirs.numel() else 0.0
-                _compare(f"gradient of the {name}", ours, theirs, torch.tensor(most * 8), dtype)
+                slack = slacks[name].double() / EPSILON[dtype]
+                _compare(f"gradient of the {name}", ours, theirs, most * 8 + slack, dtype)
 
 
 def _laid_out(x: Tensor, layout: Layout) -> Tensor:
@@ -234,12 +238,34 @@ def _bound(
     return y
 
 
+def _slacks(
+    case: LayerCase,
+    x: Tensor,
+    weight: Tensor,
+    columns: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    bound: Tensor,
+    grad: Tensor,
+) -> dict[str, Tensor]:
+    """By how much gradients may differ, since rounding decides what the clamp lets through."""
+    if case.post or case.clamp == CLAMPS[0]:
+        return {"input": torch.zeros_like(x), "weight": torch.zeros_like(weight)}
+    free = replace(case, clamp=CLAMPS[0])
+    y = _reference(free, x, weight, columns, bias, residual).detach()
+    near = torch.zeros_like(y, dtype=torch.bool)
+    for edge in case.clamp:
+        near |= (y - edge).abs() <= EPSILON[grad.dtype] * bound
+    sizes = [t.detach().abs().requires_grad_() for t in (x, weight)]
+    z = _reference(free, sizes[0], sizes[1], columns, None, None)
+    made = torch.autograd.grad(z, sizes, grad.double().abs() * near)
+    return {"input": made[0], "weight": made[1]}
+
+
 def _compare(name: str, found: Tensor, expected: Tensor, bound: Tensor, dtype: torch.dtype) -> None:
     if found.shape != expected.shape or found.dtype != dtype:
         raise Failure(f"{name}: {tuple(found.shape)} {found.dtype}, not {tuple(expected.shape)}")
-    # Winograd's transforms cost some digits of float32; bfloat16 has 8 bits.
-    eps = {torch.float32: 2e-4, torch.bfloat16: 2e-2, torch.float64: 1e-12}[dtype]
-    wrong = ~((found.double() - expected).abs() <= eps * bound + 1e-30)
+    wrong = ~((found.double() - expected).abs() <= EPSILON[dtype] * bound + 1e-30)
     if bool(wrong.any()):
         place = tuple(int(i) for i in wrong.nonzero()[0])
         raise Failure(
@@ -252,7 +278,7 @@ def _check_finite(name: str, found: Tensor, expected: Tensor) -> None:
     if found.shape != expected.shape or not bool(found.isfinite().all()):
         raise Failure(f"gradient of the {name}: not finite, or of another shape")
     share = float((found.double() - expected).norm() / (expected.norm() + 1e-30))
-    if share > 0.2 and float(expected.norm()) > 1e-6:
+    if share > (0.5 if found.dtype == torch.bfloat16 else 0.2) and float(expected.norm()) > 1e-6:
         raise Failure(f"gradient of the {name}: differs by {share:.2f} of its norm")
 
 

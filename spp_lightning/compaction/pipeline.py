@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
+from spp_lightning.compaction.agreement import computes_the_same
 from spp_lightning.compaction.graph.channels import remove_channels
 from spp_lightning.compaction.graph.fold import absorb_constants, fold_batch_norms
 from spp_lightning.compaction.graph.inputs import bind, propagate
@@ -146,7 +147,7 @@ class _Recipe:
             tune_chains(network, inputs, named)
         if not any(parameter.requires_grad for parameter in original.parameters()):
             network.requires_grad_(False)
-        if not _same(network, original, inputs, named):
+        if not computes_the_same(network, original, inputs, named):
             raise _NotCompactError("computes something else when it is traced")
         return network, decisions
 
@@ -242,32 +243,6 @@ def _check(model: nn.Module, inputs: tuple[Any, ...]) -> None:
     finally:
         for module, mode in training.items():
             module.training = mode
-
-
-def _same(
-    compacted: nn.Module, original: nn.Module, inputs: tuple[Any, ...], named: Mapping[str, Any]
-) -> bool:
-    """Whether two networks agree on a random input; they do unless tracing lost something."""
-    generator = torch.Generator(_first_tensor(inputs, named).device).manual_seed(0)
-
-    def drawn(x: Any) -> Any:
-        if not isinstance(x, Tensor) or not x.is_floating_point():
-            return x
-        return torch.randn(x.shape, generator=generator, device=x.device).to(x.dtype)
-
-    inputs, named = tree_map(drawn, (inputs, dict(named)))
-    with torch.no_grad():
-        expected = tree_leaves(copy.deepcopy(original).eval()(*inputs, **named))
-        found = tree_leaves(compacted(*inputs, **named))
-    floating = [x for x in tree_leaves((inputs, named)) if isinstance(x, Tensor)]
-    exact = all(x.dtype in (torch.float32, torch.float64) for x in floating)
-    tolerance = 1e-3 if exact else 0.1
-    return len(expected) == len(found) and all(
-        not isinstance(a, Tensor)
-        or (a.shape == b.shape and bool((a - b).norm() <= tolerance * a.norm() + 1e-30))
-        or not bool(a.isfinite().all())
-        for a, b in zip(expected, found, strict=True)
-    )
 
 
 def _drop_layouts(graph: fx.GraphModule) -> None:

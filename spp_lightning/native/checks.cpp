@@ -14,21 +14,18 @@ int64_t reach(const Geometry& g, int d) { return int64_t{g.kernel[d] - 1} * g.di
 
 }  // namespace
 
-void check(bool holds, const std::string& message) {
-  if (!holds) throw BadArgument(message);
-}
-
 void check_count(const char* name, Span tensor, int64_t count, bool optional) {
   if (optional && tensor.data == nullptr && tensor.count == 0) return;
-  check(tensor.count == count, std::string("`") + name + "` must have " + text(count) +
-                                   " numbers, got " + text(tensor.count) + ".");
-  check(tensor.data != nullptr || count == 0, std::string("`") + name + "` must not be null.");
+  check(tensor.count == count, [&] {
+    return std::string("`") + name + "` must have " + text(count) + " numbers, got " + text(tensor.count) + ".";
+  });
+  check(tensor.data != nullptr || count == 0, [&] { return std::string("`") + name + "` must not be null."; });
 }
 
 void check_geometry(const Geometry& g, const int32_t* columns, int32_t num_columns) {
   check(g.channels > 0 && g.filters > 0 && g.groups > 0, "Channels, filters and groups must be positive.");
   check(g.channels % g.groups == 0 && g.filters % g.groups == 0,
-        "`groups` (=" + text(g.groups) + ") must divide channels and filters.");
+        [&] { return "`groups` (=" + text(g.groups) + ") must divide channels and filters."; });
   for (int d = 0; d < 2; ++d) {
     check(g.kernel[d] > 0 && g.stride[d] > 0 && g.dilation[d] > 0 && g.padding[d] >= 0,
           "Kernel, stride and dilation must be positive, and padding at least 0.");
@@ -36,11 +33,11 @@ void check_geometry(const Geometry& g, const int32_t* columns, int32_t num_colum
   }
   const int64_t all = int64_t{g.channels} * g.kernel[0] * g.kernel[1];
   check(num_columns >= 0 && num_columns <= all && all <= kMostNumbers,
-        "There must be 0 to " + text(all) + " columns, got " + text(num_columns) + ".");
+        [&] { return "There must be 0 to " + text(all) + " columns, got " + text(num_columns) + "."; });
   check(columns != nullptr || num_columns == 0, "`columns` must not be null.");
   for (int32_t k = 0; k < num_columns; ++k)
     check(columns[k] >= 0 && columns[k] < all && (k == 0 || columns[k] > columns[k - 1]),
-          "`columns` must be ascending and in [0, " + text(all) + "), got " + text(columns[k]) + ".");
+          [&] { return "`columns` must be ascending and in [0, " + text(all) + "), got " + text(columns[k]) + "."; });
 }
 
 void check_epilogue(const EpilogueOp* ops, int32_t count) {
@@ -49,7 +46,7 @@ void check_epilogue(const EpilogueOp* ops, int32_t count) {
     const EpilogueOp& op = ops[i];
     const bool is_norm = op.kind == EpilogueKind::kLocalResponseNorm;
     check(is_norm || op.kind == EpilogueKind::kMaxPool || op.kind == EpilogueKind::kAveragePool,
-          "There is no epilogue operation " + text(static_cast<int32_t>(op.kind)) + ".");
+          [&] { return "There is no epilogue operation " + text(static_cast<int32_t>(op.kind)) + "."; });
     for (int d = 0; d < 2; ++d)
       check(op.kernel[d] > 0 && op.stride[d] > 0 && op.padding[d] >= 0 &&
                 (is_norm || op.padding[d] <= op.kernel[d] / 2),
@@ -66,9 +63,10 @@ void check_config(const Plan& plan, const KernelConfig& config) {
   const int32_t size[2] = {config.height, config.width}, out[2] = {config.conv_height, config.conv_width};
   for (int d = 0; d < 2; ++d) {
     const int64_t room = int64_t{size[d]} + 2 * int64_t{g.padding[d]} - reach(g, d);
-    check(room >= 0 && out[d] == room / g.stride[d] + 1,
-          "The convolution makes " + text(room < 0 ? 0 : room / g.stride[d] + 1) + " of " + text(size[d]) +
-              " pixels along axis " + text(d) + ", not " + text(out[d]) + ".");
+    check(room >= 0 && out[d] == room / g.stride[d] + 1, [&] {
+      return "The convolution makes " + text(room < 0 ? 0 : room / g.stride[d] + 1) + " of " + text(size[d]) +
+             " pixels along axis " + text(d) + ", not " + text(out[d]) + ".";
+    });
   }
   int height = config.conv_height, width = config.conv_width;
   for (const EpilogueOp& op : plan.epilogue) {
@@ -92,7 +90,7 @@ void check_config(const Plan& plan, const KernelConfig& config) {
                    "Winograd's kernels compute 3×3 layers of float32, with strides and dilations of 1 and one"
                    " group.");
   }
-  check(false, "There is no kernel " + text(static_cast<int32_t>(config.kernel)) + ".");
+  throw BadArgument("There is no kernel " + text(static_cast<int32_t>(config.kernel)) + ".");
 }
 
 int64_t input_count(const Plan& plan, const KernelConfig& config) {

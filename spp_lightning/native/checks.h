@@ -25,7 +25,15 @@ struct Span {
   int64_t count;
 };
 
-void check(bool holds, const std::string& message);
+inline void check(bool holds, const char* message) {
+  if (!holds) throw BadArgument(message);
+}
+
+// Likewise with a function that makes the message: to make a string takes as long as a small layer.
+template <typename Message>
+auto check(bool holds, const Message& message) -> decltype(message(), void()) {
+  if (!holds) throw BadArgument(message());
+}
 
 // That a tensor has so many numbers; or none, if it is optional.
 void check_count(const char* name, Span tensor, int64_t count, bool optional = false);

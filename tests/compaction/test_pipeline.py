@@ -370,6 +370,26 @@ def test_what_tracing_loses_is_noticed() -> None:
         compact(net, x)
 
 
+@pytest.mark.filterwarnings("error")
+def test_magnified_rounding_errors_are_not_taken_for_a_wrong_trace() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(16, 64, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.sin(1e5 * self.conv(x))
+
+    net, x = prune(Net(), 0.75), torch.randn(2, 16, 16, 16)
+    fast = compact(net, x)
+    assert isinstance(fast, CompactNetwork)
+    with torch.no_grad():
+        expected, found, true = net(x), fast(x), net.double()(x.double())
+    error = float((expected - true).norm() / true.norm())
+    assert error > 1e-3  # more than what is allowed where nothing is magnified
+    assert float((found - expected).norm() / expected.norm()) < 10 * error
+
+
 @pytest.mark.parametrize("ratio", [0.0, 0.75])
 @pytest.mark.filterwarnings("ignore:The network has too few")
 def test_outputs_of_any_kind_and_tensors_without_a_batch(ratio: float) -> None:

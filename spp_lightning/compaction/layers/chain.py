@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, is_grad_enabled, nn
 from torch.nn.modules import module as modules
 
 from spp_lightning.compaction.kernels.cpu.chain import ChainHandle, Linear
@@ -80,7 +80,7 @@ def _run_linear(linear: nn.Module, x: Tensor, directly: bool) -> Tensor:
         directly
         and not _is_hooked()
         and _is_readable(x)
-        and not (torch.is_grad_enabled() and x.requires_grad)
+        and not (is_grad_enabled() and x.requires_grad)
     ):
         tensors = _tensors_of(linear)
     y: Tensor = linear(torch.flatten(x, 1)) if tensors is None else Linear(*tensors)(x)
@@ -99,8 +99,7 @@ def _chain_of(
     if _is_hooked() or x.dtype != torch.float32:
         return None
     found: ChainHandle | None = layers[0]._chain
-    tensors = None if linear is None else _tensors_of(linear)
-    if found is not None and _holds(found, x, residual, layers, tensors):
+    if found is not None and _holds(found, x, residual, layers, linear):
         return found
     handles, last, are_new = list[Handle](), layers[-1], False
     for layer in layers:
@@ -114,6 +113,7 @@ def _chain_of(
             return None
         are_new = are_new or before is not handle
         handles.append(handle)
+    tensors = None if linear is None else _tensors_of(linear)
     if are_new or (len(handles) == 1 and tensors is None):
         return None  # weights that change at every call aren't worth a chain
     own = None if tensors is None else Linear(*tensors)
@@ -126,27 +126,38 @@ def _holds(
     x: Tensor,
     residual: Tensor | None,
     layers: tuple[ColumnConv2d, ...],
-    linear: tuple[Tensor, Tensor | None] | None,
+    linear: nn.Module | None,
 ) -> bool:
     """Whether a chain is that of these layers, and they are what they were."""
     if len(layers) != len(chain.handles):
         return False
-    for layer, handle in zip(layers, chain.handles, strict=True):
+    # One loop without calls: small networks wait for it.
+    records = is_grad_enabled()
+    for layer, handle in zip(layers, chain.handles):  # noqa: B905 (of one length; faster)
         own = layer.__dict__
-        parameters, columns = own["_parameters"], own["_buffers"].get("columns")
+        parameters = own["_parameters"]
         weight, bias = parameters.get("weight"), parameters.get("bias")
-        if not (
-            own.get("_handle") is handle
-            and _is_untouched(layer, ColumnConv2d)
-            and handle.holds(weight, columns, bias)
-            and not need_grad(weight, bias)
+        if (
+            own.get("_handle") is not handle
+            or type(layer) is not ColumnConv2d
+            or "forward" in own
+            or own["_forward_hooks"]
+            or own["_forward_pre_hooks"]
+            or not handle.holds(weight, own["_buffers"].get("columns"), bias)
+            or (records and need_grad(weight, bias))
         ):
             return False
     if residual is not None and not layers[-1]._adds_directly(x, residual):
         return False
-    if chain.linear is None or linear is None:
-        return chain.linear is None and linear is None
-    return chain.linear.is_of(*linear)
+    if chain.linear is None:
+        return linear is None or _tensors_of(linear) is None
+    if linear is None or not _is_untouched(linear, nn.Linear):
+        return False
+    parameters = linear._parameters
+    weight, bias = parameters.get("weight"), parameters.get("bias")
+    if weight is None or (records and need_grad(weight, bias)):
+        return False
+    return chain.linear.is_of(weight, bias)
 
 
 def _follows(before: Handle, handle: Handle) -> bool:

@@ -6,7 +6,8 @@ import math
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, fx, is_autocast_enabled, is_grad_enabled, nn
+from torch.autograd import forward_ad
 from torch.nn import functional as F
 from torch.nn.parameter import UninitializedParameter
 
@@ -23,6 +24,12 @@ from spp_lightning.compaction.spec import ConvSpec
 __all__ = ["ColumnConv2d", "is_plain", "need_grad"]
 
 _KERNEL_DTYPES = (torch.float32, torch.bfloat16)
+
+# Bound once: looked up through torch's modules in every call, they take as long as a tiny layer.
+_is_tracing = torch._C._is_tracing
+_num_dispatch_modes = torch._C._len_torch_dispatch_stack
+_num_function_modes = torch._C._len_torch_function_stack
+_transform = torch._C._functorch.peek_interpreter_stack
 
 
 class ColumnConv2d(nn.Module):
@@ -194,10 +201,10 @@ class ColumnConv2d(nn.Module):
         if x.dim() == 3:
             batch = None if residual is None else residual[None]
             return self.forward(x[None], batch)[0]
-        if not compiling and torch.autograd.forward_ad._current_level >= 0:
+        if not compiling and forward_ad._current_level >= 0:
             return self._in_torch(x, residual)  # the operators have no forward derivatives
         spec = self.spec
-        gradients = torch.is_grad_enabled() and self._needs_grad(x, residual)
+        gradients = is_grad_enabled() and self._needs_grad(x, residual)
         tensors = (x, self.weight, self.columns, self.bias)
         if not gradients or (self.epilogue.post and x.is_cpu):
             return column_conv2d(*tensors, residual, *spec.pack())
@@ -240,7 +247,7 @@ class ColumnConv2d(nn.Module):
             handle = None
         if handle is None and type(weight) not in (nn.Parameter, Tensor):
             return None
-        if weight.dtype != x.dtype or need_grad(weight, bias):
+        if weight.dtype != x.dtype or (is_grad_enabled() and need_grad(weight, bias)):
             return None
         if residual is not None and not self._adds_directly(x, residual):
             return None
@@ -256,7 +263,7 @@ class ColumnConv2d(nn.Module):
             type(residual) is Tensor
             and residual.dtype == x.dtype
             and is_plain(residual)
-            and not (torch.is_grad_enabled() and residual.requires_grad)
+            and not (is_grad_enabled() and residual.requires_grad)
         )
 
     def tune(self, x: Tensor, residual: Tensor | None = None) -> dict[KernelConfig, float]:
@@ -303,19 +310,20 @@ class ColumnConv2d(nn.Module):
         # Without torch's dispatcher, which takes longer than a small layer.
         return (
             type(x) is Tensor
-            and not torch._C._is_tracing()  # whose shapes are tensors
+            and not _is_tracing()  # whose shapes are tensors
             and x.is_cpu
             and x.dtype in _KERNEL_DTYPES
-            and not (x.requires_grad and torch.is_grad_enabled())
+            and not (x.requires_grad and is_grad_enabled())
             and x.dim() == 4
             and x.shape[1] == self.geometry.channels
-            and is_plain(x)
+            and x.is_contiguous()
+            and not x.is_neg()
             # Whoever watches or transforms what torch computes must see the operator.
-            and not torch.is_autocast_enabled("cpu")
-            and not torch._C._len_torch_dispatch_stack()
-            and not torch._C._len_torch_function_stack()
-            and torch._C._functorch.peek_interpreter_stack() is None
-            and torch.autograd.forward_ad._current_level < 0
+            and not is_autocast_enabled("cpu")
+            and not _num_dispatch_modes()
+            and not _num_function_modes()
+            and _transform() is None
+            and forward_ad._current_level < 0
             and (self._handle is not None or is_available())
         )
 
@@ -363,6 +371,4 @@ def is_plain(tensor: Tensor) -> bool:
 
 def need_grad(weight: Tensor, bias: Tensor | None) -> bool:
     """Whether torch records what is computed with these parameters."""
-    return torch.is_grad_enabled() and (
-        weight.requires_grad or (bias is not None and bias.requires_grad)
-    )
+    return is_grad_enabled() and (weight.requires_grad or (bias is not None and bias.requires_grad))

@@ -44,14 +44,20 @@ class Linear:
             self.out_features,
         )
         self.address = ctypes.addressof(self._native)
-        self._place = _place_of(weight, bias)
+        self._places = (weight.data_ptr(), None if bias is None else bias.data_ptr())
+        self._shape = weight.shape
 
     def is_of(self, weight: Tensor, bias: Tensor | None) -> bool:
         """Whether it reads these tensors, at the place where they are now."""
+        own_weight, own_bias = self._tensors
+        place, bias_place = self._places
         return (
-            weight is self._tensors[0]
-            and bias is self._tensors[1]
-            and self._place == _place_of(weight, bias)
+            weight is own_weight
+            and bias is own_bias
+            and own_weight.data_ptr() == place
+            and own_weight.shape == self._shape
+            and own_weight.is_contiguous()
+            and (own_bias is None or own_bias.data_ptr() == bias_place)
         )
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -80,12 +86,6 @@ class Linear:
                 f"The linear layer reads {self.in_features} features, but the layers before it make"
                 f" {features} = {' · '.join(map(str, shape[1:]))}."
             )
-
-
-def _place_of(weight: Tensor, bias: Tensor | None) -> tuple[object, ...]:
-    """Where tensors are, not what is in them."""
-    place = (weight.data_ptr(), weight.shape)
-    return place if bias is None else (*place, bias.data_ptr(), bias.shape)
 
 
 class PreparedChain(NamedTuple):

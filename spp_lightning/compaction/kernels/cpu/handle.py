@@ -135,12 +135,17 @@ class Handle:
 
     def holds(self, weight: Tensor, columns: Tensor, bias: Tensor | None) -> bool:
         """Whether it is that of these tensors, and they are what they were."""
+        stamp = self._stamp
         return (
-            self._weight() is weight
+            stamp is not None
+            and self._weight() is weight
             and self._columns() is columns
             and self._bias() is bias
-            and self._stamp is not None
-            and self._stamp == _stamp_of(weight, columns, bias)
+            and stamp[0] == weight._version
+            and stamp[1] == weight.data_ptr()
+            and stamp[2] == columns._version
+            and stamp[3] == columns.data_ptr()
+            and (bias is None or (stamp[4] == bias._version and stamp[5] == bias.data_ptr()))
         )
 
     @property
