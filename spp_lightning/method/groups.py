@@ -1,4 +1,6 @@
-"""Weight groups: the units of one convolution's weight that are pruned as a whole.
+"""Weight groups: the units of one layer's weight that are pruned as a whole.
+
+A linear layer is a 1×1 convolution of tokens: its weight is ``(N, C)``, its kernel ``()``.
 
 A convolution's weight is ``(N, C / conv_groups, *kernel)``. Split by the convolution's ``groups``
 it is ``(conv_groups, N / conv_groups, C / conv_groups, *kernel)``. A weight group is a slice of
@@ -31,7 +33,7 @@ def weight_of(layer: nn.Module) -> nn.Parameter:
 
 @dataclass(frozen=True)
 class WeightGroups:
-    """The weight groups of one convolution.
+    """The weight groups of one convolution or linear layer.
 
     Args:
         weight_shape: Shape of the weight, ``(N, C / conv_groups, *kernel)``.

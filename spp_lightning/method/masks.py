@@ -151,7 +151,8 @@ def _forward(layer: Any, *args: Any, **kwargs: Any) -> Any:
     output = super(type(layer), layer).forward(*args, **kwargs)
     if not compiling and layer._spp_positions == 0:
         kernel_dims = weight_of(layer).dim() - 2
-        layer._spp_positions = math.prod(output.shape[-kernel_dims:])
+        sizes = output.shape[-kernel_dims:] if kernel_dims else output.shape[1:-1]
+        layer._spp_positions = math.prod(sizes)
     return output
 
 

@@ -6,14 +6,17 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from typing import Any
 
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.parameter import UninitializedParameter
 
 from spp_lightning.method.computed import computes_weight
+from spp_lightning.method.groups import weight_of
+from spp_lightning.method.positions import positions_of
 
-__all__ = ["Selection", "is_convolution", "is_depthwise", "select_layers"]
+__all__ = ["Selection", "is_convolution", "is_depthwise", "is_linear", "select_layers"]
 
 _PARAMETRIZED = "parametrized"
 
@@ -37,6 +40,17 @@ def is_convolution(layer: nn.Module) -> bool:
     return weight.dim() > 2 and isinstance(kernel, tuple) and kernel == tuple(weight.shape[2:])
 
 
+def is_linear(layer: nn.Module) -> bool:
+    """Whether a layer is an ``nn.Linear`` with a parameter ``weight``: a 1×1 convolution of tokens.
+
+    Its columns are its input features.
+
+    >>> is_linear(nn.Linear(3, 8)), is_linear(nn.Conv2d(3, 8, 1))
+    (True, False)
+    """
+    return isinstance(layer, nn.Linear) and layer._parameters.get("weight") is not None
+
+
 def is_depthwise(layer: nn.Module) -> bool:
     """Whether every input channel of a convolution is a group of its own.
 
@@ -49,7 +63,7 @@ def is_depthwise(layer: nn.Module) -> bool:
 
 @dataclass(frozen=True)
 class Selection:
-    """Layers to prune and their ratios, by name; convolutions left out, with the reason."""
+    """Layers to prune and their ratios, by name; layers left out, with the reason."""
 
     layers: dict[str, nn.Module]
     ratios: dict[str, float]
@@ -60,16 +74,21 @@ def select_layers(
     model: nn.Module,
     prune_ratio: float | Mapping[str, float],
     patterns: Iterable[str] | None = None,
+    example_input: Any = None,
 ) -> Selection:
-    """Find the convolutions to prune.
+    """Find the layers to prune.
 
     Args:
         model: The network.
         prune_ratio: Target sparsity in [0, 1). A float applies to every layer. A dict maps
             layer-name patterns (``fnmatch``'s ``*``, ``?``, ``[…]``) to ratios: the first matching
             pattern wins, and layers that match none are not pruned.
-        patterns: Patterns of layer names. Default: every convolution that is not depthwise and
-            whose weight is neither lazy nor shared with another module.
+        patterns: Patterns of names of convolutions and linear layers. Default: every convolution
+            that is not depthwise and whose weight is neither lazy nor shared with another module;
+            and the linear layers that are applied to several tokens or pixels of a sample, if they
+            take more MACs than all convolutions.
+        example_input: What tells the MACs. Default: the network's ``example_input_array``, if it
+            has one; without both, no linear layer is chosen by default.
 
     Returns:
         The layers in the network's order.
@@ -86,26 +105,29 @@ def select_layers(
     ({'0': 0.5, '2': 0.75}, {'1': 'depthwise'})
     """
     # named_modules yields a module once, under its first name.
-    convolutions, skipped = {}, {}
+    candidates: dict[str, nn.Module] = {}
+    skipped: dict[str, str] = {}
     for name, layer in model.named_modules():
-        if is_convolution(layer):
-            convolutions[name] = layer
+        if is_convolution(layer) or is_linear(layer):
+            candidates[name] = layer
         elif isinstance(layer, _ConvNd):
             # A parametrization, such as weight norm, computes the weight from other parameters.
             skipped[name] = "transposed" if layer.transposed else _PARAMETRIZED
+    if patterns is None:
+        candidates = _usual_layers(model, candidates, example_input)
     owners = Counter(id(p) for module in model.modules() for p in module._parameters.values())
-    for name, layer in convolutions.items():
+    for name, layer in candidates.items():
         weight = layer._parameters["weight"]
         if isinstance(weight, UninitializedParameter):
             skipped[name] = "lazy, not initialised yet"
         elif owners[id(weight)] > 1:
             skipped[name] = "shares its weight"
     if patterns is None:
-        depthwise = [name for name, layer in convolutions.items() if is_depthwise(layer)]
+        depthwise = [name for name, layer in candidates.items() if is_depthwise(layer)]
         skipped = dict.fromkeys(depthwise, "depthwise") | skipped
-        chosen = [name for name in convolutions if name not in skipped]
+        chosen = [name for name in candidates if name not in skipped]
     else:
-        chosen = _match("layers", list(patterns), list(convolutions), "There are")
+        chosen = _match("layers", list(patterns), list(candidates), "There are")
         for name in chosen:
             if name in skipped:
                 raise ValueError(
@@ -125,15 +147,40 @@ def select_layers(
     else:
         ratios = dict.fromkeys(chosen, float(prune_ratio))
 
-    layers = {name: convolutions[name] for name in ratios}
+    layers = {name: candidates[name] for name in ratios}
     parametrized = [name for name, reason in skipped.items() if reason == _PARAMETRIZED]
     if isinstance(prune_ratio, Mapping):
         parametrized = _matching(list(prune_ratio), parametrized)
     _check_weights(layers, parametrized if patterns is None else [])
     if not layers:
         there = ", ".join(f"{name} ({reason})" for name, reason in skipped.items()) or "none"
-        raise ValueError(f"There is no convolution to prune. Convolutions left out: {there}.")
+        linear = " Linear layers are pruned where `layers` names them."
+        raise ValueError(
+            f"There is no convolution to prune. Convolutions left out: {there}."
+            + (linear if any(is_linear(layer) for layer in model.modules()) else "")
+        )
     return Selection(layers, ratios, skipped)
+
+
+def _usual_layers(
+    model: nn.Module, candidates: Mapping[str, nn.Module], example_input: Any
+) -> dict[str, nn.Module]:
+    """The convolutions; and linear layers of tokens, where those take more MACs."""
+    convolutions = {name: x for name, x in candidates.items() if not is_linear(x)}
+    example = getattr(model, "example_input_array", None)
+    example = example if example_input is None else example_input
+    if example is None or len(convolutions) == len(candidates):
+        return convolutions
+    weights = {name: weight_of(layer) for name, layer in candidates.items()}
+    if any(isinstance(weight, UninitializedParameter) for weight in weights.values()):
+        return convolutions
+    sizes = {name: weight.numel() for name, weight in weights.items()}
+    positions = positions_of(model, candidates, example)
+    tokens = [name for name in candidates if name not in convolutions and positions[name] > 1]
+    macs = [sum(sizes[name] * positions[name] for name in x) for x in (tokens, convolutions)]
+    if macs[0] <= macs[1]:
+        return convolutions
+    return {name: x for name, x in candidates.items() if name in convolutions or name in tokens}
 
 
 def _check_weights(layers: Mapping[str, nn.Module], parametrized: Iterable[str]) -> None:
@@ -152,8 +199,8 @@ def _match(argument: str, patterns: list[str], names: list[str], what: str) -> l
     for pattern in patterns:
         if not any(fnmatchcase(name, pattern) for name in names):
             raise ValueError(
-                f"`{argument}` must hold patterns that match convolutions, but {pattern!r} matches"
-                f" none. {what}: {', '.join(names) or 'none'}."
+                f"`{argument}` must hold patterns that match convolutions or linear layers, but"
+                f" {pattern!r} matches none. {what}: {', '.join(names) or 'none'}."
             )
     return _matching(patterns, names)
 

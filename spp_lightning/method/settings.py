@@ -43,8 +43,10 @@ class SPPSettings:
         recovery: Whether p may fall again, as in SPP.
         masking: ``"sample"`` draws a mask from p at every step, as in SPP. ``"scale"`` multiplies
             every group by 1 − p instead.
-        layers: Patterns (``fnmatch``) of the layers to prune. Default: every convolution that is
-            not depthwise.
+        layers: Patterns (``fnmatch``) of the layers to prune, convolutions and linear layers.
+            Default: every convolution that is not depthwise, and linear layers of tokens where
+            those take more MACs than the convolutions of the network (for which it must have an
+            ``example_input_array``).
         start_step: Optimizer step of the first update.
         seed: Seed of the masks. The mask of a step depends on p, the seed and the step only.
 

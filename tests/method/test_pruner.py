@@ -716,6 +716,52 @@ def test_network_that_cannot_be_pruned(make_net, message):
         SPPPruner(make_net())
 
 
+class Tokens(nn.Module):
+    """A stem, and linear layers of its pixels, as in ConvNeXt; a classifier."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.classifier = nn.Conv2d(3, 8, 4, 4), nn.Linear(8, 2)
+        self.mlp = nn.Sequential(nn.Linear(8, 32), nn.GELU(), nn.Linear(32, 8))
+
+    def forward(self, x):
+        return self.classifier(self.mlp(self.stem(x).flatten(2).transpose(1, 2)).mean(1))
+
+
+def test_linear_layers_are_pruned_where_they_are_named_or_take_most_macs():
+    net, x = Tokens(), torch.randn(2, 3, 16, 16)
+    macs = {"stem": 16 * 8 * 48, "mlp.0": 16 * 8 * 32, "mlp.2": 16 * 8 * 32}
+    assert macs["stem"] < macs["mlp.0"] + macs["mlp.2"]
+    with pytest.raises(ValueError, match=r"none\. Linear layers are pruned where `layers` names"):
+        SPPPruner(net.mlp)
+    SPPPruner(net).fold()
+    assert list(SPPPruner(copy.deepcopy(net)).num_target) == ["stem"]  # nothing tells the MACs
+    named = SPPPruner(copy.deepcopy(net), layers=["mlp.*", "classifier"], prune_ratio=0.5)
+    assert named.num_target == {"classifier": 4, "mlp.0": 4, "mlp.2": 16}
+    net.example_input_array = x
+    pruner = SPPPruner(net, speedup=4, A=0.5, interval=1)
+    assert pruner.num_target == {"stem": 36, "mlp.0": 6, "mlp.2": 24}
+    finish(pruner)
+    net(x)
+    assert pruner.macs == {name: (count, count // 4) for name, count in macs.items()}
+    pruner.fold()
+    zeros = {name: int((net.get_submodule(name).weight == 0).all(0).sum()) for name in macs}
+    assert zeros["mlp.0"] == 6 and zeros["mlp.2"] == 24
+    net.stem = nn.Conv2d(3, 64, 4, 4)  # whose MACs are more now
+    net.mlp[0] = nn.Linear(64, 32)
+    assert list(SPPPruner(net).num_target) == ["stem"]
+
+
+def test_the_exact_count_of_a_linear_layer():
+    net = nn.Sequential(nn.Linear(10, 6))
+    pruner = SPPPruner(net, prune_ratio=0.7, layers=["0"], A=0.4, interval=2)
+    train(net, pruner, sgd(net), range(60), torch.randn(4, 5, 10))
+    assert pruner.finished and pruner.num_pruned == {"0": 7}
+    assert pruner.macs == {"0": (5 * 60, 5 * 18)}
+    pruner.fold()
+    assert int((net[0].weight == 0).all(0).sum()) == 7 and type(net[0]) is nn.Linear
+
+
 def test_layer_that_cannot_be_pruned_is_left_out_unless_named():
     net = nn.Sequential(shared_net(), nn.Conv2d(4, 8, 3))
     pruner = SPPPruner(net, prune_ratio={"1": 0.5})
