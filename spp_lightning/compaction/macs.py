@@ -47,7 +47,7 @@ def count_macs(model: nn.Module, example_input: Any) -> dict[str, int]:
         if is_convolution(layer)
         or isinstance(layer, nn.Linear)
         or (isinstance(layer, _ConvNd) and not layer.transposed)  # parametrized
-        or _geometry_of(layer)
+        or _is_compact(layer)
     }
     positions: dict[str, int] = {}
 
@@ -77,6 +77,11 @@ def count_macs(model: nn.Module, example_input: Any) -> dict[str, int]:
     return {name: count * _kept_weights(layers[name]) for name, count in positions.items()}
 
 
+def _is_compact(layer: nn.Module) -> bool:
+    """Whether a layer stores kept columns only; the classes stand above this module."""
+    return "columns" in layer._buffers
+
+
 def _geometry_of(layer: nn.Module) -> Geometry | None:
     """The convolution of a compact layer, whose class stands above this module; None of others."""
     geometry = getattr(layer, "geometry", None)
@@ -97,7 +102,7 @@ def _times_applied(layer: nn.Module, x: Tensor, output: Tensor) -> int:
 
 def _kept_weights(layer: nn.Module) -> int:
     """Weights that are neither in a column of zeros nor in a filter of zeros."""
-    if _geometry_of(layer):
+    if _is_compact(layer):
         return int(layer.get_parameter("weight").numel())
     weight = effective_weight(layer)
     if weight is None:  # the layer's forward hands no weight to torch

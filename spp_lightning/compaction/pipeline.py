@@ -16,6 +16,11 @@ from spp_lightning.compaction.graph.channels import remove_channels
 from spp_lightning.compaction.graph.fold import absorb_constants, fold_batch_norms
 from spp_lightning.compaction.graph.inputs import bind, propagate
 from spp_lightning.compaction.graph.lift import make_layers
+from spp_lightning.compaction.graph.linear import (
+    fold_linear_norms,
+    remove_features,
+    replace_linears,
+)
 from spp_lightning.compaction.graph.network import CompactNetwork
 from spp_lightning.compaction.graph.parts import replace_parts
 from spp_lightning.compaction.graph.replace import (
@@ -27,6 +32,7 @@ from spp_lightning.compaction.graph.replace import (
 from spp_lightning.compaction.graph.trace import trace
 from spp_lightning.compaction.graph.tune import tune_chains
 from spp_lightning.compaction.layers.column_conv import ColumnConv2d
+from spp_lightning.compaction.layers.column_linear import ColumnLinear
 from spp_lightning.compaction.timing import interleaved_ms
 from spp_lightning.method.computed import remove_parametrizations
 from spp_lightning.method.masks import is_masked
@@ -44,8 +50,9 @@ def compact(
 ) -> nn.Module:
     """Make a pruned network fast: store and compute only the columns that pruning kept.
 
-    Every convolution with pruned columns becomes a :class:`ColumnConv2d`. Channels that no layer
-    reads any more are removed, with the filters that compute them. Batch norms, additions, ReLUs
+    Every convolution with pruned columns becomes a :class:`ColumnConv2d`, and every linear layer a
+    :class:`ColumnLinear`. Channels that no layer reads any more are removed, with the filters that
+    compute them. Batch norms, additions, ReLUs
     and pools behind a convolution are computed together with it. Layers that are faster dense stay
     dense. The result is in evaluation mode; it computes what ``model.eval()`` computes, up to
     rounding, for batches and images of any size that the network takes.
@@ -133,11 +140,13 @@ class _Recipe:
         make_layers(graph)
         if self._fold:
             fold_batch_norms(graph)
+            fold_linear_norms(graph)
             absorb_constants(graph)
         remove_channels(graph)
+        remove_features(graph)
         propagate(graph, bind(original, inputs, named))
         _drop_layouts(graph)
-        decisions = replace_convolutions(graph, self._tune)
+        decisions = replace_convolutions(graph, self._tune) | replace_linears(graph, self._tune)
         network = CompactNetwork.of(graph)
         opaque = network.opaque_layers
         if opaque:
@@ -282,7 +291,7 @@ def _too_slow(
         return None if compact_ms <= dense_ms else measured
     if any(decision.is_compact for decision in decisions.values()):
         return None
-    if any(isinstance(module, ColumnConv2d) for module in network.modules()):  # inside of others
+    if any(isinstance(x, (ColumnConv2d, ColumnLinear)) for x in network.modules()):  # in others
         return None
     if _num_weights(network) < _num_weights(original):  # channels were removed
         return None
@@ -290,4 +299,5 @@ def _too_slow(
 
 
 def _num_weights(network: nn.Module) -> int:
-    return sum(x.weight.numel() for x in network.modules() if isinstance(x, nn.Conv2d))
+    kinds = (nn.Conv2d, nn.Linear)
+    return sum(x.weight.numel() for x in network.modules() if isinstance(x, kinds))

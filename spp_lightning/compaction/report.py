@@ -8,16 +8,18 @@ import torch
 from torch import Tensor, nn
 
 from spp_lightning.compaction.geometry import Geometry, kept_columns
+from spp_lightning.compaction.graph.linear import decide_linear
 from spp_lightning.compaction.graph.network import CompactNetwork
 from spp_lightning.compaction.graph.replace import decide, decision_of
 from spp_lightning.compaction.layers.column_conv import ColumnConv2d
+from spp_lightning.compaction.layers.column_linear import ColumnLinear
 from spp_lightning.compaction.spec import ConvSpec
 
 __all__ = ["CompactReport", "LayerReport", "compact_report"]
 
 
 class LayerReport(NamedTuple):
-    """What was chosen for a convolution.
+    """What was chosen for a convolution, or for a linear layer with pruned columns.
 
     Attributes:
         name: Of the layer.
@@ -45,7 +47,8 @@ class CompactReport(NamedTuple):
     """What was chosen for a network; as text, a table.
 
     Attributes:
-        layers: One row per convolution that the input passes, in the order of the forward pass.
+        layers: One row per convolution, and linear layer that was pruned, that the input passes, in
+            the order of the forward pass.
         chains: Names of the layers that one call of the kernels computes, for each such call.
         parts: Names of the modules that are compact networks, where the whole network isn't one.
         opaque: Names of the modules that are called as they are, since torch.fx can't trace them.
@@ -95,7 +98,7 @@ def compact_report(network: nn.Module, example_input: Any) -> CompactReport:
             tensors, or a tuple of the positional arguments.
 
     Raises:
-        ValueError: If ``network`` isn't a network with convolutions.
+        ValueError: If ``network`` isn't a network with convolutions or compact layers.
 
     >>> from spp_lightning import compact
     >>> net = nn.Sequential(nn.Conv2d(16, 32, 3), nn.ReLU(), nn.Conv2d(32, 8, 3))
@@ -111,7 +114,8 @@ def compact_report(network: nn.Module, example_input: Any) -> CompactReport:
     layers: dict[nn.Module, str] = {
         module: name
         for name, module in network.named_modules()
-        if isinstance(module, (ColumnConv2d, nn.Conv2d))
+        if isinstance(module, (ColumnConv2d, ColumnLinear, nn.Conv2d))
+        or (isinstance(module, nn.Linear) and decision_of(module))
     }
     if not layers:
         raise ValueError("`network` must have convolutions; this one has none.")
@@ -155,6 +159,17 @@ def _inputs_of(network: nn.Module, layers: dict[nn.Module, str], example: Any) -
 def _row(name: str, module: nn.Module, x: Tensor, residual: bool) -> LayerReport:
     threads = torch.get_num_threads()
     decided = decision_of(module)
+    if isinstance(module, ColumnLinear):
+        if decided is None or not decided.measured:
+            decided = decide_linear(module, x.numel() // module.in_features)
+        times = decided.compact_us, decided.dense_us
+        kept, every = len(module.columns), module.in_features
+        return LayerReport(name, kept, every, "gather, GEMM", threads, *times, decided.reason)
+    if isinstance(module, nn.Linear):
+        assert decided is not None, "else there is no row"
+        kept, every = int(module.weight.detach().any(0).sum()), module.in_features
+        us = decided.dense_us
+        return LayerReport(name, kept, every, "dense", threads, us, us, decided.reason)
     shape = tuple(x.shape) if x.dim() == 4 else (1, *x.shape)
     if isinstance(module, ColumnConv2d):
         kept, every = len(module.columns), module.geometry.num_columns

@@ -16,6 +16,7 @@ from spp_lightning.compaction.file.tensors import TensorStore
 from spp_lightning.compaction.file.values import decode, encode
 from spp_lightning.compaction.geometry import Geometry
 from spp_lightning.compaction.layers.column_conv import ColumnConv2d
+from spp_lightning.compaction.layers.column_linear import ColumnLinear
 
 __all__ = ["describe", "rebuild"]
 
@@ -24,16 +25,16 @@ def describe(module: nn.Module, store: TensorStore) -> dict[str, Any]:
     """A layer as plain data; its tensors are added to ``store``.
 
     Raises:
-        ValueError: If it is neither a ColumnConv2d nor one of torch.nn's own layers, or more than
+        ValueError: If it is neither a compact layer nor one of torch.nn's own layers, or more than
             what the class can be made with.
 
     >>> describe(nn.MaxPool2d(3, 2), TensorStore())["arguments"]["stride"]
     2
     """
     kind = type(module)
-    if kind is not ColumnConv2d and LAYERS.get(kind.__name__) is not kind:
+    if kind not in (ColumnConv2d, ColumnLinear) and LAYERS.get(kind.__name__) is not kind:
         raise ValueError(
-            "it must be a ColumnConv2d, or one of the layers of torch.nn that a file may name, got"
+            "it must be a compact layer, or one of the layers of torch.nn that a file may name, got"
             f" {kind.__module__}.{kind.__qualname__}; to save the network without it, make"
             " `compact` of the parts before and behind it"
         )
@@ -46,6 +47,8 @@ def describe(module: nn.Module, store: TensorStore) -> dict[str, Any]:
             "clamp": tuple(module.epilogue.clamp),
             "post": post,
         }
+    elif isinstance(module, ColumnLinear):
+        values = {"in_features": module.in_features}
     else:
         values = _constructor_arguments(module)
     description = {
@@ -82,6 +85,8 @@ def rebuild(description: Any, tensors: Sequence[Tensor]) -> nn.Module:
     own = {key: tensors[index] for key, index in indices.items()}
     if name == ColumnConv2d.__name__:
         module: nn.Module = _column_conv(own, **values)
+    elif name == ColumnLinear.__name__:
+        module = _column_linear(own, **values)
     else:
         if name not in LAYERS:
             raise ValueError(f"{name!r} isn't a layer that a file may name")
@@ -177,6 +182,12 @@ def _column_conv(
         op.check()
     epilogue = Epilogue(Clamp.of(clamp), ops)
     return ColumnConv2d(g, tensors["weight"], tensors["columns"], tensors.get("bias"), epilogue)
+
+
+def _column_linear(tensors: dict[str, Tensor], in_features: Any) -> ColumnLinear:
+    if not _are_ints(in_features, least=1):
+        raise ValueError(f"{in_features!r} isn't a number of features")
+    return ColumnLinear(in_features, tensors["weight"], tensors["columns"], tensors.get("bias"))
 
 
 def _are_ints(*numbers: object, least: int) -> bool:

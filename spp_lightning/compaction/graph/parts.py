@@ -12,10 +12,11 @@ from torch.utils._pytree import tree_map
 from spp_lightning.compaction.graph.network import CompactNetwork
 from spp_lightning.compaction.graph.query import set_module
 from spp_lightning.compaction.layers.column_conv import ColumnConv2d
+from spp_lightning.compaction.layers.column_linear import ColumnLinear
 
 __all__ = ["replace_parts"]
 
-_LAYERS = (nn.Conv2d, nn.Linear, ColumnConv2d)
+_LAYERS = (nn.Conv2d, nn.Linear, ColumnConv2d, ColumnLinear)
 
 Make = Callable[[nn.Module, tuple[Any, ...], Mapping[str, Any]], nn.Module | None]
 
@@ -83,7 +84,7 @@ class _Finder:
 
 def _may_be_replaced(module: nn.Module) -> bool:
     return not isinstance(module, (*_LAYERS, CompactNetwork)) and any(
-        isinstance(layer, nn.Conv2d) for layer in module.modules()
+        isinstance(layer, (nn.Conv2d, nn.Linear)) for layer in module.modules()
     )
 
 

@@ -8,6 +8,7 @@ from typing import Any
 from torch import fx, nn
 
 from spp_lightning.compaction.layers.column_conv import ColumnConv2d
+from spp_lightning.compaction.layers.column_linear import ColumnLinear
 
 __all__ = [
     "Node",
@@ -94,5 +95,5 @@ def convolution_like(
 def is_opaque(module: nn.Module) -> bool:
     """Whether a module that a graph calls is neither a layer of torch nor one of compaction."""
     kind = type(module)
-    layer = kind is ColumnConv2d or kind.__module__.startswith("torch.nn.")
+    layer = kind in (ColumnConv2d, ColumnLinear) or kind.__module__.startswith("torch.nn.")
     return not layer or kind.__module__ == nn.Sequential.__module__  # a container

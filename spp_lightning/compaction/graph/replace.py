@@ -24,6 +24,7 @@ __all__ = [
     "decide",
     "decision_of",
     "has_hooks",
+    "note_decision",
     "replace_convolutions",
     "replace_one_by_one",
 ]
@@ -59,6 +60,11 @@ def decision_of(module: nn.Module) -> Decision | None:
     """The decision about a layer of a compact network, if there was one."""
     decision: Decision | None = module.__dict__.get(_DECISION)
     return decision
+
+
+def note_decision(module: nn.Module, decision: Decision) -> None:
+    """Keep the decision about a layer, for :func:`decision_of`."""
+    module.__dict__[_DECISION] = decision
 
 
 def has_hooks(module: nn.Module) -> bool:
@@ -124,7 +130,7 @@ def replace_convolutions(graph: fx.GraphModule, tune: bool = False) -> dict[str,
             decision = decide(layer.spec, len(layer.columns), shape, conv.weight, residual)
         decisions[name] = decision
         for module in (conv, layer):
-            module.__dict__[_DECISION] = decision
+            note_decision(module, decision)
         if not decision.is_compact:
             continue
         calls = [x for x in graph.graph.nodes if x.op == "call_module" and x.target == node.target]

@@ -16,6 +16,7 @@ from spp_lightning.compaction.graph.network import CompactNetwork
 from spp_lightning.compaction.graph.query import set_module
 from spp_lightning.compaction.graph.steps import Step, Value, map_values
 from spp_lightning.compaction.layers.column_conv import ColumnConv2d
+from spp_lightning.compaction.layers.column_linear import ColumnLinear
 
 __all__ = ["to_dense"]
 
@@ -53,14 +54,18 @@ def to_dense(model: nn.Module) -> nn.Module:
         raise ValueError(f"`model` must be a network, an instance of nn.Module, got {model!r}.")
     if isinstance(model, ColumnConv2d):
         return _DenseConv2d(model)
+    if isinstance(model, ColumnLinear):
+        return model.to_dense()
     model = copy.deepcopy(model)
     for network in [module for module in model.modules() if isinstance(module, CompactNetwork)]:
         _write_out(network)
-    made: dict[ColumnConv2d, nn.Module] = {}  # a layer in two places stays one
+    made: dict[nn.Module, nn.Module] = {}  # a layer in two places stays one
     for parent in list(model.modules()):
         for name, layer in parent._modules.items():
             if isinstance(layer, ColumnConv2d):
                 parent._modules[name] = made[layer] = made.get(layer) or _DenseConv2d(layer)
+            elif isinstance(layer, ColumnLinear):
+                parent._modules[name] = made[layer] = made.get(layer) or layer.to_dense()
     return model
 
 

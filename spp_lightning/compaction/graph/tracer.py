@@ -10,6 +10,7 @@ from torch import Tensor, fx, nn
 from spp_lightning.compaction.epilogue import local_response_norm
 from spp_lightning.compaction.graph.inputs import items_of
 from spp_lightning.compaction.layers.column_conv import ColumnConv2d
+from spp_lightning.compaction.layers.column_linear import ColumnLinear
 
 __all__ = ["Tracer"]
 
@@ -38,7 +39,9 @@ class Tracer(fx.Tracer):
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         """Whether a module is one call of the graph."""
-        return isinstance(m, ColumnConv2d) or super().is_leaf_module(m, module_qualified_name)
+        return isinstance(m, (ColumnConv2d, ColumnLinear)) or super().is_leaf_module(
+            m, module_qualified_name
+        )
 
     def call_module(
         self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: dict[str, Any]
