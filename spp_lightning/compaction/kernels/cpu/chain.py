@@ -45,19 +45,22 @@ class Linear:
         )
         self.address = ctypes.addressof(self._native)
         self._places = (weight.data_ptr(), None if bias is None else bias.data_ptr())
-        self._shape = weight.shape
+        self._shapes = (weight.shape, None if bias is None else bias.shape)
 
     def is_of(self, weight: Tensor, bias: Tensor | None) -> bool:
         """Whether it reads these tensors, at the place where they are now."""
         own_weight, own_bias = self._tensors
-        place, bias_place = self._places
+        (place, bias_place), (shape, bias_shape) = self._places, self._shapes
         return (
             weight is own_weight
             and bias is own_bias
             and own_weight.data_ptr() == place
-            and own_weight.shape == self._shape
+            and own_weight.shape == shape
             and own_weight.is_contiguous()
-            and (own_bias is None or own_bias.data_ptr() == bias_place)
+            and (
+                own_bias is None
+                or (own_bias.data_ptr() == bias_place and own_bias.shape == bias_shape)
+            )
         )
 
     def __call__(self, x: Tensor) -> Tensor:
