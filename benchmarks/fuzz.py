@@ -147,8 +147,10 @@ def _save(kind: str, seeds: str, cases: int, minutes: float, detail: str, failur
     ).stdout.strip()
     context = f"{date.today()}, {_processor()}, torch {torch.__version__}"
     cells = (kind, seeds, cases, f"{minutes:.0f}", detail, failures, commit, context)
-    text = RESULT.read_text() if RESULT.exists() else HEAD
-    RESULT.write_text(text + "| " + " | ".join(str(cell) for cell in cells) + " |\n")
+    lines = (RESULT.read_text() if RESULT.exists() else HEAD).splitlines()
+    row = "| " + " | ".join(str(cell) for cell in cells) + " |"
+    end = max(i for i, line in enumerate(lines) if line.startswith("|")) + 1  # of the table
+    RESULT.write_text("\n".join([*lines[:end], row, *lines[end:]]) + "\n")
 
 
 def _processor() -> str:

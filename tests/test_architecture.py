@@ -18,7 +18,7 @@ FLOORS = (  # of compaction, the lowest first; a room may import its own floor a
     ("native", *METHOD_OF_COMPACTION),
     (
         *("compaction.geometry", "compaction.epilogue", "compaction.spec"),
-        *("compaction.timing", "compaction.macs"),
+        *("compaction.agreement", "compaction.timing", "compaction.macs"),
     ),
     ("compaction.kernels",),
     ("compaction.layers",),
