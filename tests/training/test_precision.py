@@ -9,9 +9,10 @@ from torch import nn
 from spp_lightning import SPPCallback, SPPPruner
 
 
+@pytest.mark.parametrize("kernels", ["dense", "compact"])
 @pytest.mark.parametrize("channels_last", [False, True], ids=["contiguous", "channels_last"])
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "bf16-true", "16-true", "64-true"])
-def test_exact_count(tiny, precision, channels_last):
+def test_exact_count(tiny, precision, channels_last, kernels):
     """The count is exact, and neither type nor memory format of weights and activations changes."""
     seen = []
 
@@ -31,7 +32,7 @@ def test_exact_count(tiny, precision, channels_last):
     tiny = tiny.to(memory_format=layout)
     strides = tiny.conv2.weight.stride()
     handle = tiny.conv2.register_forward_hook(note)
-    callback = SPPCallback(A=0.25, interval=1)
+    callback = SPPCallback(A=0.25, interval=1, kernels=kernels)
     make_trainer(callback, Watch(), max_steps=40, precision=precision).fit(tiny, tiny_data())
     handle.remove()
     assert set(seen) == {torch.float64} and len(seen) == 40

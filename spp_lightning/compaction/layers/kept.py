@@ -113,11 +113,14 @@ class KeptColumns:
             return None
         num_columns = len(columns.numbers)
         passes = 1 + torch.is_grad_enabled() * (x.requires_grad + weight.requires_grad)
-        if self.if_it_pays and not training_cost.pays(spec, num_columns, tuple(x.shape), passes):
+        # An epilogue's output is left as the next layer of this kind reads it.
+        last = epilogue.is_empty and (_is_channels_last(x) or _is_channels_last(weight))
+        choice = spec, num_columns, tuple(x.shape), passes, last
+        if self.if_it_pays and not training_cost.pays(*choice):
             return None
         note_positions(layer, math.prod(size))
         y: Tensor = _Convolution.apply(x.contiguous(), weight, bias, columns, spec)
-        return y.to(dtype)
+        return y.to(dtype, memory_format=torch.channels_last if last else torch.preserve_format)
 
     def _columns(self, layer: nn.Module, weight: Tensor) -> Columns | None:
         """The kept columns; None if the acting mask has other factors than 0 and 1."""
@@ -181,7 +184,7 @@ class _Convolution(torch.autograd.Function):
             )
         dy = grad.float().contiguous()
         fused = not handle.spec.epilogue.is_empty
-        dx, dw, db = handle.backward(dy, kept, x.float(), wanted, fused)
+        dx, dw, db = handle.backward(dy, kept.float(), x.float(), wanted, fused)
         return (
             dx.to(x.dtype) if wanted[0] else None,
             _scatter(dw, columns.places, weight, handle.spec.geometry) if wanted[1] else None,
@@ -235,8 +238,8 @@ def _dtype_of_output(x: Tensor, weight: Tensor) -> torch.dtype | None:
     return dtype if known and not training_cost.has_fast_products(dtype) else None
 
 
-def _is_channels_last(weight: Tensor) -> bool:
-    return not weight.is_contiguous() and weight.is_contiguous(memory_format=torch.channels_last)
+def _is_channels_last(x: Tensor) -> bool:
+    return not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
 
 
 def _read(mask: Tensor, g: Geometry, channels_last: bool) -> Columns | None:

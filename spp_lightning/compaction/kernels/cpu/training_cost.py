@@ -31,12 +31,13 @@ class _Times(NamedTuple):
     output: float  # a number of the convolution's output
     epilogue: float  # likewise, if an epilogue follows
     call: float
+    channels_last: float = 0.0  # a number of input or output in that memory format
 
 
 # Fitted to 26 layers, those of ConvNet and of ResNet-18 on 32×32 images and smaller ones, with all,
 # 75, 50, 25 and 10 % of their columns: CPU time on one core of an AMD EPYC (Zen 3, AVX2), best
 # of 6. Four fifths of the estimates are within 20 % of what was measured.
-_KEPT = _Times(mac=0.0242, input=1.56, output=0.50, epilogue=2.2, call=490_000)
+_KEPT = _Times(mac=0.0242, input=1.56, output=0.50, epilogue=2.2, call=490_000, channels_last=4.3)
 _DENSE = _Times(mac=0.0232, input=0.94, output=0.78, epilogue=4.0, call=360_000)
 _TILE = 4  # filters that the kernels compute at once
 
@@ -53,7 +54,13 @@ def has_fast_products(dtype: torch.dtype) -> bool:
     return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
 
 
-def pays(spec: ConvSpec, num_columns: int, shape: tuple[int, ...], passes: int = 3) -> bool:
+def pays(
+    spec: ConvSpec,
+    num_columns: int,
+    shape: tuple[int, ...],
+    passes: int = 3,
+    channels_last: bool = False,
+) -> bool:
     """Whether a training step on the kept columns takes less time than a dense one.
 
     Args:
@@ -61,6 +68,8 @@ def pays(spec: ConvSpec, num_columns: int, shape: tuple[int, ...], passes: int =
         num_columns: Kept columns.
         shape: Of the input, ``(B, C, H, W)``.
         passes: The forward pass, and one for each gradient, of weights and of input.
+        channels_last: Whether input and output are in that memory format, which the kernels don't
+            have: both are transposed, and so are their gradients.
 
     >>> from spp_lightning.compaction.geometry import Geometry
     >>> conv2 = ConvSpec(Geometry(32, 32, (5, 5), padding=(2, 2)))  # ConvNet's; 800 columns
@@ -69,12 +78,16 @@ def pays(spec: ConvSpec, num_columns: int, shape: tuple[int, ...], passes: int =
     """
     if instruction_set() not in ("avx2", "avx512"):
         return False
-    kept, dense = step_us(spec, num_columns, shape, passes)
+    kept, dense = step_us(spec, num_columns, shape, passes, channels_last)
     return kept < dense
 
 
 def step_us(
-    spec: ConvSpec, num_columns: int, shape: tuple[int, ...], passes: int = 3
+    spec: ConvSpec,
+    num_columns: int,
+    shape: tuple[int, ...],
+    passes: int = 3,
+    channels_last: bool = False,
 ) -> tuple[float, float]:
     """Estimated microseconds of a step, on the kept columns and dense; arguments as above."""
     g = spec.geometry
@@ -87,6 +100,7 @@ def step_us(
         + passes / 3 * (times.input * inputs + (times.output + times.epilogue * fused) * outputs)
         for times in (_KEPT, _DENSE)
     )
+    kept += passes / 3 * _KEPT.channels_last * channels_last * (inputs + outputs)
     # With an epilogue the convolution is computed once more for the gradients.
     again = fused if passes > 1 else 0
     kept += _KEPT.mac * (passes + again) * g.macs(shape, in_tiles * num_columns)
