@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from spp_lightning.planning.solve import plan
     from spp_lightning.training.callback import SPPCallback
     from spp_lightning.training.launcher import launcher_options
+    from spp_lightning.training.staged import StagedSPPCallback
 
 __all__ = [
     "CIFAR10DataModule",
@@ -29,6 +30,7 @@ __all__ = [
     "DigitsDataModule",
     "SPPCallback",
     "SPPPruner",
+    "StagedSPPCallback",
     "compact",
     "compact_report",
     "count_macs",
@@ -49,6 +51,7 @@ _HOMES = {
     "DigitsDataModule": "data.digits",
     "SPPCallback": "training.callback",
     "SPPPruner": "method.pruner",
+    "StagedSPPCallback": "training.staged",
     "compact": "compaction.pipeline",
     "compact_report": "compaction.report",
     "count_macs": "compaction.macs",

@@ -260,7 +260,7 @@ def test_plan_with_data_shows_what_the_loss_says(tiny):
         (["test_cli:network"], 2, "give --input-shape C,H,W"),
         (["test_cli:network", "--input-shape", "5,16,16"], 1, "must be an input of the network"),
         (["conftest:tiny_data"], 1, "must make an nn.Module"),
-        (["--speedup", "90"], 1, "`speedup` (=90) of the network must be from 1 to"),
+        (["--speedup", "90"], 1, "`speedup` (=90) of the network's MACs must be from 1 to"),
         (["--speedup", "2", "--macs", "9"], 1, "Only one of"),
         (["--device", "cuda:9"], 1, "must be a device of this machine"),
         (["--data", "conftest:TinyModule"], 1, "must make a LightningDataModule or batches"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -233,6 +233,14 @@ class Planner:
         with using_threads(self.settings.threads):
             _ = self.times, self.sensitivity
 
+    def go_beyond(self, plan: Plan) -> None:
+        """From now on, prune at least what a plan prunes of each layer."""
+        before = {layer.name: layer.pruned for layer in plan.layers}
+        for i, layer in enumerate(self._layers):
+            more = layer.counts[layer.counts > before[layer.name]]
+            counts = np.concatenate([[before[layer.name]], more])
+            self._layers[i] = replace(layer, counts=counts)
+
     # -- solving -------------------------------------------------------------------------------
 
     def solve(self, target: Target | None, latency: bool = True) -> Plan:
@@ -250,6 +258,8 @@ class Planner:
                 ratios = [self._ratios[layer.name] for layer in self._layers]
                 pairs = zip(self._layers, ratios, strict=True)
                 counts = [target_count(layer.groups, ratio) for layer, ratio in pairs]
+            elif target.quantity == "layers":
+                counts = self._uniform(1 - 1 / target.value)
             elif target.quantity == "macs":
                 counts = self._solve_macs(target)
             else:
@@ -268,12 +278,13 @@ class Planner:
         chosen = allocate(self._costs(), sizes, limit - fixed)
         assert chosen is not None, "the limit is at least the smallest sizes"
         counts = [int(x.counts[i]) for x, i in zip(self._layers, chosen, strict=True)]
-        return fit_exactly(
-            counts,
-            [int(layer.counts[-1]) for layer in self._layers],
+        more = fit_exactly(
+            [n - int(x.counts[0]) for x, n in zip(self._layers, counts, strict=True)],
+            [int(x.counts[-1] - x.counts[0]) for x in self._layers],
             [layer.unit for layer in self._layers],
             self._macs(counts) - math.floor(limit),
         )
+        return [n + int(x.counts[0]) for x, n in zip(self._layers, more, strict=True)]
 
     def _solve_latency(self, target: Target) -> Plan:
         times, costs = self.times, self._costs()
@@ -370,7 +381,7 @@ class Planner:
         ]
 
     def _uniform(self, ratio: float) -> list[int]:
-        return [target_count(layer.groups, ratio) for layer in self._layers]
+        return [max(target_count(x.groups, ratio), int(x.counts[0])) for x in self._layers]
 
     def _macs(self, counts: Sequence[int]) -> int:
         saved = sum(x.unit * n for x, n in zip(self._layers, counts, strict=True))

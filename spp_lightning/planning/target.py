@@ -16,18 +16,24 @@ __all__ = ["Of", "Target", "TargetSettings"]
 
 Of = Literal["layers", "network", "latency"]
 _DEFAULT_SPEEDUP = 4.0
+_NAMES = {
+    "layers": "each layer's MACs",
+    "macs": "the network's MACs",
+    "latency": "the network's latency",
+}
 
 
 class Target(NamedTuple):
     """What the pruned network is to reach.
 
     Attributes:
-        quantity: What is counted: ``"macs"`` of the network for one image, or its ``"latency"``.
+        quantity: What is counted: ``"macs"`` of the network for one image, its ``"latency"``, or
+            ``"layers"``, the MACs of each pruned layer.
         argument: The argument that names the target: ``"speedup"``, ``"macs"`` or ``"latency_ms"``.
         value: Its value: a factor, MACs or milliseconds.
     """
 
-    quantity: Literal["macs", "latency"]
+    quantity: Literal["layers", "macs", "latency"]
     argument: str
     value: float
 
@@ -45,7 +51,7 @@ class Target(NamedTuple):
 
     def in_words(self) -> str:
         """What is to be reached, such as ``"the network's latency / 2"``."""
-        whole = {"macs": "the network's MACs", "latency": "the network's latency"}[self.quantity]
+        whole = _NAMES[self.quantity]
         if self.argument == "speedup":
             return f"{whole} / {self.value:g}"
         return f"{whole}: " + (
@@ -54,8 +60,7 @@ class Target(NamedTuple):
 
     def __str__(self) -> str:
         value = f"{self.value:,.0f}" if self.argument == "macs" else f"{self.value:g}"
-        of = {"macs": "network", "latency": "latency"}[self.quantity]
-        more = f" of the {of}" if self.argument == "speedup" else ""
+        more = f" of {_NAMES[self.quantity]}" if self.argument == "speedup" else ""
         return f"`{self.argument}` (={value}){more}"
 
 
@@ -139,8 +144,13 @@ class TargetSettings(SPPSettings):
             return Target("latency", "latency_ms", float(self.latency_ms))
         if self.of == "layers":
             return None
-        speedup = float(self.speedup or _DEFAULT_SPEEDUP)
-        return Target("macs" if self.of == "network" else "latency", "speedup", speedup)
+        return self.target_at(float(self.speedup or _DEFAULT_SPEEDUP))
+
+    def target_at(self, speedup: float) -> Target:
+        """The target of a speedup of what ``of`` says."""
+        quantities: dict[Of, Literal["layers", "macs", "latency"]]
+        quantities = {"layers": "layers", "network": "macs", "latency": "latency"}
+        return Target(quantities[self.of], "speedup", speedup)
 
     def of_pruner(self, ratios: Mapping[str, float] | None = None) -> dict[str, Any]:
         """The arguments of :class:`~spp_lightning.SPPPruner`.

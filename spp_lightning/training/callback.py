@@ -17,7 +17,7 @@ from spp_lightning.method.pruner import SPPPruner
 from spp_lightning.planning.plan import Plan
 from spp_lightning.planning.table import text_table
 from spp_lightning.training.settings import TrainingSettings
-from spp_lightning.training.targets import given_plan, report_end, solved_plan
+from spp_lightning.training.targets import given_plan, report_end, solved_plans
 from spp_lightning.training.tensorboard import log_layout, log_update
 
 __all__ = ["SPPCallback"]
@@ -79,6 +79,9 @@ class SPPCallback(Callback):
 
     @takes_settings(TrainingSettings)
     def __init__(self, settings: TrainingSettings) -> None:
+        self._begin(settings)
+
+    def _begin(self, settings: TrainingSettings) -> None:
         self.settings = settings
         self.pruner: SPPPruner | None = None
         self.plan: Plan | None = None
@@ -102,9 +105,7 @@ class SPPCallback(Callback):
         # By now the network is on its device, and a checkpoint's state is loaded.
         if self.pruner is None or self.pruner.model is not pl_module:
             self.plan = self._planned(trainer, pl_module)
-            ratios = None if self._solved is None else self._solved.ratios
-            self.pruner = SPPPruner(pl_module, **self.settings.of_pruner(ratios))
-            self.pruner.compute_with(kept_columns(self.settings.kernels))
+            self.pruner = self._new_pruner(pl_module)
             self._step = 0
         self._fitting = True
         if self._restored is not None:
@@ -219,6 +220,12 @@ class SPPCallback(Callback):
 
     # -- inside --------------------------------------------------------------------------------
 
+    def _new_pruner(self, pl_module: LightningModule) -> SPPPruner:
+        ratios = None if self._solved is None else self._solved.ratios
+        pruner = SPPPruner(pl_module, **self.settings.of_pruner(ratios))
+        pruner.compute_with(kept_columns(self.settings.kernels))
+        return pruner
+
     @property
     def _solved(self) -> Plan | None:
         """The plan, if a target was solved into it."""
@@ -230,7 +237,7 @@ class SPPCallback(Callback):
         if target is None:
             return given_plan(trainer, pl_module, self.settings)
         if self._restored is None:
-            return solved_plan(trainer, pl_module, self.settings)
+            return solved_plans(trainer, pl_module, self.settings, [target])[0]
         if self._restored["plan"] is None:
             raise ValueError(f"The state must hold a plan for {target}, but has none.")
         plan = Plan.from_dict(self._restored["plan"])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -12,17 +12,17 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import CombinedLoader, rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.seed import isolate_rng
-from torch import Tensor
+from torch import Tensor, nn
 
 from spp_lightning.method.groups import weight_of
 from spp_lightning.method.pruner import SPPPruner
 from spp_lightning.planning.latency import Bench, on_device, using_threads
 from spp_lightning.planning.plan import Plan
 from spp_lightning.planning.solve import Planner
-from spp_lightning.planning.target import TargetSettings
+from spp_lightning.planning.target import Target, TargetSettings
 from spp_lightning.training.losses import MOST_MACS, step_loss
 
-__all__ = ["given_plan", "report_end", "solved_plan"]
+__all__ = ["given_plan", "report_end", "solved_plans"]
 
 _BATCHES = 2  # of training data, on which the loss is computed
 _LEAST_IMAGES = 8
@@ -30,28 +30,39 @@ _LEAST_IMAGES = 8
 Inputs = tuple[Tensor, ...]
 
 
-def solved_plan(trainer: Trainer, pl_module: LightningModule, settings: TargetSettings) -> Plan:
-    """Solve the target of the settings on rank 0; every rank gets the plan.
+def solved_plans(
+    trainer: Trainer,
+    pl_module: LightningModule,
+    settings: TargetSettings,
+    targets: Sequence[Target],
+) -> list[Plan]:
+    """Solve targets on rank 0; every rank gets the plans.
 
     Args:
         trainer: A Trainer at the start of a fit.
         pl_module: The network, on its device.
         settings: The settings.
+        targets: The targets, by ascending speedup. Each plan prunes what the one before it prunes,
+            and more.
+
+    Returns:
+        The plans of the targets that can be reached, at least one.
 
     Raises:
-        ValueError: On every rank, if there is no example input or the target cannot be reached.
+        ValueError: On every rank, if there is no example input or no target can be reached.
     """
     trainer.fit_loop.setup_data()  # on all ranks: they wait for each other
-    outcome: tuple[dict[str, Any] | None, str] = (None, "")
+    outcome: tuple[list[dict[str, Any]], str] = ([], "")
     if trainer.is_global_zero:
         try:
-            outcome = _solve(trainer, pl_module, settings).as_dict(), ""
+            plans = _solve(trainer, pl_module, settings, targets)
+            outcome = [plan.as_dict() for plan in plans], ""
         except ValueError as error:
-            outcome = None, str(error)
+            outcome = [], str(error)
     plain, problem = trainer.strategy.broadcast(outcome)
-    if plain is None:
+    if not plain:
         raise ValueError(problem)
-    return Plan.from_dict(plain)
+    return [Plan.from_dict(plan) for plan in plain]
 
 
 def given_plan(
@@ -112,26 +123,50 @@ def _measured_end(
         return bench.dense_ms, bench.ms(bench.compacted(pruned))
 
 
-def _solve(trainer: Trainer, pl_module: LightningModule, settings: TargetSettings) -> Plan:
-    assert settings.target is not None
+def _solve(
+    trainer: Trainer,
+    pl_module: LightningModule,
+    settings: TargetSettings,
+    targets: Sequence[Target],
+) -> list[Plan]:
     inputs = _example_inputs(trainer, pl_module, settings)
     planner = Planner(pl_module, inputs, settings)
-    rank_zero_info(f"SPP measures the network, for {settings.target}.")
+    rank_zero_info(f"SPP measures the network, for {', '.join(map(str, targets))}.")
+    if any(target.quantity != "layers" for target in targets):
+        planner.loss = _step_loss(trainer, pl_module, planner)
+    if any(target.quantity == "latency" for target in targets):
+        planner.measure()
+    plans: list[Plan] = []
+    for target in targets:
+        try:
+            plans.append(planner.solve(target))
+        except ValueError as error:
+            if not plans:
+                raise
+            rank_zero_info(f"SPP leaves out what can't be reached: {error}")
+            break
+        planner.go_beyond(plans[-1])
+    return plans
+
+
+def _step_loss(
+    trainer: Trainer, pl_module: LightningModule, planner: Planner
+) -> Callable[[nn.Module], float] | None:
+    """The loss of ``training_step`` on a few batches; None if it gives none outside of a step."""
     batches = list(itertools.islice(_batches(trainer), _BATCHES))
     most = MOST_MACS["cuda" if pl_module.device.type == "cuda" else "cpu"]
     images = max(_LEAST_IMAGES, int(most / planner.loss_macs))
     loss = step_loss(batches, images, trainer.precision_plugin.train_step_context)
     try:
-        with torch.no_grad():
-            loss(copy.deepcopy(pl_module).eval())
+        loss(copy.deepcopy(pl_module).eval())
     except Exception as error:  # whatever a training_step raises outside of a training loop
+        why = f"{type(error).__name__}: {error}".splitlines()[0]
         rank_zero_info(
             "SPP estimates by the weights what layers cost: training_step gives no loss before the"
-            f" fit ({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''})."
+            f" fit ({why})."
         )
-    else:
-        planner.loss = loss
-    return planner.solve(settings.target)
+        return None
+    return loss
 
 
 def _example_inputs(

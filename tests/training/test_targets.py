@@ -132,7 +132,7 @@ def test_without_a_loss_weights_tell_what_layers_cost(caplog):
     [
         (
             {"speedup": 40, "of": "network"},
-            r"`speedup` \(=40\) of the network must be from 1 to 32.35: ",
+            r"`speedup` \(=40\) of the network's MACs must be from 1 to 32.35: ",
         ),
         ({"macs": 100}, r"`macs` \(=100\) must be from 1,568 to 50,720: "),
         ({"latency_ms": 1e-6}, r"`latency_ms` \(=1e-06\) must be from .* pruned on cpu with"),
