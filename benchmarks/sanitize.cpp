@@ -22,8 +22,8 @@ int32_t spp_set_isa(const char*);
 int32_t spp_has_pairs();
 const char* spp_error();
 int32_t spp_plan_create(const spp::Geometry*, const int32_t*, int32_t, const float*, int64_t,
-                        const float*, int64_t, float, float, const spp::EpilogueOp*, int32_t, int32_t,
-                        void**);
+                        const float*, int64_t, float, float, spp::Activation, const spp::EpilogueOp*, int32_t,
+                        int32_t, void**);
 void spp_plan_free(void*);
 int32_t spp_forward(const void*, const spp::KernelConfig*, const void*, int64_t, const void*, int64_t,
                     void*, int64_t);
@@ -78,14 +78,34 @@ void must_refuse(int32_t status) {
   if (status != 2) std::printf("status %d, but a tensor doesn't fit\n", status), ++failures;
 }
 
+// Limits of the output, or an activation.
+struct Limits {
+  float low = -std::numeric_limits<float>::infinity(), high = std::numeric_limits<float>::infinity();
+  spp::Activation activation = spp::Activation::kNone;
+
+  double of(double x) const {
+    const double hard = std::clamp(x + 3, 0.0, 6.0) / 6, cubic = std::sqrt(2 / M_PI) * (x + 0.044715 * x * x * x);
+    switch (activation) {
+      case spp::Activation::kNone: return std::min<double>(high, std::max<double>(low, x));
+      case spp::Activation::kSigmoid: return 1 / (1 + std::exp(-x));
+      case spp::Activation::kSilu: return x / (1 + std::exp(-x));
+      case spp::Activation::kHardsigmoid: return hard;
+      case spp::Activation::kHardswish: return x * hard;
+      case spp::Activation::kGelu: return x * (1 + std::erf(x / std::sqrt(2.0))) / 2;
+      case spp::Activation::kGeluTanh: return x * (1 + std::tanh(cubic)) / 2;
+    }
+    return x;
+  }
+};
+
 void* make_plan(const spp::Geometry& g, const std::vector<int32_t>& columns, const Floats& weight,
-                const Floats& bias, float low, float high, const std::vector<spp::EpilogueOp>& ops,
+                const Floats& bias, const Limits& limits, const std::vector<spp::EpilogueOp>& ops,
                 bool bfloat16) {
   void* plan = nullptr;
   const auto create = [&](int64_t weights, int64_t biases) {
     return spp_plan_create(&g, columns.data(), static_cast<int32_t>(columns.size()), weight.get(), weights,
-                           bias.get(), biases, low, high, ops.data(), static_cast<int32_t>(ops.size()),
-                           bfloat16, &plan);
+                           bias.get(), biases, limits.low, limits.high, limits.activation, ops.data(),
+                           static_cast<int32_t>(ops.size()), bfloat16, &plan);
   };
   must_refuse(create(weight.count + 1, bias.count));
   must_refuse(create(weight.count, bias.count + 1));
@@ -197,13 +217,18 @@ std::vector<int32_t> some_columns(int all, double share) {
 void run_chain(const void* first, spp::KernelConfig how, const spp::Geometry& before, const int* size,
                const Floats& x) {
   spp::Geometry g{};
-  g.groups = before.filters % 2 || between(0, 2) ? 1 : 2;
+  const auto is_depthwise = [](const spp::Geometry& of) {
+    return of.groups > 1 && of.groups == of.channels && of.groups == of.filters;
+  };
+  const bool fills = before.groups == 1 || is_depthwise(before) || before.filters / before.groups % 16 == 0;
+  const bool depthwise = before.filters > 1 && fills && between(0, 2) == 0;
+  g.groups = depthwise ? before.filters : before.filters % 2 || before.filters == 2 || between(0, 2) ? 1 : 2;
   g.channels = before.filters;
-  g.filters = g.groups * between(1, 20);
+  g.filters = depthwise ? g.channels : g.groups * between(1, 20);
   int out[2];
   for (int d = 0; d < 2; ++d) {
     g.kernel[d] = between(1, 4);
-    g.stride[d] = d ? 1 : between(1, 2);
+    g.stride[d] = d && !depthwise ? 1 : between(1, 3);
     g.dilation[d] = between(1, 2);
     const int reach = g.dilation[d] * (g.kernel[d] - 1) + 1;
     g.padding[d] = std::max(between(0, 3), (reach - size[d] + 1) / 2);
@@ -214,7 +239,7 @@ void run_chain(const void* first, spp::KernelConfig how, const spp::Geometry& be
   std::vector<spp::EpilogueOp> pools;
   if (between(0, 1))
     pools.push_back({spp::EpilogueKind::kMaxPool, {2, 2}, {2, 2}, {1, 1}, between(0, 1), 1, 0});
-  void* second = make_plan(g, columns, weight, Floats(), 0, 1e9f, pools, false);
+  void* second = make_plan(g, columns, weight, Floats(), {0, 1e9f}, pools, false);
   int last[2];
   for (int d = 0; d < 2; ++d)
     last[d] = pools.empty() ? out[d] : spp::pool_size(out[d], 2, 2, 1, pools[0].ceil_mode);
@@ -267,6 +292,7 @@ void run_case() {
   const bool in_place = between(0, 1);  // rows of one length: read where they are
   const bool winograd = between(0, 3) == 0;
   if (winograd) g.channels = between(1, 20), g.filters = between(1, 70), g.groups = 1;
+  else if (between(0, 4) == 0) g.channels = g.filters = g.groups = between(2, 40);  // depthwise
   int size[2], out[2];
   for (int d = 0; d < 2; ++d) {
     g.kernel[d] = in_place && d ? 2 * between(0, 2) + 1 : between(1, 4);
@@ -291,7 +317,8 @@ void run_case() {
   const Floats residual = between(0, 1) ? normal(outputs) : Floats();
   const float infinity = std::numeric_limits<float>::infinity();
   const bool limited = between(0, 1);
-  const float low = limited ? 0 : -infinity, high = limited ? 3 : infinity;
+  Limits limits{limited ? 0 : -infinity, limited ? 3 : infinity};
+  if (!limited) limits.activation = static_cast<spp::Activation>(between(0, spp::kActivations - 1));
 
   std::vector<spp::EpilogueOp> post;
   int now[2] = {out[0], out[1]};
@@ -341,14 +368,14 @@ void run_case() {
           }
           if (residual) sum += residual[at];
           largest = std::max(largest, std::abs(sum));
-          y.values[at] = std::min<double>(high, std::max<double>(low, sum));
+          y.values[at] = limits.of(sum);
         }
   for (const spp::EpilogueOp& op : post) y = apply(op, y);
   double most = 1;
   for (const double value : y.values) most = std::max(most, std::abs(value));
   const std::vector<double> size_y(y.values.size(), 5 * most);  // 1e-5 of the greatest output
 
-  void* plan = make_plan(g, columns, weight, bias, low, high, post, false);
+  void* plan = make_plan(g, columns, weight, bias, limits, post, false);
   const auto way = [&](int threads, spp::Kernel variant, int bfloat16) {
     return spp::KernelConfig{batch, size[0], size[1], out[0], out[1], threads, variant, bfloat16};
   };
@@ -371,6 +398,7 @@ void run_case() {
   const Floats given = normal(y.values.size());
   for (int threads = 1; threads <= 2; ++threads)
     for (const bool fused : {false, true}) {
+      if (fused && limits.activation != spp::Activation::kNone) continue;  // torch computes those gradients
       const Floats of_x = memory(grad_x.size()), of_weight = memory(grad_weight.size());
       const Floats of_bias = memory(g.filters);
       const spp::KernelConfig how = way(threads, spp::Kernel::kPixelVectorised, 0);
@@ -417,11 +445,13 @@ void run_case() {
   for (size_t i = 0; i < static_cast<size_t>(rows) * count; ++i) upper[i] = widened(weight[i]);
   const auto x16 = halves(x, batch * g.channels * in_plane);
   const auto residual16 = residual ? halves(residual, outputs) : Halves();
-  plan = make_plan(g, columns, upper, bias, low, high, post, true);
+  plan = make_plan(g, columns, upper, bias, limits, post, true);
   for (const spp::Kernel variant :
        {spp::Kernel::kPixelVectorised, spp::Kernel::kChannelBlocked, spp::Kernel::kBfloat16Pairs})
     for (int threads = 1; threads <= 3; ++threads) {
       if (variant == spp::Kernel::kBfloat16Pairs && !spp_has_pairs()) continue;
+      const bool depthwise = g.groups > 1 && g.groups == g.channels && g.groups == g.filters;
+      if (variant == spp::Kernel::kChannelBlocked && depthwise) continue;  // in float32 only
       const Halves result(y.values.size());
       const spp::KernelConfig how = way(threads, variant, 1);
       forward(plan, how, x16.get(), x16.count, residual16, result);

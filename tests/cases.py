@@ -7,7 +7,14 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from spp_lightning.compaction.epilogue import LRN_ALPHA, Clamp, Epilogue, PlaneOp
+from spp_lightning.compaction.epilogue import (
+    ACTIVATIONS,
+    LRN_ALPHA,
+    Activation,
+    Clamp,
+    Epilogue,
+    PlaneOp,
+)
 from spp_lightning.compaction.geometry import Geometry
 
 SENTINEL = 12345.0
@@ -28,10 +35,11 @@ class Case(typing.NamedTuple):
     post: tuple[PlaneOp, ...] = ()
     seed: int = 0
     dtype: torch.dtype = torch.float32
+    activation: Activation = "none"
 
     @property
     def epilogue(self) -> Epilogue:
-        return Epilogue(self.clamp, self.post)
+        return Epilogue(self.clamp, self.post, self.activation)
 
 
 def pair(low, high):
@@ -43,6 +51,8 @@ def geometries(draw):
     groups = draw(st.sampled_from([1, 1, 1, 2, 3]))
     few_filters = st.integers(1, 9) | st.sampled_from([16, 17, 40])  # parts of 16, or more
     channels, filters = groups * draw(st.integers(1, 4)), groups * draw(few_filters)
+    if draw(st.integers(0, 3)) == 0:
+        groups = channels = filters = draw(st.sampled_from([2, 5, 16, 17, 40]))  # depthwise
     return Geometry(
         channels,
         filters,
@@ -94,6 +104,8 @@ def cases(draw):
         padding = (geometry.padding[0], geometry.dilation[1] * (kernel[1] // 2))
         geometry = geometry._replace(kernel_size=kernel, padding=padding, stride=(1, 1))
     ops, out = [], geometry.out_size(*size)
+    activation = draw(st.sampled_from(ACTIVATIONS))
+    clamps = [Clamp(), Clamp(0.0), Clamp(-0.5, 0.75), Clamp(0.0, 6.0)]
     for _ in range(draw(st.integers(0, 2))):
         ops.append(draw(pools(out)))
         out = ops[-1].out_size(*out)
@@ -104,9 +116,10 @@ def cases(draw):
         draw(kept(geometry)),
         draw(st.booleans()),
         draw(st.booleans()),
-        draw(st.sampled_from([Clamp(), Clamp(0.0), Clamp(-0.5, 0.75), Clamp(0.0, 6.0)])),
+        draw(st.sampled_from(clamps)) if activation == "none" else Clamp(),
         tuple(ops),
         draw(st.integers(0, 1000)),
+        activation=activation,
     )
 
 

@@ -26,8 +26,8 @@ def any_kernel(seed: int) -> Iterator[None]:
 
     def any_config(*args: Any) -> cost.Choice:
         best = choose(*args)
-        threads = args[4]
-        return best._replace(config=r.choice(cost.candidates(best.config, threads)))
+        spec, _, _, dtype, threads, *_ = args
+        return best._replace(config=r.choice(cost.candidates(best.config, spec, dtype, threads)))
 
     def any_chain(layers: Any, shape: Any, threads: int) -> cost.ChainChoice:
         best = choose_chain(layers, shape, threads)

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fuzzing.case import Failure, any_kernel
-from spp_lightning.compaction.epilogue import Clamp, Epilogue, PlaneOp
+from spp_lightning.compaction.epilogue import ACTIVATIONS, Activation, Clamp, Epilogue, PlaneOp
 from spp_lightning.compaction.geometry import Geometry, dense_weight
 from spp_lightning.compaction.layers.column_conv import ColumnConv2d
 
@@ -38,11 +38,17 @@ class LayerCase:
     residual: bool
     clamp: tuple[float, float]
     post: tuple[PlaneOp, ...]
+    activation: Activation
     dtype: str
     layout: Layout
     threads: int
     backward: bool
     seed: int
+
+    @property
+    def epilogue(self) -> Epilogue:
+        """What follows the convolution."""
+        return Epilogue(Clamp(*self.clamp), self.post, self.activation)
 
 
 def draw(seed: int) -> LayerCase:
@@ -58,6 +64,7 @@ def draw(seed: int) -> LayerCase:
     for _ in range(r.choice([0, 0, 1, 2])):
         post.append(_draw_post(r, planes))
         planes = post[-1].out_size(*planes)
+    activation = r.choice(ACTIVATIONS)
     layouts: list[Layout] = ["channels last", "strided", "expanded", "without batch"]
     return LayerCase(
         geometry,
@@ -66,8 +73,9 @@ def draw(seed: int) -> LayerCase:
         columns,
         r.random() < 0.7,
         r.random() < 0.3,
-        r.choice(CLAMPS),
+        r.choice(CLAMPS) if activation == "none" else CLAMPS[0],
         tuple(post),
+        activation,
         r.choice(["float32", "float32", "float32", "bfloat16", "float64"]),
         r.choice(["contiguous", "contiguous", "contiguous", *layouts]),
         r.choice([1, 1, 2]),
@@ -80,6 +88,8 @@ def _draw_geometry(r: random.Random) -> Geometry:
     groups = r.choice([1, 1, 1, 1, 2, 3, 8])
     channels = groups * r.choice([1, 2, 3, 8, 16, 20])
     filters = groups * r.choice([1, 2, 5, 8, 15, 16, 17, 32, 40])
+    if r.random() < 0.2:
+        groups = filters = channels  # depthwise
     kernel = r.choice([(1, 1), (3, 3), (3, 3), (5, 5), (1, 3), (2, 4), (7, 7)])
     stride = r.choice([(1, 1), (1, 1), (2, 2), (1, 2), (3, 1)])
     same = (kernel[0] // 2, kernel[1] // 2)
@@ -131,7 +141,7 @@ def _check(case: LayerCase) -> None:
     weight = normal(g.filters // g.groups, len(case.columns))
     columns = torch.tensor(case.columns, dtype=torch.int32)
     bias = normal(g.filters) if case.bias else None
-    layer = ColumnConv2d(g, weight, columns, bias, Epilogue(Clamp(*case.clamp), case.post))
+    layer = ColumnConv2d(g, weight, columns, bias, case.epilogue)
     out = (case.batch, g.filters, *g.out_size(*case.size))
     x = _laid_out(normal(case.batch, g.channels, *case.size), case.layout)
     residual = normal(*out) if case.residual else None
@@ -199,7 +209,7 @@ def _reference(
     )
     if residual is not None:
         y = y + residual
-    y = y.clamp(*case.clamp)
+    y = Epilogue(Clamp(*case.clamp), activation=case.activation)(y)
     for op in case.post:
         y = _plane(op, y)
     return y
@@ -227,8 +237,9 @@ def _bound(
     ]
     values, kept, offset, added = positive
     assert values is not None and kept is not None
-    free = replace(case, clamp=CLAMPS[0], post=())
+    free = replace(case, clamp=CLAMPS[0], post=(), activation="none")
     y = _reference(free, values, kept, columns, offset, added)
+    y = y if case.activation == "none" else y + 1  # a sigmoid of 0 isn't 0
     for op in case.post:
         if op.kind != "local_response_norm":
             y = op(y)
@@ -291,6 +302,7 @@ def smaller(case: LayerCase) -> Iterator[LayerCase]:
         "residual": False,
         "bias": False,
         "clamp": CLAMPS[0],
+        "activation": "none",
         "dtype": "float32",
         "layout": "contiguous",
         "threads": 1,
@@ -312,6 +324,12 @@ def smaller(case: LayerCase) -> Iterator[LayerCase]:
     for name, value in (("stride", (1, 1)), ("dilation", (1, 1)), ("padding", (0, 0))):
         if getattr(g, name) != value:
             yield replace(case, geometry=g._replace(**{name: value}))  # type: ignore[arg-type]
+    if g.is_depthwise:
+        half = g.channels // 2
+        kept = tuple(k for k in case.columns if k < half * g.taps)
+        yield replace(
+            case, geometry=g._replace(channels=half, filters=half, groups=half), columns=kept
+        )
     filters = g.groups * max(1, g.filters // g.groups // 2)
     if filters < g.filters:
         yield replace(case, geometry=g._replace(filters=filters))

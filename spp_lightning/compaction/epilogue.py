@@ -6,7 +6,8 @@ To add an operation, follow the list in ``docs/kernels.md``, "Extend the kernels
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Literal, NamedTuple, get_args
 
 import torch
@@ -16,10 +17,12 @@ from torch.nn import functional as F
 from spp_lightning.compaction.geometry import Pair
 
 __all__ = [
+    "ACTIVATIONS",
     "KINDS",
     "LRN_ALPHA",
     "LRN_SIZE",
     "RELU",
+    "Activation",
     "Clamp",
     "Epilogue",
     "PlaneOp",
@@ -31,6 +34,21 @@ Kind = Literal["max_pool", "avg_pool", "local_response_norm"]
 
 # A kind's place is its number in the C++ kernels and in the operators.
 KINDS: tuple[Kind, ...] = get_args(Kind)
+
+Activation = Literal["none", "sigmoid", "silu", "hardsigmoid", "hardswish", "gelu", "gelu_tanh"]
+
+# Likewise. "gelu_tanh" is torch's GELU with approximate="tanh".
+ACTIVATIONS: tuple[Activation, ...] = get_args(Activation)
+
+_FUNCTIONS: dict[Activation, Callable[[Tensor], Tensor]] = {
+    "none": lambda x: x,
+    "sigmoid": torch.sigmoid,
+    "silu": F.silu,
+    "hardsigmoid": F.hardsigmoid,
+    "hardswish": F.hardswish,
+    "gelu": F.gelu,
+    "gelu_tanh": partial(F.gelu, approximate="tanh"),
+}
 
 
 class Clamp(NamedTuple):
@@ -148,13 +166,14 @@ class PlaneOp(NamedTuple):
 
 
 class Epilogue(NamedTuple):
-    """What a layer computes after its convolution: ``post(clamp(y + residual))``.
+    """What a layer computes after its convolution: ``post(activation(clamp(y + residual)))``.
 
     The residual is an input of the layer, not a property of it, so it has no field here.
 
     Attributes:
         clamp: Limits of the output.
-        post: Operations on the planes of the clamped output, in order.
+        post: Operations on the planes of what comes out of the activation, in order.
+        activation: A function of each number. A layer has a clamp or an activation, not both.
 
     >>> relu_and_pool = Epilogue(Clamp(0.0), (PlaneOp("max_pool", (2, 2), (2, 2)),))
     >>> relu_and_pool(torch.tensor([[[[1.0, -2.0], [3.0, -4.0]]]]))
@@ -165,6 +184,7 @@ class Epilogue(NamedTuple):
 
     clamp: Clamp = Clamp()
     post: tuple[PlaneOp, ...] = ()
+    activation: Activation = "none"
 
     @property
     def is_empty(self) -> bool:
@@ -175,10 +195,20 @@ class Epilogue(NamedTuple):
         """Check the types and the attributes of the operations.
 
         Raises:
-            ValueError: If ``clamp`` isn't a pair of numbers, or ``post`` isn't a tuple of
-                :class:`PlaneOp` that the kernels compute.
+            ValueError: If ``clamp`` isn't a pair of numbers, ``post`` isn't a tuple of
+                :class:`PlaneOp` that the kernels compute, ``activation`` isn't a name of one, or
+                there are a clamp and an activation.
         """
-        Clamp.of(self.clamp)
+        clamp = Clamp.of(self.clamp)
+        if self.activation not in ACTIVATIONS:
+            raise ValueError(
+                f"`activation` must be one of {', '.join(ACTIVATIONS)}, got {self.activation!r}."
+            )
+        if self.activation != "none" and clamp != Clamp():
+            raise ValueError(
+                f"`activation` (={self.activation!r}) must be 'none' where there is a `clamp`"
+                f" (={tuple(clamp)})."
+            )
         if not isinstance(self.post, tuple) or not all(isinstance(x, PlaneOp) for x in self.post):
             raise ValueError(f"`post` must be a tuple of PlaneOps, got {self.post!r}.")
         for op in self.post:
@@ -195,18 +225,19 @@ class Epilogue(NamedTuple):
                 *(int(op.ceil_mode), int(op.count_include_pad)),
             )
         ]
-        return sizes, [*self.clamp, *(op.alpha for op in self.post)]
+        function = ACTIVATIONS.index(self.activation)
+        return [function, *sizes], [*self.clamp, *(op.alpha for op in self.post)]
 
     @classmethod
     def of(cls, sizes: Sequence[int], scalars: Sequence[float]) -> Epilogue:
         """The epilogue of which :meth:`numbers` made two lists."""
-        low, high, *alphas = scalars
+        (function, *sizes), (low, high, *alphas) = sizes, scalars
         ops = []
         for i, alpha in enumerate(alphas):
             kind, kh, kw, sh, sw, ph, pw, ceil_mode, include = sizes[9 * i : 9 * i + 9]
             flags = (bool(ceil_mode), bool(include))
             ops.append(PlaneOp(KINDS[kind], (kh, kw), (sh, sw), (ph, pw), *flags, alpha))
-        return cls(Clamp(low, high), tuple(ops))
+        return cls(Clamp(low, high), tuple(ops), ACTIVATIONS[function])
 
     def __call__(self, y: Tensor, residual: Tensor | None = None) -> Tensor:
         """Apply it in torch to the convolution's output: ``(B, N, H, W)`` to ``(B, N, H', W')``."""
@@ -216,6 +247,7 @@ class Epilogue(NamedTuple):
             y = F.relu(y)
         elif self.clamp != Clamp():
             y = y.clamp(*self.clamp)
+        y = _FUNCTIONS[self.activation](y)
         for op in self.post:
             y = op(y)
         return y
@@ -229,11 +261,13 @@ class Epilogue(NamedTuple):
             y: Input of the epilogue, ``(B, N, H, W)``.
             grad: Gradient of the epilogue's output.
         """
-        inputs = [y.clamp(*self.clamp)]
+        inputs = [_FUNCTIONS[self.activation](y.clamp(*self.clamp))]
         for op in self.post[:-1]:
             inputs.append(op(inputs[-1]))
         for op, planes in zip(reversed(self.post), reversed(inputs), strict=False):
             grad = op.gradient(planes, grad)
+        if self.activation != "none":
+            return _activation_gradient(self.activation, y, grad)
         inside = (y > self.clamp.low) & (y < self.clamp.high)
         return torch.where(inside, grad, 0).contiguous()
 
@@ -250,6 +284,23 @@ class Epilogue(NamedTuple):
         for op in self.post:
             height, width = op.out_size(height, width)
         return height, width
+
+
+def _activation_gradient(activation: Activation, y: Tensor, grad: Tensor) -> Tensor:
+    aten = torch.ops.aten
+    if activation == "sigmoid":
+        found: Tensor = aten.sigmoid_backward(grad, torch.sigmoid(y))
+    elif activation in ("gelu", "gelu_tanh"):
+        approximate = "tanh" if activation == "gelu_tanh" else "none"
+        found = aten.gelu_backward(grad, y, approximate=approximate)
+    else:
+        backward = {
+            "silu": aten.silu_backward,
+            "hardsigmoid": aten.hardsigmoid_backward,
+            "hardswish": aten.hardswish_backward,
+        }
+        found = backward[activation](grad, y)
+    return found.contiguous()
 
 
 RELU = Epilogue(Clamp(0.0))

@@ -74,6 +74,11 @@ class Geometry(NamedTuple):
             )
 
     @property
+    def is_depthwise(self) -> bool:
+        """Whether every group is one channel and one filter."""
+        return 1 < self.groups == self.channels == self.filters
+
+    @property
     def taps(self) -> int:
         """Kernel positions."""
         return math.prod(self.kernel_size)

@@ -22,6 +22,8 @@ class BlockedChain : public Chain {
       if (before) stages_.back()->edge = plans[i]->geometry.padding[1];
       stages_.push_back(std::make_unique<Stage>(*plans[i], *configs[i], before, count == 1));
     }
+    const Stage& first = *stages_.front();
+    if (!first.before && first.reads_blocks()) blocked_input_ = first.blocks() * first.input.floats();
     for (int i = 0; i + 1 < count; ++i) {
       const Stage& stage = *stages_[i];
       const int64_t floats = stage.blocks() * stage.output(nullptr, stage.edge).floats();
@@ -29,20 +31,22 @@ class BlockedChain : public Chain {
     }
   }
 
-  // Phases: the source planes, unless each thread copies them for itself; each stage; the linear layer, or
-  // the result's narrowing.
+  // Phases: the source planes, unless each thread copies them for itself, or the channel blocks that a depthwise
+  // layer reads; each stage; the linear layer, or the result's narrowing.
   void forward(const void* input, const void* residual, const Linear* linear,
                void* output) const override {
     const Stage &first = *stages_.front(), &last = *stages_.back();
     const ForwardPass read{first.config, &first.plan, input, residual, nullptr};
     const ForwardPass write{last.config, &last.plan, nullptr, residual, output};
     const int count = static_cast<int>(stages_.size());
-    const bool copies = first.s.copied && !copies_alone();
+    const bool copies = (first.s.copied && !copies_alone()) || blocked_input_ > 0;
     const Phases phases{copies ? kReadPhase : 0, count + (linear || write.bfloat16)};
     const size_t features = linear ? linear->in_features : 0;
-    for_each_image(read, first.s, 2 * between_ + features, phases,
+    for_each_image(read, first.s, blocked_input_ + 2 * between_ + features, phases,
                    [&](int phase, const ImagePart& part) {
-                     if (phase == kReadPhase) read_phase(read, first.s, part);
+                     if (phase == kReadPhase && blocked_input_ > 0)
+                       block_input(first, input_of(read, first.s, part), part.scratch.planes, part.threads);
+                     else if (phase == kReadPhase) read_phase(read, first.s, part);
                      else if (phase < count) run(phase, read, write, linear, part);
                      else if (linear) run_linear(*linear, write, part);
                      else narrow_result(write, last.s, part);
@@ -76,6 +80,7 @@ class BlockedChain : public Chain {
 
   const float* first_input(const ForwardPass& read, const ImagePart& part) const {
     const Stage& first = *stages_.front();
+    if (blocked_input_ > 0) return part.scratch.planes;
     if (!first.s.copied || !copies_alone()) return input_of(read, first.s, part);
     thread_local Buffer sources_buffer;
     const size_t floats = first.plan.sources.size() * first.s.source_plane + kTile;
@@ -87,9 +92,11 @@ class BlockedChain : public Chain {
 
   // Outputs of stages and inputs of the next ones, in turns.
   float* between(int index, const ImagePart& part) const {
-    return part.scratch.planes + index % 2 * between_;
+    return part.scratch.planes + blocked_input_ + index % 2 * between_;
   }
-  float* features_of(const ImagePart& part) const { return part.scratch.planes + 2 * between_; }
+  float* features_of(const ImagePart& part) const {
+    return part.scratch.planes + blocked_input_ + 2 * between_;
+  }
 
   void run_linear(const Linear& linear, const ForwardPass& write, const ImagePart& part) const {
     const int count = linear.out_features;
@@ -98,7 +105,8 @@ class BlockedChain : public Chain {
   }
 
   std::vector<std::unique_ptr<Stage>> stages_;
-  size_t between_ = 0;  // floats of the largest output between two stages
+  size_t blocked_input_ = 0;  // floats of the channel blocks that a depthwise layer reads of an image
+  size_t between_ = 0;        // floats of the largest output between two stages
 };
 
 inline Chain* make_chain(const Plan* const* plans, const KernelConfig* const* configs, int count) {

@@ -40,6 +40,13 @@ void check_geometry(const Geometry& g, const int32_t* columns, int32_t num_colum
           [&] { return "`columns` must be ascending and in [0, " + text(all) + "), got " + text(columns[k]) + "."; });
 }
 
+void check_clamp(float low, float high, Activation activation) {
+  const auto number = static_cast<int32_t>(activation);
+  check(number >= 0 && number < kActivations, [&] { return "There is no activation " + text(number) + "."; });
+  const bool clamps = low > -std::numeric_limits<float>::infinity() || high < std::numeric_limits<float>::infinity();
+  check(!clamps || activation == Activation::kNone, "A layer has a clamp or an activation, not both.");
+}
+
 void check_epilogue(const EpilogueOp* ops, int32_t count) {
   check(count >= 0 && (ops != nullptr || count == 0), "`epilogue` must not be null.");
   for (int32_t i = 0; i < count; ++i) {
@@ -80,8 +87,10 @@ void check_config(const Plan& plan, const KernelConfig& config) {
   const bool is_plain = g.kernel[0] == 3 && g.kernel[1] == 3 && g.stride[0] == 1 && g.stride[1] == 1 &&
                         g.dilation[0] == 1 && g.dilation[1] == 1 && g.groups == 1;
   switch (config.kernel) {
-    case Kernel::kPixelVectorised:
-    case Kernel::kChannelBlocked: return;
+    case Kernel::kPixelVectorised: return;
+    case Kernel::kChannelBlocked:
+      return check(!config.bfloat16 || !plan.is_depthwise(),
+                   "The channel-blocked kernel computes depthwise layers in float32.");
     case Kernel::kBfloat16Pairs:
       return check(config.bfloat16 && plan.pairs.floats, "Pairs need an input and weights of bfloat16.");
     case Kernel::kWinograd4:

@@ -39,6 +39,7 @@ auto check(bool holds, const Message& message) -> decltype(message(), void()) {
 void check_count(const char* name, Span tensor, int64_t count, bool optional = false);
 
 void check_geometry(const Geometry& g, const int32_t* columns, int32_t num_columns);
+void check_clamp(float low, float high, Activation activation);
 void check_epilogue(const EpilogueOp* ops, int32_t count);
 
 // That a plan can compute inputs of this shape by this kernel.

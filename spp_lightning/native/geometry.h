@@ -11,6 +11,18 @@ struct Geometry {
   int32_t kernel[2], stride[2], padding[2], dilation[2];
 };
 
+// What a layer computes of each number of its output, in the place of a clamp.
+enum class Activation : int32_t {
+  kNone = 0,
+  kSigmoid = 1,
+  kSilu = 2,         // x · sigmoid(x)
+  kHardsigmoid = 3,  // clamp(x + 3, 0, 6) / 6
+  kHardswish = 4,    // x · hardsigmoid(x)
+  kGelu = 5,         // x · (1 + erf(x / √2)) / 2
+  kGeluTanh = 6,     // x · sigmoid(2 · √(2 / π) · (x + 0.044715 · x³))
+};
+constexpr int32_t kActivations = 7;
+
 enum class EpilogueKind : int32_t { kMaxPool = 0, kAveragePool = 1, kLocalResponseNorm = 2 };
 
 // An operation on each plane of the convolution's output, before that is stored.

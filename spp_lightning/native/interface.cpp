@@ -94,8 +94,10 @@ std::unique_ptr<CheckedChain> make_checked_chain(const Plan* const* plans,
     for (const EpilogueOp& op : before.epilogue) size_after(op, height, width);
     check(plan.geometry.channels == before.geometry.filters && config.height == height &&
               config.width == width && config.batch == configs[0]->batch &&
-              config.threads == configs[0]->threads && plan.geometry.stride[1] == 1,
-          "A layer of a chain reads the output of the layer before it, with a stride of 1 along the rows.");
+              config.threads == configs[0]->threads &&
+              (plan.is_depthwise() ? before.fills_blocks() : plan.geometry.stride[1] == 1),
+          "A layer of a chain reads the output of the layer before it: a depthwise layer whole channel"
+          " blocks, any other layer with a stride of 1 along the rows.");
   }
   const Plan& last = *plans[count - 1];
   const KernelConfig& end = *configs[count - 1];
@@ -144,15 +146,17 @@ SPP_EXPORT int32_t spp_has_pairs() { return spp::chosen.pairs != nullptr; }
 SPP_EXPORT Status spp_plan_create(const spp::Geometry* geometry, const int32_t* columns,
                                   int32_t num_columns, const float* weight, int64_t weight_count,
                                   const float* bias, int64_t bias_count, float low, float high,
-                                  const spp::EpilogueOp* epilogue, int32_t num_ops, int32_t bfloat16,
-                                  Plan** plan) {
+                                  spp::Activation activation, const spp::EpilogueOp* epilogue,
+                                  int32_t num_ops, int32_t bfloat16, Plan** plan) {
   return guarded([&] {
     const spp::Geometry& g = deref(geometry);
     spp::check_geometry(g, columns, num_columns);
+    spp::check_clamp(low, high, activation);
     spp::check_epilogue(epilogue, num_ops);
     check_count("weight", {weight, weight_count}, int64_t{g.filters / g.groups} * num_columns);
     check_count("bias", {bias, bias_count}, g.filters, true);
-    *plan = new Plan(g, columns, num_columns, weight, bias, low, high, epilogue, num_ops, bfloat16 != 0);
+    *plan = new Plan(g, columns, num_columns, weight, bias, low, high, activation, epilogue, num_ops,
+                     bfloat16 != 0);
   }, "There is no memory left for the weights of a convolution.");
 }
 
@@ -191,6 +195,7 @@ SPP_EXPORT Status spp_backward(const Plan* plan, const KernelConfig* config, con
   return guarded([&] {
     spp::check_config(deref(plan), deref(config));
     check(!config->bfloat16, "Gradients are computed in float32.");
+    check(!fused || plan->activation == spp::Activation::kNone, "An activation's gradient isn't fused.");
     const int64_t inputs = spp::input_count(*plan, *config);
     const int64_t weights = static_cast<int64_t>(plan->group_filters()) * plan->columns.size();
     check_count("weight", {weight, weight_count}, weights);

@@ -6,9 +6,10 @@
 // is always the same, bit for bit. Only pairs of bfloat16 are rounded differently.
 #pragma once
 
+#include "activation.h"
+#include "epilogue.h"
 #include "images.h"
 #include "pixel_panel.h"
-#include "epilogue.h"
 
 namespace spp {
 namespace SPP_ISA {
@@ -60,25 +61,29 @@ struct TileTask {
   bool non_temporal;      // whether full tiles are stored so
   bool clamped;
   float low, high;
+  Activation activation;
   float* partial;         // sums over the columns so far; null if the panel has all columns
   bool first, last;       // whether this is the first panel, or the last one
 };
 
-// Adds the residual, clamps and stores a tile that is less than full.
+// Adds the residual, clamps, applies the activation and stores a tile. The activation keeps no sums in registers.
 template <int kRows, int kV>
-__attribute__((noinline)) void store_part(const Vector (&sum)[kRows][kV], const TileTask& task) {
-  for (int r = 0; r < std::min(kRows, task.filters); ++r)
+__attribute__((noinline)) void store_part(Vector (&sum)[kRows][kV], const TileTask& task) {
+  const int rows = std::min(kRows, task.filters);
+  for (int r = 0; r < rows; ++r)
     for (int v = 0; v < kV; ++v) {
       const int count = std::min(kLanes, task.pixels - v * kLanes);
-      const int64_t at = r * task.plane + v * kLanes;
-      Vector y = sum[r][v];
-      if (task.residual) y += load_lanes(task.residual + at, 0, count);
+      Vector& y = sum[r][v];
+      if (task.residual) y += load_lanes(task.residual + r * task.plane + v * kLanes, 0, count);
       if (task.clamped) y = clamp(y, task.low, task.high);
-      store_lanes(task.output + at, y, count);
     }
+  activate_row(task.activation, reinterpret_cast<float*>(sum), int64_t{rows} * kV * kLanes);
+  for (int r = 0; r < rows; ++r)
+    for (int v = 0; v < kV; ++v)
+      store_lanes(task.output + r * task.plane + v * kLanes, sum[r][v], task.pixels - v * kLanes);
 }
 
-// The same of a full tile.
+// The same of a full tile without an activation.
 template <int kRows, int kV>
 inline __attribute__((always_inline)) void store_whole(const Vector (&sum)[kRows][kV],
                                                        const TileTask& task) {
@@ -136,7 +141,8 @@ void pixel_tile(const TileTask& task) {
       for (int v = 0; v < kV; ++v) store(task.partial + (r * kVectors + v) * kLanes, sum[r][v]);
     return;
   }
-  if (task.pixels == kV * kLanes && task.filters >= kRows) return store_whole<kRows, kV>(sum, task);
+  const bool whole = task.pixels == kV * kLanes && task.filters >= kRows;
+  if (whole && task.activation == Activation::kNone) return store_whole<kRows, kV>(sum, task);
   // A copy, since what a call can see lies in memory: the sums would be written there at the start.
   Vector copy[kRows][kV];
 #pragma GCC unroll 8
@@ -258,6 +264,7 @@ class Convolution {
     task.clamped = plan_.low > -kInfinity || plan_.high < kInfinity;
     task.low = plan_.low;
     task.high = plan_.high;
+    task.activation = plan_.activation;
     if (!s_.copied && columns_.count > 0)
       find_border(plan_.geometry, config_.height, config_.width, begin, border_);
     int done = 0;

@@ -8,9 +8,9 @@
 namespace spp {
 
 Plan::Plan(const Geometry& g, const int32_t* numbers, int32_t num_columns, const float* weight,
-           const float* biases, float least, float most, const EpilogueOp* ops, int32_t num_ops,
-           bool bfloat16)
-    : geometry(g), low(least), high(most), epilogue(ops, ops + num_ops) {
+           const float* biases, float least, float most, Activation function, const EpilogueOp* ops,
+           int32_t num_ops, bool bfloat16)
+    : geometry(g), low(least), high(most), activation(function), epilogue(ops, ops + num_ops) {
   for (int d = 0; d < 2; ++d) margin[d] = (g.kernel[d] - 1) * g.dilation[d] / g.stride[d];
   add_columns(numbers, num_columns);
   bias.assign(g.filters + 2 * kTileFilters, 0.0f);  // tiles may reach beyond the last filter
@@ -73,26 +73,46 @@ std::shared_ptr<const BlockedWeights> Plan::blocked_weights() const {
   const std::lock_guard<std::mutex> lock(mutex_);
   if (auto known = blocked_weights_.lock()) return known;
   auto made = std::make_shared<BlockedWeights>();
-  const int groups = geometry.groups, filters = group_filters();
+  const int filters = block_filters();
   const size_t group_bias = static_cast<size_t>(group_blocks()) * kChannelBlock;
-  for (int g = 0; g < groups; ++g) made->start.push_back(group_start[g] * group_bias);
-  const size_t floats = columns.size() * group_bias;
-  made->floats = aligned_floats(floats);
-  std::fill_n(made->floats.get(), floats, 0.0f);
-  made->bias.assign(groups * group_bias, 0.0f);
-  for (int g = 0; g < groups; ++g) {
-    const size_t count = group_columns(g);
+  made->bias.assign(block_groups() * group_bias, 0.0f);
+  for (int g = 0; g < block_groups(); ++g)
     std::copy_n(bias.data() + g * filters, filters, made->bias.data() + g * group_bias);
+  if (is_depthwise()) pack_depthwise(*made);
+  else pack_blocks(*made);
+  blocked_weights_ = made;
+  return made;
+}
+
+void Plan::pack_blocks(BlockedWeights& made) const {
+  const size_t group_floats = static_cast<size_t>(group_blocks()) * kChannelBlock;
+  const size_t floats = columns.size() * group_floats;
+  made.floats = aligned_floats(floats);
+  std::fill_n(made.floats.get(), floats, 0.0f);
+  for (int g = 0; g < geometry.groups; ++g) {
+    made.start.push_back(group_start[g] * group_floats);
+    const size_t count = group_columns(g);
     const float* from = weights.of_group(g);
-    for (int filter = 0; filter < filters; filter += kTileFilters) {
-      float* out = made->floats.get() + made->start[g] +
+    for (int filter = 0; filter < group_filters(); filter += kTileFilters) {
+      float* out = made.floats.get() + made.start[g] +
                    filter / kChannelBlock * count * kChannelBlock + filter % kChannelBlock;
       for (size_t k = 0; k < count; ++k, from += kTileFilters, out += kChannelBlock)
         std::copy_n(from, kTileFilters, out);
     }
   }
-  blocked_weights_ = made;
-  return made;
+}
+
+void Plan::pack_depthwise(BlockedWeights& made) const {
+  const size_t block_floats = static_cast<size_t>(taps()) * kChannelBlock;
+  made.floats = aligned_floats(group_blocks() * block_floats);
+  std::fill_n(made.floats.get(), group_blocks() * block_floats, 0.0f);
+  made.start = {0};
+  for (int c = 0; c < geometry.channels; ++c) {
+    const float* from = weights.of_group(c);  // the first filter of a tile is the only one
+    float* block = made.floats.get() + c / kChannelBlock * block_floats + c % kChannelBlock;
+    for (int k = group_start[c]; k < group_start[c + 1]; ++k, from += kTileFilters)
+      block[columns[k].tap * kChannelBlock] = *from;
+  }
 }
 
 std::shared_ptr<const WinogradWeights> Plan::winograd_weights(int side) const {

@@ -32,7 +32,8 @@ struct Column {
   int32_t tap;  // i · kw + j
 };
 
-// [conv group][channel block of filters][column][filter of the block].
+// [conv group][channel block of filters][column][filter of the block]; of a depthwise layer
+// [channel block][tap][channel of the block], zeros for pruned columns.
 struct BlockedWeights {
   AlignedFloats floats;
   std::vector<size_t> start;  // of each conv group
@@ -58,24 +59,39 @@ struct Plan {
   TileWeights pairs;                 // bfloat16: two columns in the place of one; or empty
   std::vector<float> bias;           // one per filter, and zeros
   float low, high;                   // the clamp
+  Activation activation;             // without a clamp
   std::vector<EpilogueOp> epilogue;
   int32_t margin[2];                 // rows and columns that a source plane has beyond the output
 
   // `weight` is (filters / groups, num_columns); `bias` may be null. `bfloat16` says that the weights are
   // numbers of that type, so that they can be packed in pairs.
   Plan(const Geometry& geometry, const int32_t* columns, int32_t num_columns, const float* weight,
-       const float* bias, float low, float high, const EpilogueOp* ops, int32_t num_ops, bool bfloat16);
+       const float* bias, float low, float high, Activation activation, const EpilogueOp* ops,
+       int32_t num_ops, bool bfloat16);
 
   // Made when they are asked for first. Blocked weights live as long as a chain holds them.
   std::shared_ptr<const BlockedWeights> blocked_weights() const;
   std::shared_ptr<const WinogradWeights> winograd_weights(int side) const;  // of a tile: 2 or 4
 
+  int32_t taps() const { return geometry.kernel[0] * geometry.kernel[1]; }
   int32_t group_filters() const { return geometry.filters / geometry.groups; }
   int32_t group_tiles() const { return (group_filters() + kTileFilters - 1) / kTileFilters; }
-  int32_t group_blocks() const { return blocks_of(group_filters()); }
+  // A depthwise layer has groups of one channel and one filter.
+  bool is_depthwise() const {
+    const Geometry& g = geometry;
+    return g.groups > 1 && g.groups == g.channels && g.groups == g.filters;
+  }
+  // Groups of which each begins with a channel block of its own, in the channel-blocked layout.
+  int32_t block_groups() const { return is_depthwise() ? 1 : geometry.groups; }
+  int32_t block_filters() const { return geometry.filters / block_groups(); }  // of such a group
+  // Whether each channel block but the last one is full, so that channel c is in block c / kChannelBlock.
+  bool fills_blocks() const { return block_groups() == 1 || block_filters() % kChannelBlock == 0; }
+  int32_t group_blocks() const { return blocks_of(block_filters()); }
   int32_t group_columns(int32_t g) const { return group_start[g + 1] - group_start[g]; }
 
  private:
+  void pack_blocks(BlockedWeights& made) const;
+  void pack_depthwise(BlockedWeights& made) const;
   void add_columns(const int32_t* numbers, int32_t count);
   TileWeights pack(const float* weight, int columns_at_once) const;
 

@@ -253,6 +253,7 @@ inline void finish_block(const ForwardPass& pass, const Shapes& s, const TileBat
     const int64_t at = filter * s.conv_plane + int64_t{y} * kSide * width;
     const int pixels = rows * width;
     if (residual) add_residual(plan, residual + at, s.conv_plane, filters, pixels, result);
+    else activate_row(plan.activation, result, int64_t{pixels} * kChannelBlock);
     transpose_back(result, kChannelBlock, filters, pixels, s.conv_plane, planes + at,
                    non_temporal && y * kSide * width % kLanes == 0);
   }

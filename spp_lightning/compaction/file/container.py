@@ -36,7 +36,7 @@ from spp_lightning.compaction.graph.network import CompactNetwork
 __all__ = ["MAX_BYTES", "load_compact", "save_compact", "why"]
 
 MAX_BYTES = 2**31
-_MAGIC, _VERSION = b"\x89SPP\r\n\x1a\n", 2
+_MAGIC, _VERSION = b"\x89SPP\r\n\x1a\n", 3
 _NUMBERS = struct.Struct("<IQQ")  # version, bytes of the structure, bytes of the payload
 _HEADER = len(_MAGIC) + _NUMBERS.size + hashlib.sha256().digest_size
 _MOST_STRUCTURE = 2**22  # bytes: enough for several thousand layers

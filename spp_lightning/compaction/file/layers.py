@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from spp_lightning.compaction.epilogue import KINDS, Clamp, Epilogue, PlaneOp
+from spp_lightning.compaction.epilogue import KINDS, Activation, Clamp, Epilogue, PlaneOp
 from spp_lightning.compaction.file.allowlist import LAYERS, check_layer
 from spp_lightning.compaction.file.tensors import TensorStore
 from spp_lightning.compaction.file.values import decode, encode
@@ -46,6 +46,7 @@ def describe(module: nn.Module, store: TensorStore) -> dict[str, Any]:
             "geometry": tuple(module.geometry),
             "clamp": tuple(module.epilogue.clamp),
             "post": post,
+            "activation": module.epilogue.activation,
         }
     elif isinstance(module, ColumnLinear):
         values = {"in_features": module.in_features}
@@ -155,6 +156,7 @@ def _column_conv(
     geometry: tuple[Any, ...],
     clamp: tuple[float, float],
     post: tuple[tuple[Any, ...], ...],
+    activation: Activation,
 ) -> ColumnConv2d:
     # The kernels rely on these numbers: nothing of them may come from a file unchecked.
     g = Geometry(*geometry)
@@ -180,7 +182,7 @@ def _column_conv(
         ):
             raise ValueError(f"{op} isn't an operation on planes")
         op.check()
-    epilogue = Epilogue(Clamp.of(clamp), ops)
+    epilogue = Epilogue(Clamp.of(clamp), ops, activation)
     return ColumnConv2d(g, tensors["weight"], tensors["columns"], tensors.get("bias"), epilogue)
 
 

@@ -7,7 +7,8 @@ import math
 import torch
 from torch import Tensor, fx, nn
 
-from spp_lightning.compaction.graph.patterns import as_clamp, cat_operands
+from spp_lightning.compaction.epilogue import Epilogue
+from spp_lightning.compaction.graph.patterns import as_activation, as_clamp, cat_operands
 from spp_lightning.compaction.graph.query import (
     Node,
     convolution_like,
@@ -75,6 +76,10 @@ def absorb_constants(graph: fx.GraphModule) -> None:
             clamp = as_clamp(graph, node)
             if clamp is not None and node.args[0] in values:
                 values[node] = values[node.args[0]].clamp(*clamp)
+                continue
+            activation = as_activation(graph, node)
+            if activation is not None and node.args[0] in values:
+                values[node] = Epilogue(activation=activation)(values[node.args[0]])
                 continue
             parts = cat_operands(node)
             if parts is not None and any(part in values for part in parts):

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from spp_lightning.compaction.graph.steps import Step, Value, users_of
+from spp_lightning.compaction.kernels.cpu.chain import may_follow
 from spp_lightning.compaction.layers.column_conv import ColumnConv2d
 
 __all__ = ["Row", "join"]
@@ -105,11 +106,13 @@ class _Finder:
     def _previous(self, position: int) -> int | None:
         """The layer whose result a layer reads, if one call can compute both."""
         layer, args = self._compact(position), self._steps[position].args
-        if layer is None or layer.geometry.stride[1] != 1 or not isinstance(args[0], Value):
+        if layer is None or not isinstance(args[0], Value):
             return None
         before = args[0].step
+        earlier = self._compact(before)
         if (
-            self._compact(before) is None
+            earlier is None
+            or not may_follow(earlier.geometry, layer.geometry)
             or self._only_user(before) != position
             or len(self._steps[before].args) != 1  # only the last layer of a row adds a residual
             or args[0] in args[1:]

@@ -1,4 +1,4 @@
-"""Which operation a node computes: an addition, a clamp, a pool, a concatenation."""
+"""Which operation a node computes: an addition, an activation, a pool, a concatenation."""
 
 from __future__ import annotations
 
@@ -12,13 +12,21 @@ from torch.nn import functional as F
 from spp_lightning.compaction.epilogue import (
     LRN_ALPHA,
     LRN_SIZE,
+    Activation,
     Clamp,
     PlaneOp,
     local_response_norm,
 )
 from spp_lightning.compaction.graph.query import Node, arguments, calls, module_of, shape_of
 
-__all__ = ["add_operands", "as_clamp", "as_plane_op", "cat_operands", "is_channelwise"]
+__all__ = [
+    "add_operands",
+    "as_activation",
+    "as_clamp",
+    "as_plane_op",
+    "cat_operands",
+    "is_channelwise",
+]
 
 
 _ADD = (operator.add, operator.iadd, torch.add)
@@ -122,6 +130,36 @@ def as_clamp(graph: fx.GraphModule, node: Node) -> Clamp | None:
         given = arguments(node, ("input", "min_val", "max_val"))
         return Clamp(float(given.get("min_val", -1)), float(given.get("max_val", 1)))
     return None
+
+
+_ACTIVATION_MODULES: dict[type[nn.Module], Activation] = {
+    nn.Sigmoid: "sigmoid",
+    nn.SiLU: "silu",
+    nn.Hardsigmoid: "hardsigmoid",
+    nn.Hardswish: "hardswish",
+}
+
+
+_ACTIVATION_FUNCTIONS: dict[Any, Activation] = {
+    torch.sigmoid: "sigmoid",
+    F.sigmoid: "sigmoid",
+    F.silu: "silu",
+    F.hardsigmoid: "hardsigmoid",
+    F.hardswish: "hardswish",
+}
+
+
+def as_activation(graph: fx.GraphModule, node: Node) -> Activation | None:
+    """The activation that a node computes of its input, if that is what it does; not a clamp."""
+    module = module_of(graph, node)
+    if type(module) is nn.GELU or node.target is F.gelu:
+        given = vars(module) if module else arguments(node, ("input", "approximate"))
+        return "gelu_tanh" if given.get("approximate", "none") == "tanh" else "gelu"
+    if node.op == "call_method" and node.target == "sigmoid":
+        return "sigmoid"
+    if node.op == "call_function":
+        return _ACTIVATION_FUNCTIONS.get(node.target)
+    return None if module is None else _ACTIVATION_MODULES.get(type(module))
 
 
 def as_plane_op(graph: fx.GraphModule, node: Node) -> PlaneOp | None:

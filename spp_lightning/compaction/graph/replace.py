@@ -155,8 +155,8 @@ def replace_convolutions(graph: fx.GraphModule, tune: bool = False) -> dict[str,
 
 
 def _replaceable(module: nn.Module | None, name: str) -> TypeGuard[nn.Conv2d]:
-    if type(module) is not nn.Conv2d or module.groups == module.in_channels > 1:
-        return False  # the latter is depthwise
+    if type(module) is not nn.Conv2d:
+        return False
     try:
         Geometry.of(module)
     except ValueError as error:
@@ -185,6 +185,9 @@ def decide(
         residual: Whether another tensor is added to the convolution's output.
     """
     every = spec.geometry.num_columns
+    if spec.geometry.is_depthwise and (like.dtype != torch.float32 or not like.is_cpu):
+        reason = "depthwise: there are kernels for float32 on CPUs only"
+        return Decision(False, None, None, False, reason)
     if like.is_cuda:
         reason = f"a rule for GPUs: compact if at most {_MOST_ON_GPU:.0%} of the columns are kept"
         return Decision(kept <= _MOST_ON_GPU * every, None, None, False, reason)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from spp_lightning.compaction.epilogue import Clamp, PlaneOp, local_response_norm
+from spp_lightning.compaction.epilogue import Activation, Clamp, PlaneOp, local_response_norm
 from spp_lightning.compaction.graph.network import CompactNetwork
 from spp_lightning.compaction.graph.query import set_module
 from spp_lightning.compaction.graph.steps import Step, Value, map_values
@@ -148,7 +148,19 @@ def _calls(layer: ColumnConv2d, residual: Any = None) -> list[_Call]:
         calls.append((F.relu, (), {}))
     elif clamp != Clamp():
         calls.append((torch.clamp, tuple(clamp), {}))
+    if layer.epilogue.activation != "none":
+        calls.append(_ACTIVATIONS[layer.epilogue.activation])
     return calls + [_plane_call(op) for op in layer.epilogue.post]
+
+
+_ACTIVATIONS: dict[Activation, _Call] = {
+    "sigmoid": (torch.sigmoid, (), {}),
+    "silu": (F.silu, (), {}),
+    "hardsigmoid": (F.hardsigmoid, (), {}),
+    "hardswish": (F.hardswish, (), {}),
+    "gelu": (F.gelu, (), {}),
+    "gelu_tanh": (F.gelu, (), {"approximate": "tanh"}),
+}
 
 
 def _plane_call(op: PlaneOp) -> _Call:

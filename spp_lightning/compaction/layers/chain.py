@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, is_grad_enabled, nn
 from torch.nn.modules import module as modules
 
-from spp_lightning.compaction.kernels.cpu.chain import ChainHandle, Linear
+from spp_lightning.compaction.kernels.cpu.chain import ChainHandle, Linear, may_follow
 from spp_lightning.compaction.kernels.cpu.handle import Handle
 from spp_lightning.compaction.layers.column_conv import ColumnConv2d, is_plain, need_grad
 
@@ -109,7 +109,7 @@ def _chain_of(
         handle = layer._handle_for(x, residual if layer is last else None)
         if handle is None or not handle.counts_changes:
             return None
-        if handles and not _follows(handles[-1], handle):
+        if handles and not may_follow(handles[-1].spec.geometry, handle.spec.geometry):
             return None
         are_new = are_new or before is not handle
         handles.append(handle)
@@ -158,12 +158,6 @@ def _holds(
     if weight is None or (records and need_grad(weight, bias)):
         return False
     return chain.linear.is_of(weight, bias)
-
-
-def _follows(before: Handle, handle: Handle) -> bool:
-    """Whether the channel-blocked kernels let a layer read what the one before it computed."""
-    geometry = handle.spec.geometry
-    return before.spec.geometry.filters == geometry.channels and geometry.stride[1] == 1
 
 
 def _is_untouched(module: nn.Module, kind: type[nn.Module]) -> bool:

@@ -48,7 +48,7 @@ class ColumnConv2d(nn.Module):
         columns: Indices of the kept columns, ``(columns,)``, int32, ascending: column (c, i, j) is
             ``(c · kh + i) · kw + j``, c counted over all convolution groups.
         bias: ``(filters,)``, or None.
-        epilogue: Clamp and operations on planes.
+        epilogue: Clamp or activation, and operations on planes.
 
     Raises:
         ValueError: If an argument is of another type, the shapes don't fit, or ``columns`` aren't
@@ -120,7 +120,7 @@ class ColumnConv2d(nn.Module):
 
         Args:
             conv: The convolution; it is left as it was.
-            epilogue: Clamp and operations on planes.
+            epilogue: Clamp or activation, and operations on planes.
 
         Raises:
             ValueError: If ``conv`` isn't an ``nn.Conv2d`` or has no weights yet, or its padding
@@ -206,7 +206,8 @@ class ColumnConv2d(nn.Module):
         spec = self.spec
         gradients = is_grad_enabled() and self._needs_grad(x, residual)
         tensors = (x, self.weight, self.columns, self.bias)
-        if not gradients or (self.epilogue.post and x.is_cpu):
+        fused = self.epilogue.post and self.epilogue.activation == "none"
+        if not gradients or (fused and x.is_cpu):
             return column_conv2d(*tensors, residual, *spec.pack())
         # Step by step, so that the backward pass finds the convolution's output.
         y = column_conv2d(*tensors, None, *ConvSpec(spec.geometry).pack())
@@ -359,6 +360,7 @@ class ColumnConv2d(nn.Module):
             "bias=False" if self.bias is None else "",
             "relu" if clamp == (0, math.inf) else "",
             f"clamp={tuple(clamp)}" if clamp not in (Clamp(), (0, math.inf)) else "",
+            self.epilogue.activation if self.epilogue.activation != "none" else "",
             *(op.kind for op in self.epilogue.post),
         ]
         return ", ".join(part for part in parts if part)

@@ -99,7 +99,7 @@ def _backward_op(
     spec = ConvSpec.unpack(sizes, scalars)
     epilogue = spec.epilogue
     fused = not epilogue.is_empty
-    if fused and not (residual is None and _on_cpu_kernels(x)):
+    if fused and not (residual is None and epilogue.activation == "none" and _on_cpu_kernels(x)):
         # In float32 at least: rounding to 16 bits may change which pixel is the greatest.
         wide = torch.promote_types(x.dtype, torch.float32)
         own = None if bias is None else bias.to(wide)

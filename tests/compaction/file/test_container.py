@@ -405,7 +405,7 @@ def test_a_file_of_version_1(tmp_path):
     content |= {"payload": torch.zeros(3, dtype=torch.uint8), "checksum": "0"}
     torch.save(content, tmp_path / "net.spp")
     said = refusal(tmp_path / "net.spp")
-    assert "in version 2 of the format; this one is of version 1. Make it anew" in said
+    assert "in version 3 of the format; this one is of version 1. Make it anew" in said
 
 
 @pytest.mark.parametrize(
@@ -424,7 +424,7 @@ def test_foreign_files(foreign, tmp_path):
 NUMBERS = struct.Struct("<IQQ")  # behind 8 bytes of magic: the version, and two lengths
 
 
-def write(path, structure, payload, version=2):
+def write(path, structure, payload, version=3):
     """A file with the checksum that belongs to it."""
     numbers = NUMBERS.pack(version, len(structure), len(payload))
     checksum = hashlib.sha256(numbers + structure + payload).digest()
@@ -434,7 +434,7 @@ def write(path, structure, payload, version=2):
 def parts(content):
     """A file's structure and payload."""
     version, structure, payload = NUMBERS.unpack_from(content, 8)
-    assert version == 2 and len(content) == 60 + structure + payload
+    assert version == 3 and len(content) == 60 + structure + payload
     return content[60 : 60 + structure], content[60 + structure :]
 
 
@@ -454,8 +454,8 @@ def test_rewriting_alone_is_fine(content, tmp_path):
 
 
 def test_another_version_and_another_checksum(content, tmp_path):
-    rewritten(content, tmp_path / "net.spp", version=3)
-    assert "is of version 3 of the format; this spp_lightning reads" in refusal(
+    rewritten(content, tmp_path / "net.spp", version=4)
+    assert "is of version 4 of the format; this spp_lightning reads" in refusal(
         tmp_path / "net.spp"
     )
     damaged = content[:-1] + bytes([content[-1] ^ 1])

@@ -12,7 +12,7 @@ import pytest
 import torch
 from cases import NORM, SENTINEL, Case, cases, guarded, intact, pools, tensors
 from facade import chain_of, handle
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import fx, nn
 from torch.nn import functional as F
@@ -25,7 +25,7 @@ from spp_lightning.compaction.geometry import Geometry
 from spp_lightning.compaction.graph.network import CompactNetwork
 from spp_lightning.compaction.graph.program import compile_steps
 from spp_lightning.compaction.kernels.cpu import library
-from spp_lightning.compaction.kernels.cpu.chain import ChainHandle, Linear
+from spp_lightning.compaction.kernels.cpu.chain import ChainHandle, Linear, may_follow
 from spp_lightning.compaction.layers.chain import column_chain, tune_chain
 
 native = pytest.mark.skipif(not library.is_available(), reason="built without the kernels")
@@ -61,6 +61,12 @@ def rows_of_cases(draw):
             g.dilation,
             groups,
         )
+        stride = (g.stride[0], draw(st.integers(1, 3)))
+        depthwise = g._replace(filters=g.channels, groups=g.channels, stride=stride)
+        wanted = depthwise.is_depthwise and draw(st.integers(0, 2)) == 0
+        if wanted and may_follow(before.geometry, depthwise):
+            g = depthwise
+        assume(may_follow(before.geometry, g))
         columns = tuple(range(draw(st.integers(0, 2)), g.num_columns, draw(st.integers(1, 4))))
         post, out = [], g.out_size(*size)
         for _ in range(draw(st.integers(0, 2))):

@@ -11,14 +11,29 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from spp_lightning.compaction.geometry import Geometry
 from spp_lightning.compaction.kernels.cpu import autotune, cost
 from spp_lightning.compaction.kernels.cpu.checks import check_tensor
-from spp_lightning.compaction.kernels.cpu.config import Kernel, KernelConfig
+from spp_lightning.compaction.kernels.cpu.config import CHUNK, Kernel, KernelConfig
 from spp_lightning.compaction.kernels.cpu.handle import Handle, NativeChain
 from spp_lightning.compaction.kernels.cpu.library import NativeLinear, library
 from spp_lightning.compaction.kernels.cpu.tables import ShapeTable
 
-__all__ = ["ChainHandle", "Linear", "PreparedChain"]
+__all__ = ["ChainHandle", "Linear", "PreparedChain", "may_follow"]
+
+
+def may_follow(before: Geometry, after: Geometry) -> bool:
+    """Whether the channel-blocked kernels let a layer read what another one computed.
+
+    A depthwise layer reads whole channel blocks, so the groups of the layer before it must fill
+    theirs. Any other layer has a stride of 1 along the rows.
+    """
+    if before.filters != after.channels:
+        return False
+    if not after.is_depthwise:
+        return after.stride[1] == 1
+    fills = before.filters // before.groups % CHUNK == 0
+    return before.groups == 1 or before.is_depthwise or fills
 
 
 class Linear:
@@ -107,8 +122,7 @@ class ChainHandle:
     the same bit for bit as one layer after the other gives.
 
     Args:
-        handles: One or more; each but the first with a stride of 1 along the rows, and with as many
-            channels as the one before it has filters.
+        handles: One or more, of which each :func:`may_follow` the one before it.
         linear: A linear layer that reads the last layer's images flattened, if there is one.
         before: The chain of the same layers with their old weights, whose tuned choices are taken
             over.

@@ -65,6 +65,7 @@ class _Times(NamedTuple):
     channel_copy: float  # a vector of a source plane
     transpose: float  # a vector of the output
     column: float
+    row: float  # a vector of channels of a row of a depthwise layer
     # The epilogue, per vector: strided windows, windows at every pixel, and a residual.
     pool: float
     window: float
@@ -93,6 +94,7 @@ _TIMES = _Times(
     channel_copy=3.68,
     transpose=1.67,
     column=3.39,
+    row=8.0,
     pool=1.9,
     window=4.9,
     residual=0.6,
@@ -101,6 +103,26 @@ _TIMES = _Times(
     channel_window=4.2,
     channel_residual=2.8,
 )
+
+# Activations, per vector of the output; and in torch, per number.
+_ACTIVATIONS = {
+    "none": 0.0,
+    "sigmoid": 5.0,
+    "silu": 5.0,
+    "hardsigmoid": 1.0,
+    "hardswish": 1.0,
+    "gelu": 12.0,
+    "gelu_tanh": 5.0,
+}
+_DENSE_ACTIVATIONS = {
+    "none": 0.0,
+    "sigmoid": 1.0,
+    "silu": 1.0,
+    "hardsigmoid": 0.2,
+    "hardswish": 0.2,
+    "gelu": 0.9,
+    "gelu_tanh": 3.4,
+}
 
 # Winograd's kernels, by the outputs of a tile per side: a product; a product's weight, read from
 # memory; and the transforms of a tile's inputs and outputs, per channel and filter.
@@ -173,9 +195,20 @@ def choose(
     return _choose(spec, num_columns, shape, dtype, threads, pairs, instruction_set())
 
 
-def candidates(config: KernelConfig, threads: int) -> list[KernelConfig]:
-    """The configs whose outputs are those of a config, bit for bit; the config is one of them."""
-    exact = (Kernel.PIXELS, Kernel.CHANNELS)
+def candidates(
+    config: KernelConfig, spec: ConvSpec, dtype: torch.dtype, threads: int
+) -> list[KernelConfig]:
+    """The configs whose outputs are those of a config, bit for bit; the config is one of them.
+
+    Args:
+        config: The config.
+        spec: The convolution and its epilogue.
+        dtype: Of the input.
+        threads: Threads that may be used.
+    """
+    exact: tuple[Kernel, ...] = (Kernel.PIXELS, Kernel.CHANNELS)
+    if spec.geometry.is_depthwise and dtype != torch.float32:
+        exact = (Kernel.PIXELS,)
     kernels = exact if config.kernel in exact else (config.kernel,)
     return [KernelConfig(kernel, n) for kernel in kernels for n in dict.fromkeys((threads, 1))]
 
@@ -196,7 +229,7 @@ def _choose(
         size = spec.geometry.out_size(height, width)
         side = winograd.tile_side(spec.geometry, num_columns, size)
         kernel = kernel if side is None else WINOGRAD[side]
-    configs = candidates(KernelConfig(kernel, threads), threads)
+    configs = candidates(KernelConfig(kernel, threads), spec, dtype, threads)
     estimates = [_estimate(spec, num_columns, shape, config, isa) for config in configs]
     best = min(range(len(configs)), key=estimates.__getitem__)
     return Choice(configs[best], estimates[best] / 1e3)
@@ -342,6 +375,8 @@ def _pixel_vectorised(layer: _Layer) -> float:
 
 def _channel_blocked(layer: _Layer, is_first: bool, is_last: bool) -> float:
     t, g = _TIMES, layer.spec.geometry
+    if g.is_depthwise:
+        return _depthwise(layer, is_first, is_last)
     chunks = math.ceil(g.filters / g.groups / CHUNK)
     tiles, pixels = _tiles_of_row(layer.out_width, layer.most_pixels)
     inside = _rows_inside(layer) * chunks * layer.columns  # steps of a tile, over all rows
@@ -358,18 +393,39 @@ def _channel_blocked(layer: _Layer, is_first: bool, is_last: bool) -> float:
         time += t.channel_copy * layer.source_vectors
     time += t.column * layer.columns
     lanes = chunks * CHUNK * g.groups / layer.lanes  # vectors of a pixel
-    height, width = layer.out_height, layer.out_width
+    return time + _blocks_epilogue(layer, lanes, is_last)
+
+
+def _depthwise(layer: _Layer, is_first: bool, is_last: bool) -> float:
+    t, g = _TIMES, layer.spec.geometry
+    lanes = math.ceil(g.channels / CHUNK) * CHUNK / layer.lanes  # vectors of a pixel
+    _, pixels = _tiles_of_row(layer.out_width, layer.most_pixels)
+    time = t.product * _rows_inside(layer) * g.taps * pixels * lanes
+    time += t.row * layer.out_height * lanes
+    if is_first:
+        time += t.transpose * lanes * layer.height * layer.width
+    return time + _blocks_epilogue(layer, lanes, is_last)
+
+
+def _blocks_epilogue(layer: _Layer, lanes: float, is_last: bool) -> float:
+    """Nanoseconds of the epilogue on channel blocks of ``lanes`` vectors a pixel."""
+    time, (height, width) = _activation(layer), (layer.out_height, layer.out_width)
     for op in layer.spec.epilogue.post:
         out = op.out_size(height, width)
         numbers = height * width if _is_strided(op) else math.prod(out)
-        time += (t.channel_pool if _is_strided(op) else t.channel_window) * lanes * numbers
+        each = _TIMES.channel_pool if _is_strided(op) else _TIMES.channel_window
+        time += each * lanes * numbers
         height, width = out
-    return time + (t.transpose * lanes * height * width if is_last else 0)
+    return time + (_TIMES.transpose * lanes * height * width if is_last else 0)
+
+
+def _activation(layer: _Layer) -> float:
+    return _ACTIVATIONS[layer.spec.epilogue.activation] * layer.out_vectors
 
 
 def _planes_epilogue(layer: _Layer) -> float:
     """Nanoseconds of the epilogue where it takes plane by plane."""
-    time, filters = 0.0, layer.spec.geometry.filters
+    time, filters = _activation(layer), layer.spec.geometry.filters
     height, width = layer.out_height, layer.out_width
     for op in layer.spec.epilogue.post:
         out = op.out_size(height, width)
@@ -421,6 +477,8 @@ def _winograd(layer: _Layer, side: int) -> float:
 # the input, per weight, and per call.
 _PATCHES = (0.0306, 0.341, 0.0, 25_000.0)
 _ONEDNN = (0.0274, 0.385, 0.738, 1.02, 50_000.0)
+# A depthwise layer: time per MAC, per number of the input and of the output, and per call.
+_DEPTHWISE = (0.035, 0.2, 100_000.0)
 # The epilogue: time per number of an addition or a clamp, per number of a pool's window, and per
 # number of a norm.
 _POINTWISE, _MAX_POOL, _AVG_POOL, _NORM = 0.2, 4.0, 1.2, 14.0
@@ -451,7 +509,11 @@ def dense_us(
     with_patches = (
         threads == 1 and batch < 16 and max(g.kernel_size) <= 3 and g.stride == g.dilation == (1, 1)
     )
-    if with_patches:
+    if g.is_depthwise:
+        mac, number, call = _DEPTHWISE
+        time = mac * g.macs(shape, g.num_columns) * 8 / lanes
+        time += number * (math.prod(shape) + outputs) + call
+    elif with_patches:
         mac, patch, output, call = _PATCHES
         patches = batch * math.prod(size) * g.num_columns if g.taps > 1 else 0
         time = (mac * macs + patch * patches) * 8 / lanes + output * outputs + call * batch
@@ -461,8 +523,9 @@ def dense_us(
         time = mac * macs * 8 / lanes + output * outputs + pixel * math.prod(shape)
         time = (time + weight * weights) + call
     passes = int(residual) + int(spec.epilogue.clamp != (-math.inf, math.inf))
-    calls = 1 + passes + len(spec.epilogue.post)
-    time += passes * _POINTWISE * outputs
+    activation = spec.epilogue.activation
+    calls = 1 + passes + int(activation != "none") + len(spec.epilogue.post)
+    time += (passes * _POINTWISE + _DENSE_ACTIVATIONS[activation]) * outputs
     for op in spec.epilogue.post:
         size = op.out_size(*size)
         numbers = batch * g.filters * math.prod(size)

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from spp_lightning.compaction.epilogue import KINDS, PlaneOp
+from spp_lightning.compaction.epilogue import ACTIVATIONS, KINDS, PlaneOp
 from spp_lightning.compaction.kernels.cpu import autotune, cost
 from spp_lightning.compaction.kernels.cpu.checks import check_columns, check_size, check_tensor
 from spp_lightning.compaction.kernels.cpu.config import Kernel, KernelConfig
@@ -128,7 +128,7 @@ class Handle:
             *(ctypes.byref(geometry), columns.data_ptr(), len(columns)),
             *(weight.data_ptr(), weight.numel()),
             *((None, 0) if bias is None else (bias.data_ptr(), bias.numel())),
-            *epilogue.clamp,
+            *(*epilogue.clamp, ACTIVATIONS.index(epilogue.activation)),
             *(_plane_ops(epilogue.post), len(epilogue.post), self.is_bfloat16, ctypes.byref(made)),
         )
         return int(made.value or 0)
@@ -233,7 +233,7 @@ class Handle:
         key = (tuple(x.shape), x.dtype, threads)
         prepared = [
             self.prepare(x.shape, x.dtype, config)
-            for config in cost.candidates(self.choice(*key).config, threads)
+            for config in cost.candidates(self.choice(*key).config, self.spec, x.dtype, threads)
         ]
         out = torch.empty(prepared[0].out_shape, dtype=x.dtype)
         times = autotune.milliseconds([partial(self.run, p, x, residual, out) for p in prepared])

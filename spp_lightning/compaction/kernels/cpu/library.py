@@ -75,7 +75,7 @@ _ARGUMENTS = {
     "spp_set_isa": (ctypes.c_char_p,),
     "spp_plan_create": (
         *(_POINTER, _POINTER, _NUMBER, *_TENSOR, *_TENSOR, ctypes.c_float, ctypes.c_float),
-        *(_POINTER, _NUMBER, _NUMBER, _POINTER),
+        *(_NUMBER, _POINTER, _NUMBER, _NUMBER, _POINTER),
     ),
     "spp_forward": (_POINTER, _POINTER, *_TENSOR, *_TENSOR, *_TENSOR),
     "spp_backward": (_POINTER, _POINTER, *3 * _TENSOR, _NUMBER, *3 * _TENSOR),
