@@ -281,3 +281,23 @@ def test_the_cost_model_knows_when_it_pays():
 def test_bad_kernels():
     with pytest.raises(ValueError, match="`kernels` must be one of"):
         kept_columns("sparse")
+
+
+def test_a_compiled_network_is_dense_and_compiled_once():
+    net = ConvNet(channels_last=False)
+    pruner = SPPPruner(net, speedup=4, interval=1)
+    pruner.compute_with(kept_columns("compact"))
+    x, graphs = torch.randn(2, 3, 32, 32), []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph
+
+    compiled = torch.compile(net.forward, backend=backend, fullgraph=True)
+    for step in range(3):
+        pruner.step(step)
+        torch.testing.assert_close(compiled(x), net(x))
+        compiled(x).sum().backward()
+    assert len(graphs) == 1
+    names = {str(node.target) for node in graphs[0].graph.nodes}
+    assert any("conv2d" in name for name in names)
