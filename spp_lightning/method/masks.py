@@ -6,8 +6,8 @@ A masked layer gets a subclass of its class, in which ``weight`` is a property: 
 layer. A masked layer also counts its output positions, for its MACs. A hook could count them, but
 removing a hook makes a compiled network compile again.
 
-A masked layer may be handed a :class:`Convolution`, which computes it in another way than the dense
-product of weight and mask.
+A masked layer may be handed a :class:`Computation`, which replaces the dense product of weight and
+mask.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ from torch import Tensor, nn
 from spp_lightning.method.groups import WeightGroups, weight_of
 
 __all__ = [
-    "Convolution",
+    "Computation",
     "Masking",
     "acting_mask",
-    "convolution_of",
+    "computation_of",
     "is_masked",
     "mask_layer",
     "note_positions",
@@ -39,10 +39,10 @@ Masking = Literal["sample", "scale"]
 
 _NEW: Any = vars(copyreg)["__newobj__"]
 _RECONSTRUCT: Any = vars(copyreg)["_reconstructor"]
-_ATTRIBUTES = ("_spp_sampled", "_spp_expected", "_spp_positions", "_spp_convolution")
+_ATTRIBUTES = ("_spp_sampled", "_spp_expected", "_spp_positions", "_spp_computation")
 
 
-class Convolution(Protocol):
+class Computation(Protocol):
     """Computes a masked layer, or leaves it to the dense layer."""
 
     def __call__(self, layer: nn.Module, x: Tensor, *args: Any) -> Tensor | None:
@@ -54,7 +54,7 @@ def mask_layer(
     groups: WeightGroups,
     sampled: Tensor,
     expected: Tensor,
-    convolution: Convolution | None = None,
+    computation: Computation | None = None,
 ) -> None:
     """Let masks act on a layer's weight until :func:`unmask_layer`.
 
@@ -64,7 +64,7 @@ def mask_layer(
         sampled: Mask in training mode, ``(groups,)``: bool, True = kept, or a float factor per
             group. Later in-place changes act, too.
         expected: Mask in evaluation mode, likewise.
-        convolution: Asked first whenever the layer runs uncompiled.
+        computation: Asked first whenever the layer runs uncompiled.
 
     Raises:
         ValueError: If the layer is masked already.
@@ -73,7 +73,7 @@ def mask_layer(
         raise ValueError(f"`layer` (={layer}) is masked already. A layer takes one mask at a time.")
     # With one convolution group, the mask broadcasts against the weight without a split.
     shape = groups.mask_shape[1:] if groups.conv_groups == 1 else groups.mask_shape
-    attributes = (sampled.view(shape), expected.view(shape), 0, convolution)
+    attributes = (sampled.view(shape), expected.view(shape), 0, computation)
     for name, value in zip(_ATTRIBUTES, attributes, strict=True):
         setattr(layer, name, value)
     cls: Any = type(layer)
@@ -110,12 +110,12 @@ def acting_mask(layer: nn.Module) -> Tensor:
     return mask
 
 
-def convolution_of(layer: nn.Module) -> Convolution | None:
+def computation_of(layer: nn.Module) -> Computation | None:
     """What computes a masked layer; None without it, and where hooks wait for the layer's call.
 
     A ``forward`` of the layer's own counts as a hook.
     """
-    convolution: Convolution | None = vars(layer).get("_spp_convolution")
+    computation: Computation | None = vars(layer).get("_spp_computation")
     hooked = (
         "forward" in vars(layer)
         or layer._forward_hooks
@@ -123,7 +123,7 @@ def convolution_of(layer: nn.Module) -> Convolution | None:
         or layer._backward_hooks
         or layer._backward_pre_hooks
     )
-    return None if hooked else convolution
+    return None if hooked else computation
 
 
 def _masked_weight(layer: Any) -> Tensor:
@@ -144,8 +144,8 @@ def _masked_weight(layer: Any) -> Tensor:
 
 def _forward(layer: Any, *args: Any, **kwargs: Any) -> Any:
     compiling = torch.compiler.is_compiling()
-    if layer._spp_convolution is not None and not compiling and len(args) == 1 and not kwargs:
-        output = layer._spp_convolution(layer, args[0])
+    if layer._spp_computation is not None and not compiling and len(args) == 1 and not kwargs:
+        output = layer._spp_computation(layer, args[0])
         if output is not None:
             return output
     output = super(type(layer), layer).forward(*args, **kwargs)

@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from spp_lightning.method.arguments import takes_model_and_settings
 from spp_lightning.method.groups import WeightGroups, weight_of
 from spp_lightning.method.layer import PrunedLayer
-from spp_lightning.method.masks import Convolution, is_masked, mask_layer, unmask_layer
+from spp_lightning.method.masks import Computation, is_masked, mask_layer, unmask_layer
 from spp_lightning.method.progress import PruningProgress
 from spp_lightning.method.rule import target_count, update_probability
 from spp_lightning.method.sampling import sample_masks
@@ -24,7 +24,7 @@ from spp_lightning.method.zeroing import zero_pruned
 
 __all__ = ["SPPPruner"]
 
-MakeConvolution = Callable[[nn.Module, WeightGroups], Convolution | None]
+MakeComputation = Callable[[nn.Module, WeightGroups], Computation | None]
 
 _ROUNDING = 1e-7  # a smaller change of p counts as none
 
@@ -110,7 +110,7 @@ class SPPPruner(PruningProgress):
         self._expected = torch.ones(num_groups, dtype=torch.float32, device=device)
         self._sampled = self._expected if settings.masking == "scale" else self._alive.clone()
         self._generator = torch.Generator(device)
-        self._make_convolution: MakeConvolution | None = None
+        self._make_computation: MakeComputation | None = None
         self._attached = False
         self.attach()
 
@@ -260,13 +260,13 @@ class SPPPruner(PruningProgress):
                 )
             for layer in self._layers:
                 sampled, expected = self._sampled[layer.span], self._expected[layer.span]
-                make = self._make_convolution
-                convolution = None if make is None else make(layer.module, layer.groups)
-                mask_layer(layer.module, layer.groups, sampled, expected, convolution)
+                make = self._make_computation
+                computation = None if make is None else make(layer.module, layer.groups)
+                mask_layer(layer.module, layer.groups, sampled, expected, computation)
             self._attached = True
             self._follow_device()
 
-    def compute_with(self, make: MakeConvolution | None) -> None:
+    def compute_with(self, make: MakeComputation | None) -> None:
         """Choose what computes the masked layers; without a choice it is the dense product.
 
         The choice changes no mask, no count and no state, and outputs and gradients by rounding
@@ -277,7 +277,7 @@ class SPPPruner(PruningProgress):
                 the dense product; :func:`~spp_lightning.kept_columns` makes one. None chooses the
                 dense product for all layers.
         """
-        self._make_convolution = make
+        self._make_computation = make
         if self._attached:
             self._unmask()
             self.attach()

@@ -1,41 +1,28 @@
-"""Training on kept columns: a masked convolution computes what its mask keeps, and nothing else.
-
-The layer's parameter stays dense. Before every pass the kept columns are gathered from it and
-packed; their gradient is scattered back. The gradient of a dropped column is 0, as that of the
-dense product of weight and mask.
-"""
+"""Training on kept columns: masked layers compute what their masks keep, and nothing else."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import forward_ad
-from torch.nn import functional as F
-from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from spp_lightning.compaction.epilogue import Epilogue
 from spp_lightning.compaction.geometry import Geometry
-from spp_lightning.compaction.kernels.cpu import training_cost
-from spp_lightning.compaction.kernels.cpu.handle import Handle
-from spp_lightning.compaction.kernels.cpu.library import is_available
-from spp_lightning.compaction.spec import ConvSpec
-from spp_lightning.method.groups import WeightGroups, weight_of
-from spp_lightning.method.masks import acting_mask, convolution_of, note_positions
+from spp_lightning.compaction.layers.kept_convolution import KeptConvolution
+from spp_lightning.compaction.layers.kept_linear import KeptLinear
+from spp_lightning.method.groups import WeightGroups
+from spp_lightning.method.masks import Computation, computation_of
 
-__all__ = ["KeptColumns", "Kernels", "kept_columns", "with_epilogue"]
+__all__ = ["Kernels", "kept_columns", "with_epilogue"]
 
 Kernels = Literal["auto", "dense", "compact"]
-
-_NOTHING = Epilogue()
 
 
 def kept_columns(
     kernels: Kernels = "auto",
-) -> Callable[[nn.Module, WeightGroups], KeptColumns | None]:
+) -> Callable[[nn.Module, WeightGroups], Computation | None]:
     """Makes what :meth:`SPPPruner.compute_with` takes: training on kept columns.
 
     Args:
@@ -44,7 +31,8 @@ def kept_columns(
 
     Returns:
         A function of a layer and its weight groups. It returns None for layers that are computed
-        densely: all but ``nn.Conv2d`` with zeros as padding, pruned by columns or channels.
+        densely: all but ``nn.Linear`` and ``nn.Conv2d`` with zeros as padding, pruned by columns
+        or channels.
 
     Raises:
         ValueError: If ``kernels`` is another one.
@@ -57,83 +45,23 @@ def kept_columns(
     if kernels not in ("auto", "dense", "compact"):
         raise ValueError(f'`kernels` must be one of "auto", "dense", "compact", got {kernels!r}.')
 
-    def make(layer: nn.Module, groups: WeightGroups) -> KeptColumns | None:
-        if kernels == "dense" or groups.granularity == "filter" or not isinstance(layer, nn.Conv2d):
+    def make(layer: nn.Module, groups: WeightGroups) -> Computation | None:
+        if kernels == "dense" or groups.granularity == "filter":
             return None
-        cls = type(layer)
-        if (cls.forward, cls._conv_forward) != (nn.Conv2d.forward, nn.Conv2d._conv_forward):
-            return None  # a subclass that computes something else
+        cls, if_it_pays = type(layer), kernels == "auto"
+        # Subclasses with a forward of their own compute something else.
+        if isinstance(layer, nn.Linear):
+            return KeptLinear(if_it_pays) if cls.forward is nn.Linear.forward else None
+        if not isinstance(layer, nn.Conv2d) or cls.forward is not nn.Conv2d.forward:
+            return None
+        if vars(nn.Conv2d)["_conv_forward"] is not getattr(cls, "_conv_forward", None):
+            return None
         try:
-            return KeptColumns(Geometry.of(layer), kernels == "auto")
+            return KeptConvolution(Geometry.of(layer), if_it_pays)
         except ValueError:  # padding that the kernels don't have
             return None
 
     return make
-
-
-class Columns(NamedTuple):
-    """The columns that a mask keeps.
-
-    Attributes:
-        numbers: As the kernels count them, ``(columns,)``, int32, ascending.
-        places: In the weight as it lies in memory, ``(columns,)``, int64.
-    """
-
-    numbers: Tensor
-    places: Tensor
-
-
-class KeptColumns:
-    """Computes a masked layer on the CPU kernels, from the columns that its mask keeps.
-
-    Args:
-        geometry: The convolution.
-        if_it_pays: Whether the cost model is asked. If not, all that can be is computed so.
-    """
-
-    def __init__(self, geometry: Geometry, if_it_pays: bool) -> None:
-        self.geometry = geometry
-        self.if_it_pays = if_it_pays
-        self._known: dict[bool, tuple[Any, Columns | None]] = {}  # by the layer's mode
-
-    def __call__(self, layer: nn.Module, x: Tensor, epilogue: Epilogue = _NOTHING) -> Tensor | None:
-        """Run the layer and an epilogue; None where the dense layer must, or had better."""
-        weight, bias, g = weight_of(layer), layer._parameters["bias"], self.geometry
-        dtype = _dtype_of_output(x, weight)
-        if dtype is None or x.dim() != 4 or x.shape[1] != g.channels or not x.numel():
-            return None
-        columns = self._columns(layer, weight)
-        if columns is None:
-            return None
-        spec = ConvSpec(g, epilogue)
-        try:
-            size = g.out_size(*x.shape[2:])
-            spec.out_size(*x.shape[2:])
-        except ValueError:  # too small an input: torch says so
-            return None
-        num_columns = len(columns.numbers)
-        passes = 1 + torch.is_grad_enabled() * (x.requires_grad + weight.requires_grad)
-        # An epilogue's output is left as the next layer of this kind reads it.
-        last = epilogue.is_empty and (_is_channels_last(x) or _is_channels_last(weight))
-        choice = spec, num_columns, tuple(x.shape), passes, last
-        if self.if_it_pays and not training_cost.pays(*choice):
-            return None
-        note_positions(layer, math.prod(size))
-        y: Tensor = _Convolution.apply(x.contiguous(), weight, bias, columns, spec)
-        return y.to(dtype, memory_format=torch.channels_last if last else torch.preserve_format)
-
-    def _columns(self, layer: nn.Module, weight: Tensor) -> Columns | None:
-        """The kept columns; None if the acting mask has other factors than 0 and 1."""
-        mask = acting_mask(layer)
-        if not mask.is_cpu:
-            return None
-        stamp = (id(mask), mask._version, _is_channels_last(weight))
-        known = self._known.get(layer.training)
-        if known is None or known[0] != stamp:
-            with torch.inference_mode(False), torch.no_grad():
-                known = stamp, _read(mask, self.geometry, stamp[2])
-            self._known[layer.training] = known
-        return known[1]
 
 
 def with_epilogue(
@@ -151,132 +79,8 @@ def with_epilogue(
         The epilogue's output, ``(B, N, H', W')``.
     """
     if not torch.compiler.is_compiling():
-        convolution = convolution_of(layer)
-        y = None if convolution is None else convolution(layer, x, epilogue)
+        computation = computation_of(layer)
+        y = None if computation is None else computation(layer, x, epilogue)
         if y is not None:
             return y
     return otherwise(layer(x))
-
-
-class _Convolution(torch.autograd.Function):
-    """The convolution of the kept columns of a dense weight, and an epilogue."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, columns: Columns, spec: ConvSpec
-    ) -> Tensor:
-        kept = _gather(weight, columns.places, spec.geometry)
-        handle = Handle(kept, columns.numbers, bias, spec)
-        ctx.save_for_backward(x, weight, bias)
-        ctx.layer = kept, columns, handle
-        return handle.forward(x)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, bias = ctx.saved_tensors
-        kept, columns, handle = ctx.layer
-        wanted = ctx.needs_input_grad[:3]
-        if torch.is_grad_enabled():
-            return (
-                *_differentiable(grad, x, weight, bias, columns, handle.spec, wanted),
-                None,
-                None,
-            )
-        dy = grad.float().contiguous()
-        fused = not handle.spec.epilogue.is_empty
-        dx, dw, db = handle.backward(dy, kept.float(), x.float(), wanted, fused)
-        return (
-            dx.to(x.dtype) if wanted[0] else None,
-            _scatter(dw, columns.places, weight, handle.spec.geometry) if wanted[1] else None,
-            db.to(bias.dtype) if wanted[2] else None,
-            None,
-            None,
-        )
-
-
-def _differentiable(
-    grad: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    columns: Columns,
-    spec: ConvSpec,
-    wanted: tuple[bool, ...],
-) -> list[Tensor | None]:
-    """The gradients by torch's dense convolution, for gradients of gradients."""
-    g = spec.geometry
-    mask = _scatter(
-        weight.new_ones(g.filters // g.groups, len(columns.numbers)), columns.places, weight, g
-    )
-    y = F.conv2d(x, (weight * mask).to(x.dtype), bias, g.stride, g.padding, g.dilation, g.groups)
-    tensors = zip((x, weight, bias), wanted, strict=True)
-    inputs = [tensor for tensor, wants in tensors if wants and tensor is not None]
-    found = iter(torch.autograd.grad(spec.epilogue(y), inputs, grad, create_graph=True))
-    return [next(found) if wants else None for wants in wanted]
-
-
-def _dtype_of_output(x: Tensor, weight: Tensor) -> torch.dtype | None:
-    """The dtype that the dense layer would return; None where the kernels can't compute it."""
-    if type(x) is not Tensor or not (x.is_cpu and weight.is_cpu and is_available()):
-        return None
-    if (
-        torch.compiler.is_compiling()
-        or torch.jit.is_tracing()  # type: ignore[attr-defined]
-        or torch._C._are_functorch_transforms_active()
-        or forward_ad._current_level >= 0
-        or _get_current_dispatch_mode()
-        is not None  # what counts FLOPs, for example, sees torch's operators
-    ):
-        return None
-    computed = (torch.float32, torch.bfloat16)
-    if torch.is_autocast_enabled("cpu"):
-        dtype = torch.get_autocast_dtype("cpu")
-        known = x.dtype in computed and weight.dtype in computed
-    else:
-        dtype = x.dtype
-        known = dtype in computed and weight.dtype == dtype
-    return dtype if known and not training_cost.has_fast_products(dtype) else None
-
-
-def _is_channels_last(x: Tensor) -> bool:
-    return not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
-
-
-def _read(mask: Tensor, g: Geometry, channels_last: bool) -> Columns | None:
-    """The columns that a mask keeps; None if it has other factors than 0 and 1, or keeps none."""
-    kept = mask != 0
-    if mask.dtype != torch.bool and not torch.equal(kept.to(mask.dtype), mask):
-        return None
-    numbers = kept.expand(*kept.shape[:-2], *g.kernel_size).flatten().nonzero().flatten()
-    if not len(numbers):
-        return None
-    places = numbers
-    if channels_last and g.groups == 1:
-        places = numbers % g.taps * g.channels + numbers // g.taps
-    return Columns(numbers.int(), places)
-
-
-def _matrix(weight: Tensor, g: Geometry) -> Tensor:
-    """The weight as ``(filters / groups, columns of all groups)``; a view if there is one group."""
-    if g.groups > 1:
-        by_group = weight.unflatten(0, (g.groups, -1)).transpose(0, 1)
-        return by_group.reshape(g.filters // g.groups, g.num_columns)
-    return (weight.permute(0, 2, 3, 1) if _is_channels_last(weight) else weight).flatten(1)
-
-
-def _gather(weight: Tensor, places: Tensor, g: Geometry) -> Tensor:
-    """The kept columns, ``(filters / groups, columns)``."""
-    # An expanded index is read several times faster than that of index_select.
-    return _matrix(weight, g).gather(1, places.expand(g.filters // g.groups, -1))
-
-
-def _scatter(kept: Tensor, places: Tensor, weight: Tensor, g: Geometry) -> Tensor:
-    """A tensor like a weight with the kept columns, and zeros elsewhere."""
-    rows = g.filters // g.groups
-    full = torch.zeros_like(weight)
-    if g.groups == 1 and (full.is_contiguous() or _is_channels_last(full)):
-        _matrix(full, g).scatter_(1, places.expand(rows, -1), kept.to(full.dtype))
-        return full
-    matrix = kept.new_zeros(rows, g.num_columns).scatter_(1, places.expand(rows, -1), kept)
-    by_group = matrix.view(rows, g.groups, g.channels // g.groups, *g.kernel_size)
-    return full.copy_(by_group.transpose(0, 1).flatten(0, 1))
