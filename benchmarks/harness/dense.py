@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from harness.rounds import Call
 from spp_lightning import ConvNet
 
-__all__ = ["dense_calls"]
+__all__ = ["compiled_call", "dense_calls", "onnx_bytes", "onnx_session_call", "openvino_call"]
 
 
 def dense_calls(net: nn.Module, x: Tensor, threads: int) -> Iterator[tuple[str, Call]]:
@@ -52,14 +52,48 @@ def packed_call(conv: nn.Conv2d, x: Tensor) -> Call:
 
 def onnx_call(net: nn.Module, x: Tensor, threads: int) -> Call:
     """The network in onnxruntime, which optimizes it as well."""
+    return onnx_session_call(onnx_bytes(net, x), x, threads)
+
+
+def onnx_bytes(net: nn.Module, example: Any) -> bytes:
+    """The network as an ONNX file; ``example`` is what it takes, a tensor or a list of one."""
     file: Any = io.BytesIO()
-    torch.onnx.export(net, (x,), file, dynamo=False, input_names=["x"])
+    with torch.no_grad():
+        torch.onnx.export(net, (example,), file, dynamo=False, input_names=["x"])
+    content: bytes = file.getvalue()
+    return content
+
+
+def onnx_session_call(content: bytes, x: Tensor, threads: int) -> Call:
+    """An ONNX file in onnxruntime."""
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     # Its threads would go on spinning on the cores that the next contender needs.
     options.add_session_config_entry("session.force_spinning_stop", "1")
-    session = onnxruntime.InferenceSession(
-        file.getvalue(), options, providers=["CPUExecutionProvider"]
-    )
+    session = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
     feed = {"x": x.numpy()}
     return lambda: session.run(None, feed)
+
+
+def openvino_call(content: bytes, x: Tensor, threads: int) -> Call:
+    """An ONNX file in OpenVINO, in float32."""
+    import openvino  # of benchmarks/zoo.py only
+
+    core = openvino.Core()
+    settings = {
+        "INFERENCE_NUM_THREADS": threads,
+        "INFERENCE_PRECISION_HINT": "f32",
+        "PERFORMANCE_HINT": "LATENCY",
+    }
+    request = core.compile_model(core.read_model(content), "CPU", settings).create_infer_request()
+    feed = {0: x.numpy()}
+    return lambda: request.infer(feed)
+
+
+def compiled_call(net: nn.Module, example: Any) -> Call:
+    """The network in torch.compile, with frozen weights."""
+    torch._dynamo.reset()
+    compiled = torch.compile(copy.deepcopy(net), options={"freezing": True})
+    with torch.no_grad():
+        compiled(example)
+    return partial(compiled, example)
