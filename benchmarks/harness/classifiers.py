@@ -60,7 +60,7 @@ class ResNet20(LightningModule):
 
     def configure_optimizers(self) -> Any:  # noqa: D102
         optimizer = torch.optim.SGD(self.parameters(), self.lr, 0.9, weight_decay=1e-4)
-        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, self.lr, self.steps + 1)
+        schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.02, self.steps)
         return {
             "optimizer": optimizer,
             "lr_scheduler": {"scheduler": schedule, "interval": "step"},
