@@ -134,7 +134,7 @@ def _declare(functions: Any) -> None:
     if theirs != [*ours, -1]:
         raise RuntimeError(
             f"The CPU kernels were built of other sources than this Python code: their structures"
-            f" have {theirs[:-1]} bytes, not {ours}. Build them once more by `pip install -e .`."
+            f" have {theirs} bytes, not {[*ours, -1]}. Build them once more by `pip install -e .`."
         )
 
     def check(status: int) -> None:
