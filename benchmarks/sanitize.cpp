@@ -35,6 +35,8 @@ int32_t spp_linear(const spp::Linear*, const float*, int64_t, int64_t, int32_t, 
 int32_t spp_backward(const void*, const spp::KernelConfig*, const float*, int64_t, const float*, int64_t,
                      const float*, int64_t, int32_t, float*, int64_t, float*, int64_t, float*, int64_t);
 int32_t spp_ascending_order(const void*, int32_t, const double*, int64_t, int64_t*);
+int32_t spp_gate(const spp::Gate*, const float*, int64_t, int64_t, int64_t, int32_t, float*, int64_t);
+int32_t spp_norm(const spp::Norm*, const spp::NormPart*, int32_t, int64_t, int64_t, int32_t, float*, int64_t);
 void spp_move(const int64_t*, const double*, int64_t, int64_t, double*);
 }
 
@@ -466,6 +468,37 @@ void run_case() {
   spp_plan_free(plan);
 }
 
+// Squeeze and excitation, and a concatenation that is normed.
+void run_between() {
+  const int channels = between(1, 40), squeezed = between(1, 20), batch = between(1, 3), pixels = between(1, 50);
+  const auto columns = some_columns(channels, 0.5), all = some_columns(squeezed, 1);
+  const int kept = static_cast<int>(columns.size());
+  const Floats x = normal(batch * channels * pixels), first = normal(squeezed * kept), biases = normal(squeezed);
+  const Floats second = normal(channels * squeezed);
+  spp::Gate gate{{first.get(), first.count, biases.get(), columns.data(), kept, squeezed, 0, 1e9f, {}},
+                 {second.get(), second.count, nullptr, all.data(), squeezed, channels,
+                  -std::numeric_limits<float>::infinity(), std::numeric_limits<float>::infinity(),
+                  spp::Activation::kSigmoid},
+                 channels};
+  const Floats mean = normal(channels), variance = normal(channels), scale = normal(channels);
+  for (int c = 0; c < channels; ++c) variance[c] = std::abs(variance[c]);
+  const spp::Norm norm{mean.get(), variance.get(), scale.get(), nullptr, channels, 0.1f, 0, 1e9f};
+  const int head = between(1, channels), images = between(1, 3);
+  const Floats front = normal(images * head * pixels), back = normal(images * (channels - head) * pixels);
+  const spp::NormPart parts[] = {{front.get(), front.count, head}, {back.get(), back.count, channels - head}};
+  for (int threads = 1; threads <= 3; ++threads) {
+    const Floats gated = memory(x.count), normed = memory(images * channels * pixels);
+    must(spp_gate(&gate, x.get(), x.count, batch, pixels, threads, gated.get(), gated.count));
+    must_refuse(spp_gate(&gate, x.get(), x.count, batch, pixels + 1, threads, gated.get(), gated.count));
+    must(spp_norm(&norm, parts, head < channels ? 2 : 1, images, pixels, threads, normed.get(), normed.count));
+    must_refuse(spp_norm(&norm, parts, 1, images, pixels + 1, threads, normed.get(), normed.count));
+    for (int64_t i = 0; i < gated.count; ++i)  // a sigmoid is between 0 and 1
+      if (!(std::abs(gated[i]) <= std::abs(x[i]))) std::printf("a gate: %g of %g\n", gated[i], x[i]), ++failures;
+    for (int64_t i = 0; i < normed.count; ++i)
+      if (!(normed[i] >= 0)) std::printf("a norm: %g\n", normed[i]), ++failures;
+  }
+}
+
 // An update of pruning probabilities: the order of the groups, and how many are chosen.
 template <typename Float>
 void run_update() {
@@ -503,7 +536,7 @@ int main(int argc, char** argv) {
   for (int i = 2; i < argc; ++i) {
     if (spp_set_isa(argv[i]) != 0) continue;
     generator.seed(1);
-    for (int n = 0; n < cases; ++n) run_case(), run_update<float>(), run_update<double>();
+    for (int n = 0; n < cases; ++n) run_case(), run_between(), run_update<float>(), run_update<double>();
     std::printf("%s: %d shapes\n", argv[i], cases);
   }
   // The memory of threads that OpenMP is letting go would look leaked.

@@ -3,13 +3,16 @@
 
 #include "backward.h"
 #include "chain.h"
+#include "gate_kernel.h"
+#include "norm_kernel.h"
 #include "pixel_kernel.h"
 #include "winograd_kernel.h"
 
 namespace spp {
 namespace SPP_ISA {
 
-constexpr Kernels kAllKernels = {forward_pixels, forward_winograd, make_chain, linear_batch, backward};
+constexpr Kernels kAllKernels = {forward_pixels, forward_winograd, make_chain, linear_batch, backward,
+                                  gate, norm_parts};
 
 }  // namespace SPP_ISA
 }  // namespace spp

@@ -123,4 +123,36 @@ void check_linear(const Linear& linear) {
   check_count("bias", {linear.bias, linear.bias_count}, linear.out_features, true);
 }
 
+namespace {
+
+void check_gate_layer(const GateLayer& layer, int32_t channels) {
+  check(layer.num_columns >= 0 && layer.filters > 0, "A gate's layers must have filters.");
+  check_count("weight", {layer.weight, layer.weight_count}, int64_t{layer.num_columns} * layer.filters);
+  check(layer.columns != nullptr || layer.num_columns == 0, "`columns` must not be null.");
+  for (int32_t k = 0; k < layer.num_columns; ++k)
+    check(layer.columns[k] >= 0 && layer.columns[k] < channels, "`columns` must be channels of the input.");
+  check_clamp(layer.low, layer.high, layer.activation);
+}
+
+}  // namespace
+
+void check_gate(const Gate& gate) {
+  check(gate.channels > 0, "Channels must be positive.");
+  check_gate_layer(gate.reduce, gate.channels);
+  check_gate_layer(gate.expand, gate.reduce.filters);
+  check(gate.expand.filters == gate.channels, "A gate must have a factor for each channel.");
+}
+
+void check_norm(const Norm& norm, const NormPart* parts, int32_t count, int64_t pixels) {
+  check(norm.channels > 0 && count > 0 && parts != nullptr, "There must be channels.");
+  check(norm.mean != nullptr && norm.variance != nullptr, "`mean` and `variance` must not be null.");
+  int64_t channels = 0;
+  for (int32_t i = 0; i < count; ++i) {
+    check(parts[i].channels > 0, "A part must have channels.");
+    check_count("x", {parts[i].data, parts[i].count}, parts[i].channels * pixels);
+    channels += parts[i].channels;
+  }
+  check(channels == norm.channels, "The parts must have as many channels as the norm.");
+}
+
 }  // namespace spp

@@ -51,5 +51,7 @@ int64_t conv_count(const Plan& plan, const KernelConfig& config);    // of the c
 int64_t output_count(const Plan& plan, const KernelConfig& config);  // of the epilogue's
 
 void check_linear(const Linear& linear);
+void check_gate(const Gate& gate);
+void check_norm(const Norm& norm, const NormPart* parts, int32_t count, int64_t pixels);
 
 }  // namespace spp

@@ -75,4 +75,35 @@ struct Linear {
   int32_t in_features, out_features;
 };
 
+// A 1×1 layer on a single pixel, with a clamp or an activation; the bias may be null.
+struct GateLayer {
+  const float* weight;  // (filters, columns)
+  int64_t weight_count;
+  const float* bias;
+  const int32_t* columns;  // the channels that are read
+  int32_t num_columns, filters;
+  float low, high;
+  Activation activation;
+};
+
+// Squeeze and excitation.
+struct Gate {
+  GateLayer reduce, expand;
+  int32_t channels;
+};
+
+// A batch norm with its running statistics, and a clamp; weight and bias may be null. Each tensor has a number per
+// channel.
+struct Norm {
+  const float *mean, *variance, *weight, *bias;
+  int32_t channels;
+  float eps, low, high;
+};
+
+// One of the tensors that are concatenated along their channels.
+struct NormPart {
+  const float* data;
+  int64_t count, channels;
+};
+
 }  // namespace spp

@@ -120,11 +120,13 @@ using spp::guarded, spp::deref, spp::check, spp::check_count, spp::Status, spp::
 // What was wrong in this thread's last call that failed.
 SPP_EXPORT const char* spp_error() { return spp::last_error.c_str(); }
 
-// Of the structures that cross this border, in turn: Geometry, EpilogueOp, KernelConfig, Linear; -1 behind them.
+// Of the structures that cross this border, in turn: Geometry, EpilogueOp, KernelConfig, Linear, GateLayer, Gate,
+// Norm, NormPart; -1 behind them.
 SPP_EXPORT int64_t spp_struct_size(int32_t index) {
   constexpr int64_t kSizes[] = {sizeof(spp::Geometry), sizeof(spp::EpilogueOp), sizeof(KernelConfig),
-                                sizeof(spp::Linear)};
-  return index >= 0 && index < 4 ? kSizes[index] : -1;
+                                sizeof(spp::Linear), sizeof(spp::GateLayer), sizeof(spp::Gate),
+                                sizeof(spp::Norm), sizeof(spp::NormPart)};
+  return index >= 0 && index < 8 ? kSizes[index] : -1;
 }
 
 SPP_EXPORT const char* spp_isa() { return spp::chosen.name; }
@@ -245,5 +247,28 @@ SPP_EXPORT Status spp_linear(const spp::Linear* layer, const float* x, int64_t x
     check_count("x", {x, x_count}, batch * layer->in_features);
     check_count("out", {out, out_count}, batch * layer->out_features);
     spp::chosen.kernels->linear_batch(*layer, x, batch, threads, out);
+  });
+}
+
+// Gates the planes of a batch; `out` may not overlap `x`.
+SPP_EXPORT Status spp_gate(const spp::Gate* gate, const float* x, int64_t x_count, int64_t batch, int64_t pixels,
+                           int32_t threads, float* out, int64_t out_count) {
+  return guarded([&] {
+    spp::check_gate(deref(gate));
+    check(batch >= 0 && pixels > 0 && threads > 0, "Pixels and threads must be positive, and the batch at least 0.");
+    check_count("x", {x, x_count}, batch * gate->channels * pixels);
+    check_count("out", {out, out_count}, batch * gate->channels * pixels);
+    spp::chosen.kernels->gate(*gate, x, batch, pixels, threads, out);
+  });
+}
+
+// Norms the concatenation of some tensors.
+SPP_EXPORT Status spp_norm(const spp::Norm* norm, const spp::NormPart* parts, int32_t count, int64_t batch,
+                           int64_t pixels, int32_t threads, float* out, int64_t out_count) {
+  return guarded([&] {
+    check(batch >= 0 && pixels > 0 && threads > 0, "Pixels and threads must be positive, and the batch at least 0.");
+    spp::check_norm(deref(norm), parts, count, batch * pixels);
+    check_count("out", {out, out_count}, batch * norm->channels * pixels);
+    spp::chosen.kernels->norm_parts(*norm, parts, count, batch, pixels, threads, out);
   });
 }

@@ -40,6 +40,9 @@ struct Kernels {
   Chain* (*make_chain)(const Plan* const*, const KernelConfig* const*, int);
   void (*linear_batch)(const Linear&, const float* x, int64_t batch, int threads, float* out);
   void (*backward)(const BackwardPass&);
+  void (*gate)(const Gate&, const float* x, int64_t batch, int64_t pixels, int threads, float* out);
+  void (*norm_parts)(const Norm&, const NormPart* parts, int count, int64_t batch, int64_t pixels,
+                     int threads, float* out);
 };
 
 extern const Kernels kBaseKernels;

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -39,21 +39,30 @@ class Row(NamedTuple):
         return self.layers[-1] if self.linear is None else self.linear
 
 
-def join(steps: Sequence[Step], layer_of: Callable[[str], nn.Module]) -> tuple[Row, ...]:
+def join(
+    steps: Sequence[Step], layer_of: Callable[[str], nn.Module], others: Collection[int] = ()
+) -> tuple[Row, ...]:
     """Find layers of which each is read by the next one only.
 
     Args:
         steps: The network.
         layer_of: The layer of a name.
+        others: Positions of steps that other calls replace.
 
     Returns:
         Rows of two or more layers; a linear layer counts.
     """
-    return _Finder(steps, layer_of).rows()
+    return _Finder(steps, layer_of, others).rows()
 
 
 class _Finder:
-    def __init__(self, steps: Sequence[Step], layer_of: Callable[[str], nn.Module]) -> None:
+    def __init__(
+        self,
+        steps: Sequence[Step],
+        layer_of: Callable[[str], nn.Module],
+        others: Collection[int],
+    ) -> None:
+        self._others = others
         self._steps, self._users = steps, users_of(steps)
         self._modules = {
             i: layer_of(str(step.target)) for i, step in enumerate(steps) if step.kind == "layer"
@@ -95,6 +104,8 @@ class _Finder:
 
     def _compact(self, position: int) -> ColumnConv2d | None:
         layer, step = self._modules.get(position), self._steps[position]
+        if position in self._others:
+            return None
         if type(layer) is not ColumnConv2d or "forward" in vars(layer) or step.kwargs:
             return None
         return layer if self._calls[str(step.target)] == 1 else None

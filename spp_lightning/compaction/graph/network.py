@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor, fx, nn
 
+from spp_lightning.compaction.graph.between import Gate, NormedParts, find_gates, find_norms
 from spp_lightning.compaction.graph.join import Row, join
 from spp_lightning.compaction.graph.program import REQUIRED, Program, compile_steps
 from spp_lightning.compaction.graph.query import is_opaque
@@ -51,6 +52,7 @@ class CompactNetwork(nn.Module):
     # Defaults of the class: what is an attribute of the class isn't free as a name.
     compact_steps: tuple[Step, ...] = ()
     _rows: tuple[Row, ...] = ()
+    _between: tuple[Gate | NormedParts, ...] = ()
     _program: Program = compile_steps([Step("output", "output", "output", (None,))])
 
     def __init__(
@@ -69,8 +71,13 @@ class CompactNetwork(nn.Module):
 
     def _set_steps(self, steps: Sequence[Step]) -> None:
         self.compact_steps = tuple(steps)
-        self._rows = join(self.compact_steps, self.get_submodule)
-        self._program = compile_steps(self.compact_steps, self._rows)
+        self._between = (
+            *find_gates(self.compact_steps, self.get_submodule),
+            *find_norms(self.compact_steps, self.get_submodule),
+        )
+        others = {position for call in self._between for position in call.replaced}
+        self._rows = join(self.compact_steps, self.get_submodule, others)
+        self._program = compile_steps(self.compact_steps, self._rows, self._between)
 
     @classmethod
     def of(cls, graph: fx.GraphModule) -> CompactNetwork:
@@ -132,7 +139,7 @@ class CompactNetwork(nn.Module):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._program = compile_steps(self.compact_steps, self._rows)
+        self._program = compile_steps(self.compact_steps, self._rows, self._between)
 
     def __repr__(self) -> str:
         return f"{super().__repr__()}\n{text_of(self.compact_steps)}"

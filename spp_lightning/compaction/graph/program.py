@@ -7,9 +7,13 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx, nn
+from torch.nn import functional as F
 
+from spp_lightning.compaction.epilogue import Clamp
+from spp_lightning.compaction.graph.between import Gate, NormedParts, pooled
 from spp_lightning.compaction.graph.join import Row
 from spp_lightning.compaction.graph.steps import Step, Value, values_in
+from spp_lightning.compaction.layers.between import channel_gate, concat_norm
 from spp_lightning.compaction.layers.chain import column_chain
 
 __all__ = ["REQUIRED", "Instruction", "Program", "compile_steps", "find"]
@@ -59,14 +63,17 @@ class Program(NamedTuple):
     output: int
 
 
-def compile_steps(steps: Sequence[Step], rows: Sequence[Row] = ()) -> Program:
+def compile_steps(
+    steps: Sequence[Step], rows: Sequence[Row] = (), between: Sequence[Gate | NormedParts] = ()
+) -> Program:
     """The program of a network.
 
     Args:
         steps: The network.
         rows: Layers that one call is to compute.
+        between: Steps between layers that one call is to compute.
     """
-    return _Compiler(steps, rows).program()
+    return _Compiler(steps, rows, between).program()
 
 
 def find(network: nn.Module, path: tuple[str, ...]) -> Any:
@@ -124,6 +131,32 @@ def _row(network: nn.Module, target: _Joined, args: Sequence[Any], kwargs: Any) 
     return column_chain(*args, *modules)
 
 
+class _GateCall(NamedTuple):
+    """What the call of a gate calls: the pool, None where it is a function, and two layers."""
+
+    pool: tuple[str, ...] | None
+    layers: tuple[tuple[str, ...], tuple[str, ...]]
+
+
+def _gate(network: nn.Module, target: _GateCall, args: Sequence[Any], kwargs: Any) -> Tensor:
+    pool = pooled if target.pool is None else find(network, target.pool)
+    reduce, expand = (find(network, path) for path in target.layers)
+    return channel_gate(args[0], pool, reduce, expand)
+
+
+class _NormCall(NamedTuple):
+    """What the call of a norm calls: the norm, the module that clamps, or None, and its limits."""
+
+    norm: tuple[str, ...]
+    activation: tuple[str, ...] | None
+    clamp: Clamp
+
+
+def _norm(network: nn.Module, target: _NormCall, args: Sequence[Any], kwargs: Any) -> Tensor:
+    relu = F.relu if target.activation is None else find(network, target.activation)
+    return concat_norm(args, find(network, target.norm), relu, target.clamp)
+
+
 def _picker(keys: Sequence[Any]) -> Callable[[Any], tuple[Any, ...]]:
     """A function that reads items as a tuple: of few, several times faster than a comprehension."""
     # operator.itemgetter is as fast, but torch.compile can't trace it.
@@ -157,7 +190,9 @@ def _dict(keys: tuple[Any, ...], *parts: Any) -> dict[Any, Any]:
 class _Compiler:
     """Gives every value a slot: inputs first, then constants and results."""
 
-    def __init__(self, steps: Sequence[Step], rows: Sequence[Row]) -> None:
+    def __init__(
+        self, steps: Sequence[Step], rows: Sequence[Row], between: Sequence[Gate | NormedParts]
+    ) -> None:
         self._steps = steps
         self._inputs = [i for i, step in enumerate(steps) if step.kind == "input"]
         self._slots = {position: slot for slot, position in enumerate(self._inputs)}
@@ -166,12 +201,15 @@ class _Compiler:
         ]
         self._calls: list[Instruction] = []
         self._rows = {row.position: row for row in rows}
-        self._replaced = {position for row in rows for position in row.replaced}
+        self._between = {call.result: call for call in between}
+        self._replaced = {position for call in (*rows, *between) for position in call.replaced}
 
     def program(self) -> Program:
         for position, step in enumerate(self._steps):
             if position in self._rows:
                 self._add_row(self._rows[position])
+            elif position in self._between:
+                self._slots[position] = self._add_between(self._between[position])
             elif position not in self._replaced and step.kind not in ("input", "output"):
                 self._add_step(position, step)
         output = self._slot_of(self._steps[-1].args[0])
@@ -193,10 +231,21 @@ class _Compiler:
         kwargs = [(key, self._slot_of(x)) for key, x in step.kwargs.items()]
         self._slots[position] = self._add(runs[step.kind], target, args, kwargs)
 
-    def _add_row(self, row: Row) -> None:
-        def path(position: int) -> tuple[str, ...]:
-            return tuple(str(self._steps[position].target).split("."))
+    def _path(self, position: int) -> tuple[str, ...]:
+        return tuple(str(self._steps[position].target).split("."))
 
+    def _add_between(self, call: Gate | NormedParts) -> int:
+        def module(position: int) -> tuple[str, ...] | None:
+            return self._path(position) if self._steps[position].kind == "layer" else None
+
+        if isinstance(call, Gate):
+            layers = (self._path(call.layers[0]), self._path(call.layers[1]))
+            return self._add(_gate, _GateCall(module(call.pool), layers), [self._slot_of(call.x)])
+        target = _NormCall(self._path(call.norm), module(call.result), call.clamp)
+        return self._add(_norm, target, [self._slot_of(x) for x in call.parts])
+
+    def _add_row(self, row: Row) -> None:
+        path = self._path
         x, residual = self._steps[row.layers[0]].args[0], self._steps[row.layers[-1]].args[1:]
         args = [self._slot_of(x), self._slot_of(residual[0] if residual else None)]
         paths = tuple(path(i) for i in (*row.layers, row.linear) if i is not None)

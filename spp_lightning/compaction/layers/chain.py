@@ -10,7 +10,7 @@ from spp_lightning.compaction.kernels.cpu.chain import ChainHandle, Linear, may_
 from spp_lightning.compaction.kernels.cpu.handle import Handle
 from spp_lightning.compaction.layers.column_conv import ColumnConv2d, is_plain, need_grad
 
-__all__ = ["column_chain", "tune_chain"]
+__all__ = ["column_chain", "is_hooked", "is_readable", "is_untouched", "tune_chain"]
 
 
 def column_chain(
@@ -78,8 +78,8 @@ def _run_linear(linear: nn.Module, x: Tensor, directly: bool) -> Tensor:
     tensors = None
     if (
         directly
-        and not _is_hooked()
-        and _is_readable(x)
+        and not is_hooked()
+        and is_readable(x)
         and not (is_grad_enabled() and x.requires_grad)
     ):
         tensors = _tensors_of(linear)
@@ -87,7 +87,7 @@ def _run_linear(linear: nn.Module, x: Tensor, directly: bool) -> Tensor:
     return y
 
 
-def _is_hooked() -> bool:
+def is_hooked() -> bool:
     """Whether somebody wants to see the inputs and outputs of all modules."""
     return bool(modules._global_forward_hooks or modules._global_forward_pre_hooks)
 
@@ -96,14 +96,14 @@ def _chain_of(
     x: Tensor, residual: Tensor | None, layers: tuple[ColumnConv2d, ...], linear: nn.Module | None
 ) -> ChainHandle | None:
     """The layers as one call, if they all can be; with the linear layer, if that can be, too."""
-    if _is_hooked() or x.dtype != torch.float32:
+    if is_hooked() or x.dtype != torch.float32:
         return None
     found: ChainHandle | None = layers[0]._chain
     if found is not None and _holds(found, x, residual, layers, linear):
         return found
     handles, last, are_new = list[Handle](), layers[-1], False
     for layer in layers:
-        if not _is_untouched(layer, ColumnConv2d):
+        if not is_untouched(layer, ColumnConv2d):
             return None
         before = layer._handle
         handle = layer._handle_for(x, residual if layer is last else None)
@@ -151,7 +151,7 @@ def _holds(
         return False
     if chain.linear is None:
         return linear is None or _tensors_of(linear) is None
-    if linear is None or not _is_untouched(linear, nn.Linear):
+    if linear is None or not is_untouched(linear, nn.Linear):
         return False
     parameters = linear._parameters
     weight, bias = parameters.get("weight"), parameters.get("bias")
@@ -160,7 +160,7 @@ def _holds(
     return chain.linear.is_of(weight, bias)
 
 
-def _is_untouched(module: nn.Module, kind: type[nn.Module]) -> bool:
+def is_untouched(module: nn.Module, kind: type[nn.Module]) -> bool:
     """Whether a module computes what its kind does, and nobody wants to see it do so."""
     own = module.__dict__
     return (
@@ -173,18 +173,19 @@ def _is_untouched(module: nn.Module, kind: type[nn.Module]) -> bool:
 
 def _tensors_of(linear: nn.Module) -> tuple[Tensor, Tensor | None] | None:
     """Weight and bias of a linear layer, if the kernels may read them in its place."""
-    if not _is_untouched(linear, nn.Linear):
+    if not is_untouched(linear, nn.Linear):
         return None
     parameters = linear._parameters
     if "weight" not in parameters or "bias" not in parameters:  # they are attributes, or computed
         return None
     weight, bias = parameters["weight"], parameters["bias"]
-    if weight is None or not _is_readable(weight) or (bias is not None and not _is_readable(bias)):
+    if weight is None or not is_readable(weight) or (bias is not None and not is_readable(bias)):
         return None
     return None if need_grad(weight, bias) else (weight, bias)
 
 
-def _is_readable(tensor: Tensor) -> bool:
+def is_readable(tensor: Tensor) -> bool:
+    """Whether the kernels can read a tensor's memory."""
     return (
         type(tensor) in (nn.Parameter, Tensor)
         and tensor.layout is torch.strided

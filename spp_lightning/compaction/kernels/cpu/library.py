@@ -18,8 +18,12 @@ from spp_lightning import native
 __all__ = [
     "NativeConfig",
     "NativeEpilogueOp",
+    "NativeGate",
+    "NativeGateLayer",
     "NativeGeometry",
     "NativeLinear",
+    "NativeNorm",
+    "NativeNormPart",
     "instruction_set",
     "is_available",
     "library",
@@ -30,7 +34,7 @@ _TENSOR = (_POINTER, _COUNT)
 
 
 class NativeGeometry(ctypes.Structure):
-    """``Geometry`` of ``native/geometry.h``, as the next three classes are its other structures."""
+    """``Geometry`` of ``native/geometry.h``, as the classes below are its other structures."""
 
     _fields_ = [(name, _NUMBER) for name in ("channels", "filters", "groups")] + [
         (name, _NUMBER * 2) for name in ("kernel", "stride", "padding", "dilation")
@@ -68,7 +72,44 @@ class NativeLinear(ctypes.Structure):
     ]
 
 
-_STRUCTURES = (NativeGeometry, NativeEpilogueOp, NativeConfig, NativeLinear)
+class NativeGateLayer(ctypes.Structure):
+    """One of the two layers of a gate."""
+
+    _fields_ = [
+        *(("weight", _POINTER), ("weight_count", _COUNT), ("bias", _POINTER)),
+        *(("columns", _POINTER), ("num_columns", _NUMBER), ("filters", _NUMBER)),
+        *(("low", ctypes.c_float), ("high", ctypes.c_float), ("activation", _NUMBER)),
+    ]
+
+
+class NativeGate(ctypes.Structure):
+    """Squeeze and excitation."""
+
+    _fields_ = [
+        *(("reduce", NativeGateLayer), ("expand", NativeGateLayer), ("channels", _NUMBER)),
+    ]
+
+
+class NativeNorm(ctypes.Structure):
+    """A batch norm and a clamp."""
+
+    _fields_ = [
+        *((name, _POINTER) for name in ("mean", "variance", "weight", "bias")),
+        ("channels", _NUMBER),
+        *((name, ctypes.c_float) for name in ("eps", "low", "high")),
+    ]
+
+
+class NativeNormPart(ctypes.Structure):
+    """One of the tensors that a norm concatenates."""
+
+    _fields_ = [("data", _POINTER), ("count", _COUNT), ("channels", _COUNT)]
+
+
+_STRUCTURES = (
+    *(NativeGeometry, NativeEpilogueOp, NativeConfig, NativeLinear),
+    *(NativeGateLayer, NativeGate, NativeNorm, NativeNormPart),
+)
 
 # Arguments of the functions that return a status.
 _ARGUMENTS = {
@@ -81,6 +122,8 @@ _ARGUMENTS = {
     "spp_backward": (_POINTER, _POINTER, *3 * _TENSOR, _NUMBER, *3 * _TENSOR),
     "spp_chain_create": (_POINTER, _POINTER, _NUMBER, _POINTER),
     "spp_chain_forward": (_POINTER, *_TENSOR, *_TENSOR, _POINTER, *_TENSOR),
+    "spp_gate": (_POINTER, *_TENSOR, _COUNT, _COUNT, _NUMBER, *_TENSOR),
+    "spp_norm": (_POINTER, _POINTER, _NUMBER, _COUNT, _COUNT, _NUMBER, *_TENSOR),
     "spp_linear": (_POINTER, *_TENSOR, _COUNT, _NUMBER, *_TENSOR),
 }
 # By status, from 1 on; 0 is success.

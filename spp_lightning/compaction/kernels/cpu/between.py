@@ -1,0 +1,120 @@
+"""What stands between convolutions and is no part of one: gates, and norms of concatenations."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from spp_lightning.compaction.epilogue import ACTIVATIONS, Clamp, Epilogue
+from spp_lightning.compaction.kernels.cpu.library import (
+    NativeGate,
+    NativeGateLayer,
+    NativeNorm,
+    library,
+)
+
+__all__ = ["Gate", "GateLayer", "Norm"]
+
+GateLayer = tuple[Tensor, Tensor, Tensor | None, Epilogue]  # weight, columns, bias, epilogue
+
+
+class _Prepared:
+    """Addresses of tensors: it holds for these tensors, as long as they stay where they are.
+
+    Values that change in place are seen, since nothing is copied.
+    """
+
+    def __init__(self, tensors: Sequence[Tensor | None]) -> None:
+        self._tensors = tuple(tensors)
+        self._places = _places_of(tensors)
+
+    def holds(self, tensors: Sequence[Tensor | None]) -> bool:
+        """Whether it reads these tensors, at the place where they are now."""
+        same = all(ours is given for ours, given in zip(self._tensors, tensors, strict=True))
+        return same and self._places == _places_of(tensors)
+
+
+def _places_of(tensors: Sequence[Tensor | None]) -> list[tuple[int, tuple[int, ...]]]:
+    return [(x.data_ptr(), x.shape) for x in tensors if x is not None]
+
+
+class Gate(_Prepared):
+    """Squeeze and excitation: every channel times what two layers make of the channels' means.
+
+    All tensors are float32 (the columns int32), contiguous, and on the CPU.
+
+    Args:
+        reduce: The layer that reads the means: its weight, ``(S, columns)``, the columns that it
+            keeps, its bias, and its epilogue without operations on planes.
+        expand: The layer that reads the first one's S outputs, and makes a number per channel.
+    """
+
+    def __init__(self, reduce: GateLayer, expand: GateLayer) -> None:
+        super().__init__((*reduce[:3], *expand[:3]))
+        self._native = NativeGate(_layer(*reduce), _layer(*expand), len(expand[0]))
+        self._address, self._run = ctypes.addressof(self._native), library().spp_gate
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Gate images, ``(B, C, H, W)``, float32, contiguous: a new tensor of the same shape.
+
+        Raises:
+            ValueError: If the shapes don't fit.
+        """
+        batch, _, height, width = x.shape
+        out, count, threads = torch.empty_like(x), x.numel(), torch.get_num_threads()
+        pixels = height * width
+        # Arguments one by one: a call with unpacked tuples takes longer.
+        self._run(self._address, x.data_ptr(), count, batch, pixels, threads, out.data_ptr(), count)
+        return out
+
+
+def _layer(
+    weight: Tensor, columns: Tensor, bias: Tensor | None, epilogue: Epilogue
+) -> NativeGateLayer:
+    low, high = epilogue.clamp
+    return NativeGateLayer(
+        *(weight.data_ptr(), weight.numel(), None if bias is None else bias.data_ptr()),
+        *(columns.data_ptr(), len(columns), len(weight), low, high),
+        ACTIVATIONS.index(epilogue.activation),
+    )
+
+
+class Norm(_Prepared):
+    """A batch norm by running statistics and a clamp, of tensors that are concatenated first.
+
+    All tensors are float32, contiguous, and on the CPU, with a number per channel.
+
+    Args:
+        tensors: Mean, variance, weight and bias; the last two may be None.
+        eps: Added to the variance.
+        clamp: Limits of the result.
+    """
+
+    def __init__(self, tensors: Sequence[Tensor | None], eps: float, clamp: Clamp) -> None:
+        super().__init__(tensors)
+        assert tensors[0] is not None
+        self.settings, self._channels = (eps, clamp), len(tensors[0])
+        addresses = [None if x is None else x.data_ptr() for x in tensors]
+        self._native = NativeNorm(*addresses, self._channels, eps, *clamp)
+        self._address, self._run = ctypes.addressof(self._native), library().spp_norm
+
+    def __call__(self, parts: Sequence[Tensor]) -> Tensor:
+        """Norm tensors, ``(B, C_i, H, W)``, float32, contiguous: a new tensor ``(B, C, H, W)``.
+
+        Raises:
+            ValueError: If the shapes don't fit.
+        """
+        batch, _, height, width = parts[0].shape
+        out = torch.empty(batch, self._channels, height, width, dtype=torch.float32)
+        # As NormPart lies in memory: address, number of elements, channels.
+        numbers = [n for x in parts for n in (x.data_ptr(), x.numel(), x.shape[1])]
+        given = (ctypes.c_int64 * len(numbers))(*numbers)
+        threads, pixels = torch.get_num_threads(), height * width
+        self._run(
+            *(self._address, ctypes.addressof(given), len(parts), batch, pixels, threads),
+            *(out.data_ptr(), out.numel()),
+        )
+        return out

@@ -1,0 +1,139 @@
+"""Modules between convolutions that one call of the CPU kernels computes together."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from spp_lightning.compaction.epilogue import Clamp
+from spp_lightning.compaction.kernels.cpu.between import Gate, Norm
+from spp_lightning.compaction.kernels.cpu.library import is_available
+from spp_lightning.compaction.layers.chain import is_hooked, is_readable, is_untouched
+from spp_lightning.compaction.layers.column_conv import ColumnConv2d
+
+__all__ = ["channel_gate", "concat_norm"]
+
+
+def channel_gate(x: Tensor, pool: Callable[[Tensor], Tensor], *layers: ColumnConv2d) -> Tensor:
+    """Squeeze and excitation: ``x`` times what two layers make of its channels' means.
+
+    Args:
+        x: Input, ``(B, C, H, W)``.
+        pool: The global average pool.
+        layers: Two 1×1 convolutions without operations on planes.
+
+    Returns:
+        ``x * expand(reduce(pool(x)))``, the same up to rounding whether one call computes it.
+    """
+    reduce, expand = layers
+    if (
+        not torch.compiler.is_compiling()
+        and not is_hooked()
+        and is_untouched(reduce, ColumnConv2d)
+        and reduce._takes_directly(x)
+        and x.dtype == torch.float32
+        and x.numel()
+        and (not isinstance(pool, nn.Module) or is_untouched(pool, nn.AdaptiveAvgPool2d))
+        and is_untouched(expand, ColumnConv2d)
+    ):
+        prepared = _gate_of(reduce, expand)
+        if prepared is not None:
+            return prepared(x)
+    gated: Tensor = x * expand(reduce(pool(x)))
+    return gated
+
+
+_gates: WeakKeyDictionary[nn.Module, Gate] = WeakKeyDictionary()  # by the first layer
+
+
+def _gate_of(reduce: ColumnConv2d, expand: ColumnConv2d) -> Gate | None:
+    """The two layers as a gate, if the kernels may read their tensors."""
+    first, second = reduce._tensors(), expand._tensors()
+    tensors = (*first, *second)
+    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors):
+        return None
+    found = _gates.get(reduce)
+    if found is not None and found.holds(tensors):
+        return found
+    if not all(x is None or x.dtype == torch.int32 or is_readable(x) for x in tensors):
+        return None
+    made = _gates[reduce] = Gate((*first, reduce.epilogue), (*second, expand.epilogue))
+    return made
+
+
+def concat_norm(
+    parts: Sequence[Tensor], norm: nn.Module, activation: Callable[[Tensor], Tensor], clamp: Clamp
+) -> Tensor:
+    """Concatenate tensors along the channels, norm and clamp them.
+
+    Args:
+        parts: One or more, ``(B, C_i, H, W)``.
+        norm: The batch norm.
+        activation: What clamps.
+        clamp: Its limits.
+
+    Returns:
+        ``activation(norm(torch.cat(parts, 1)))``, the same up to rounding whether one call computes
+        it.
+    """
+    if (
+        not torch.compiler.is_compiling()
+        and is_available()
+        and not is_hooked()
+        and (not isinstance(activation, nn.Module) or is_untouched(activation, type(activation)))
+        and all(_is_plain_image(x) for x in parts)
+        and _is_unwatched()
+    ):
+        prepared = _norm_of(norm, clamp)
+        if prepared is not None:
+            return prepared(parts)
+    x = torch.cat(list(parts), 1) if len(parts) > 1 else parts[0]
+    return activation(norm(x))
+
+
+def _is_unwatched() -> bool:
+    """Whether nobody watches or transforms what torch computes."""
+    return (
+        not torch.is_autocast_enabled("cpu")
+        and not torch._C._len_torch_dispatch_stack()
+        and not torch._C._len_torch_function_stack()
+        and not torch._C._is_tracing()
+        and torch._C._functorch.peek_interpreter_stack() is None
+        and torch.autograd.forward_ad._current_level < 0
+    )
+
+
+_norms: WeakKeyDictionary[nn.Module, Norm] = WeakKeyDictionary()
+
+
+def _norm_of(norm: nn.Module, clamp: Clamp) -> Norm | None:
+    """A batch norm as the kernels compute it, if they may read its tensors."""
+    if not is_untouched(norm, nn.BatchNorm2d) or norm.training:
+        return None
+    assert isinstance(norm, nn.BatchNorm2d)
+    buffers, own = norm._buffers, norm._parameters
+    statistics = (buffers["running_mean"], buffers["running_var"])
+    tensors = (*statistics, own["weight"], own["bias"])
+    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors):
+        return None
+    found = _norms.get(norm)
+    if found is not None and found.settings == (norm.eps, clamp) and found.holds(tensors):
+        return found
+    readable = all(x is None or (is_readable(x) and len(x) == norm.num_features) for x in tensors)
+    if any(x is None for x in statistics) or not readable:
+        return None
+    made = _norms[norm] = Norm(tensors, norm.eps, clamp)
+    return made
+
+
+def _is_plain_image(x: Tensor) -> bool:
+    return (
+        type(x) is Tensor
+        and x.dim() == 4
+        and x.numel() > 0
+        and is_readable(x)
+        and not (x.requires_grad and torch.is_grad_enabled())
+    )
