@@ -3,6 +3,7 @@
 
 #include <cmath>
 
+#include "geometry.h"
 #include "memory.h"
 #include "threads.h"
 #include "vectors.h"
