@@ -42,8 +42,10 @@ def computes_the_same(
         return torch.randn(x.shape, generator=generator, device=x.device).to(x.dtype)
 
     def run(network: nn.Module) -> list[Any]:
+        # Of copies: a network may write to its input.
+        args, kwargs = tree_map(lambda x: x.clone() if _is_floating(x) else x, (inputs, named))
         with torch.no_grad():
-            return tree_leaves(network(*inputs, **named))
+            return tree_leaves(network(*args, **kwargs))
 
     inputs, named = tree_map(drawn, (inputs, dict(named)))
     dense = copy.deepcopy(original).eval()

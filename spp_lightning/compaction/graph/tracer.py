@@ -8,7 +8,9 @@ from typing import Any
 from torch import Tensor, fx, nn
 
 from spp_lightning.compaction.epilogue import local_response_norm
+from spp_lightning.compaction.graph.in_place import InPlaceProxy
 from spp_lightning.compaction.graph.inputs import items_of
+from spp_lightning.compaction.graph.query import Node
 from spp_lightning.compaction.layers.column_conv import ColumnConv2d
 from spp_lightning.compaction.layers.column_linear import ColumnLinear
 
@@ -42,6 +44,10 @@ class Tracer(fx.Tracer):
         return isinstance(m, (ColumnConv2d, ColumnLinear)) or super().is_leaf_module(
             m, module_qualified_name
         )
+
+    def proxy(self, node: Node) -> fx.Proxy:
+        """The proxy of a node."""
+        return InPlaceProxy(node, self)
 
     def call_module(
         self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: dict[str, Any]
