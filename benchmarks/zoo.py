@@ -8,7 +8,8 @@
 Every network has random weights. The method's own pruner sets columns to 0, without training, and
 the compact network's outputs are compared with the pruned one's in float64, before and after a
 file. The unpruned network is timed in onnxruntime, OpenVINO (float32) and torch.compile, in turns
-with the compact networks; batch 1. A row that is saved already is left as it is, unless ``--again``
+with the compact networks; batch 1; with one thread by the CPU's time, which other work on the
+machine hardly changes. A row that is saved already is left as it is, unless ``--again``
 is given. Exits with 1 if a network fails.
 """
 
@@ -17,6 +18,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import tempfile
+import time
 import warnings
 from collections.abc import Iterator
 from functools import partial
@@ -28,7 +30,7 @@ from harness.arguments import Options, make_parser, quiet
 from harness.context import context
 from harness.dense import compiled_call, onnx_bytes, onnx_session_call, openvino_call
 from harness.results import Results, Row, markdown_table
-from harness.rounds import Call, in_turns, keep_freed_memory, quantiles
+from harness.rounds import Call, in_turns, keep_freed_memory, now, quantiles
 from harness.zoo import ZOO, Network, error_of, is_equal_after_file, prepared, pruned
 from torch import nn
 
@@ -100,7 +102,8 @@ def measure(
         torch.set_num_threads(threads)
         calls = ours | dict(dense_calls(dense, network, threads, options.without))
         with torch.no_grad():
-            times = in_turns(calls, options.rounds)
+            clock = time.process_time if threads == 1 else now
+            times = in_turns(calls, options.rounds, clock)
         best = {key: quantiles(values) for key, values in times.items()}
         yield row | {"threads": threads, "milliseconds": best, "rounds": options.rounds}
 
@@ -121,7 +124,8 @@ def report(rows: list[Row]) -> str:
     ]
     lines = [markdown_table(head, facts)]
     for threads in sorted({row["threads"] for row in rows if "threads" in row}):
-        lines += ["", f"Milliseconds, batch 1, threads: {threads}", ""]
+        clock = " of the CPU" if threads == 1 else ""
+        lines += ["", f"Milliseconds{clock}, batch 1, threads: {threads}", ""]
         head = ["network", *DENSE, *(f"compact {s}×" for s in SPEEDUPS)]
         head += [f"fastest dense / {s}×" for s in SPEEDUPS]
         lines.append(markdown_table(head, [_times(x) for x in rows if x.get("threads") == threads]))

@@ -17,6 +17,7 @@ TURN = 0.02  # seconds of a turn, at least
 PAUSE = 0.01  # seconds before a turn, in which the last contender's threads fall asleep
 
 Call = Callable[[], Any]
+Clock = Callable[[], float]  # seconds
 
 
 def now() -> float:
@@ -46,24 +47,28 @@ def repeats_of(call: Call, seconds: float = TURN) -> int:
     return max(1, round(seconds / (now() - start)))
 
 
-def turn_ms(call: Call, repeats: int, untimed: int = 1) -> float:
+def turn_ms(call: Call, repeats: int, untimed: int = 1, clock: Clock = now) -> float:
     """Milliseconds of a call: the mean of some, after ``untimed`` ones that warm the caches."""
     for _ in range(untimed):
         call()
-    start = now()
+    start = clock()
     for _ in range(repeats):
         call()
-    return 1000 * (now() - start) / repeats
+    return 1000 * (clock() - start) / repeats
 
 
-def in_turns(calls: Mapping[str, Call], rounds: int) -> dict[str, list[float]]:
-    """Milliseconds of a call, one number per contender and round."""
+def in_turns(calls: Mapping[str, Call], rounds: int, clock: Clock = now) -> dict[str, list[float]]:
+    """Milliseconds of a call, one number per contender and round.
+
+    With ``time.process_time`` as the clock they are of the CPU: for one thread, on a machine that
+    does other work, too.
+    """
     repeats = {name: repeats_of(call) for name, call in calls.items()}
     times: dict[str, list[float]] = {name: [] for name in calls}
     for order in orders(list(calls), rounds):
         for name in order:
             time.sleep(PAUSE)
-            times[name].append(turn_ms(calls[name], repeats[name]))
+            times[name].append(turn_ms(calls[name], repeats[name], clock=clock))
     return times
 
 

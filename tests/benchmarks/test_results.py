@@ -12,6 +12,7 @@ import speed
 import steps
 import torch
 import training_matrix
+import zoo
 from harness.context import RESULTS
 from harness.results import Results
 from torch import nn
@@ -28,6 +29,7 @@ REPORTS = {
     "speed_avx512": speed.report,
     "steps_cpu": steps.report,
     "training_matrix": training_matrix.report,
+    "zoo_avx2": zoo.report,
 }
 
 

@@ -215,7 +215,7 @@ def test_calls_without_effect_are_dropped():
     class NormAct(nn.BatchNorm2d):
         def __init__(self, channels):
             super().__init__(channels)
-            self.drop, self.act = nn.Identity(), nn.ReLU(inplace=True)
+            self.drop, self.act = nn.Sequential(nn.Identity(), nn.Dropout(0.0)), nn.ReLU(True)
 
         def forward(self, x):
             torch._assert(x.ndim == 4, "expected 4 dimensions")

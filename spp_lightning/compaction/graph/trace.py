@@ -100,7 +100,7 @@ _DROPOUTS = (
 def _drop_calls_without_effect(graph: fx.GraphModule) -> None:
     """Remove assertions, identities, and what passes its input on in evaluation."""
     for node in reversed(graph.graph.nodes):
-        if type(module_of(graph, node)) is nn.Identity and len(node.args) == 1:
+        if _is_identity(module_of(graph, node)) and len(node.args) == 1:
             node.replace_all_uses_with(node.args[0])
         elif node.op != "call_function":
             continue
@@ -114,6 +114,11 @@ def _drop_calls_without_effect(graph: fx.GraphModule) -> None:
             continue
         graph.graph.erase_node(node)
     graph.recompile()
+
+
+def _is_identity(module: nn.Module | None) -> bool:
+    """Whether a module passes its input on, in training as in evaluation."""
+    return type(module) is nn.Identity or (type(module) is nn.Dropout and module.p == 0)
 
 
 def _name_of(function: Any) -> str:
