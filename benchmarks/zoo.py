@@ -157,7 +157,10 @@ def one(name: str, options: Options, results: Results) -> None:
     for measured in measure(row, ours, dense, network, options):
         print({key: value["p50"] for key, value in measured["milliseconds"].items()}, flush=True)
         if options.save:
-            results.add(measured | {"context": context(*versions, **about)})
+            words = ["--rounds", options.rounds, "--threads", measured["threads"]]
+            words += ["--without", *options.without] if options.without else []
+            command = " ".join(map(str, ["python benchmarks/zoo.py --save", *words]))
+            results.add(measured | {"context": context(*versions, **about) | {"command": command}})
 
 
 def main() -> int:
