@@ -113,9 +113,9 @@ class Plan:
 
     def summary(self) -> str:
         """The MACs and the latency, dense and expected, in one line each."""
-        lines = [f"MACs     {told_numbers(self.dense_macs, self.macs, short_count)}"]
+        lines = [f"MACs     {_told(self.dense_macs, self.macs, short_count)}"]
         if self.dense_ms is not None and self.ms is not None:
-            numbers = told_numbers(self.dense_ms, self.ms, lambda ms: f"{ms:.3f} ms")
+            numbers = _told(self.dense_ms, self.ms, lambda ms: f"{ms:.3f} ms")
             lines.append(f"latency  {numbers}, {self.measured_on}")
         return "\n".join(lines)
 
@@ -151,7 +151,7 @@ class Plan:
         return "\n".join(x for x in (self.table(), self.notes(), self.summary()) if x)
 
 
-def told_numbers(dense: float, pruned: float, told: Any) -> str:
+def _told(dense: float, pruned: float, told: Any) -> str:
     """Two numbers and how many times as small the second one is."""
     return f"{told(dense)} dense, {told(pruned)} pruned: {dense / pruned:.2f}×"
 
