@@ -5,6 +5,7 @@ import choices
 import cifar10
 import control_group
 import kill_resume
+import latency_targets
 import overhead
 import pytest
 import real_networks
@@ -23,6 +24,7 @@ REPORTS = {
     "cifar10_short": cifar10.report,
     "control_group": control_group.report,
     "kill_resume": kill_resume.report,
+    "latency_targets": latency_targets.report,
     "overhead_cpu": overhead.report,
     "real_networks": real_networks.report,
     "speed_avx2": speed.report,
