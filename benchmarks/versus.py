@@ -3,7 +3,8 @@
     python benchmarks/versus.py OLD_CHECKOUT --name before --save
     python benchmarks/versus.py OLD_CHECKOUT --quick --only networks training
 
-Both checkouts have their library built (``python setup.py build_ext --inplace``). One process of
+Both checkouts have their library built (by ``pip install -e .``, or as
+their CONTRIBUTING.md says). One process of
 each builds a row from the same seed; then they take turns, one at work while the other sleeps, and
 who comes first changes. A row's ratio is the median, over the rounds, of new time over old time
 within a round. Rows over ``--most`` are built and measured anew, up to twice; a row is slower when

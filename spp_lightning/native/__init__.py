@@ -14,9 +14,10 @@ _FOLDER = Path(__file__).resolve().parent
 @cache
 def library() -> ctypes.CDLL | None:
     """The library, or None where there was no compiler for it; who calls it declares the types."""
-    for path in sorted(_FOLDER.glob("kernels*.so")):
-        try:
-            return ctypes.CDLL(str(path))
-        except OSError:  # built for another machine
-            continue
-    return None
+    path = _FOLDER / "kernels.so"
+    if not path.exists():
+        return None
+    try:
+        return ctypes.CDLL(str(path))
+    except OSError:  # built for another machine
+        return None
