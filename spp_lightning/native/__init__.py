@@ -6,15 +6,18 @@ import ctypes
 from functools import cache
 from pathlib import Path
 
-__all__ = ["library"]
+__all__ = ["library", "library_path"]
 
-_FOLDER = Path(__file__).resolve().parent
+
+def library_path() -> Path:
+    """Where the library is, if it was built."""
+    return Path(__file__).resolve().parent / "kernels.so"
 
 
 @cache
 def library() -> ctypes.CDLL | None:
     """The library, or None where there was no compiler for it; who calls it declares the types."""
-    path = _FOLDER / "kernels.so"
+    path = library_path()
     if not path.exists():
         return None
     try:

@@ -5,9 +5,17 @@
 #include <new>
 
 #include "checks.h"
-#include "export.h"
+#include "interface.h"
 
 namespace spp {
+
+// A chain, and what the tensors that it is handed must be.
+struct CheckedChain {
+  std::unique_ptr<const Chain> chain;
+  int64_t input, residual, output;
+  int64_t batch;
+};
+
 namespace {
 
 struct InstructionSet {
@@ -41,8 +49,6 @@ InstructionSet choose(const char* wanted) {
 
 InstructionSet chosen = choose("");
 
-enum class Status : int32_t { kOk = 0, kOutOfMemory = 1, kBadArgument = 2, kUnsupported = 3, kInternal = 4 };
-
 thread_local std::string last_error;
 
 // Runs a function; what it throws becomes a status and the thread's last error.
@@ -71,13 +77,6 @@ const Struct& deref(const Struct* pointer) {
   check(pointer != nullptr, "A structure must not be null.");
   return *pointer;
 }
-
-// A chain, and what the tensors that it is handed must be.
-struct CheckedChain {
-  std::unique_ptr<const Chain> chain;
-  int64_t input, residual, output;
-  int64_t batch;
-};
 
 std::unique_ptr<CheckedChain> make_checked_chain(const Plan* const* plans,
                                                  const KernelConfig* const* configs, int32_t count) {
