@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from spp_lightning.compaction.layers.column_conv import ColumnConv2d
     from spp_lightning.compaction.layers.kept import kept_columns
     from spp_lightning.compaction.macs import count_macs
+    from spp_lightning.compaction.onnx import export_onnx, onnx_library
     from spp_lightning.compaction.pipeline import compact
     from spp_lightning.compaction.report import compact_report
     from spp_lightning.data.cifar10 import CIFAR10DataModule
@@ -34,10 +35,12 @@ __all__ = [
     "compact",
     "compact_report",
     "count_macs",
+    "export_onnx",
     "kept_columns",
     "launcher_options",
     "load_compact",
     "materialize_weights",
+    "onnx_library",
     "plan",
     "save_compact",
     "to_dense",
@@ -55,10 +58,12 @@ _HOMES = {
     "compact": "compaction.pipeline",
     "compact_report": "compaction.report",
     "count_macs": "compaction.macs",
+    "export_onnx": "compaction.onnx",
     "kept_columns": "compaction.layers.kept",
     "launcher_options": "training.launcher",
     "load_compact": "compaction.file.container",
     "materialize_weights": "method.computed",
+    "onnx_library": "compaction.onnx",
     "plan": "planning.solve",
     "save_compact": "compaction.file.container",
     "to_dense": "compaction.graph.to_dense",

@@ -262,7 +262,9 @@ def _join_rows(network: CompactNetwork) -> None:
             steps.append(Step("function", result.name, node, (moved(x), *moved(residual))))
             places[row.result] = len(steps) - 1
         elif position not in replaced:
-            steps.append(Step(step.kind, step.name, step.target, moved(step.args), moved(step.kwargs)))
+            steps.append(
+                Step(step.kind, step.name, step.target, moved(step.args), moved(step.kwargs))
+            )
             places[position] = len(steps) - 1
     network._set_steps(steps)
 
@@ -292,7 +294,7 @@ def _tidy(graph: Any) -> None:
         for node in graph.node
         if node.op_type == "Identity" and node.input[0] in constants
     }
-    results = {output.name for output in graph.output}
+    results, named = {output.name for output in graph.output}, dict[str, int]()
     for node in list(graph.node):
         if node.output[0] in copied and node.output[0] not in results:
             graph.node.remove(node)
@@ -301,7 +303,9 @@ def _tidy(graph: Any) -> None:
             node.input[i] = copied.get(name, name)
         if node.domain == _DOMAIN:
             weights = [x for x in node.input if x.endswith(".weight")]
-            node.name = "+".join(x.removesuffix(".weight") for x in weights) or node.name
+            name = "+".join(x.removesuffix(".weight") for x in weights)
+            count = named[name] = named.get(name, 0) + 1  # a layer may be called more than once
+            node.name = name if count == 1 else f"{name}#{count}"
 
 
 def _names(name: str, count: int) -> list[str]:

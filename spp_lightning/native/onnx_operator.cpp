@@ -223,13 +223,14 @@ int32_t threads_of(const Api& api, const OrtSessionOptions* options) {
   int has = 0;
   api.ok(api->HasSessionConfigEntry(options, kThreadsKey, &has));
   if (!has) return 0;
-  char text[16] = "";
-  size_t size = sizeof(text);
-  api.ok(api->GetSessionConfigEntry(options, kThreadsKey, text, &size));
-  char* end = text;
-  const long threads = std::strtol(text, &end, 10);
-  check(end != text && *end == '\0' && threads >= 1 && threads <= 1024, [&] {
-    return std::string("The session option `") + kThreadsKey + "` must be a number from 1 to 1024, got `" + text + "`.";
+  size_t size = 0;
+  api.ok(api->GetSessionConfigEntry(options, kThreadsKey, nullptr, &size));
+  std::vector<char> text(size + 1);
+  api.ok(api->GetSessionConfigEntry(options, kThreadsKey, text.data(), &size));
+  char* end = nullptr;
+  const long threads = std::strtol(text.data(), &end, 10);
+  check(end != text.data() && *end == '\0' && threads >= 1 && threads <= 1024, [&] {
+    return std::string("The session option `") + kThreadsKey + "` must be a number from 1 to 1024, got `" + text.data() + "`.";
   });
   return static_cast<int32_t>(threads);
 }

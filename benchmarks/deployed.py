@@ -1,0 +1,137 @@
+"""Time of compact networks in onnxruntime, against the same networks in PyTorch.
+
+    python benchmarks/deployed.py --threads 1 2 --save
+
+Prunes ConvNet and ResNets randomly to 4 times fewer columns, compacts them, exports them by
+``export_onnx``, and times both in turns in one process. onnxruntime computes its own operators in
+one thread, since few are left, and this package's in as many as PyTorch uses. ``dense`` is the
+unpruned network in onnxruntime.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import warnings
+from functools import partial
+from pathlib import Path
+
+import onnxruntime
+import torch
+from harness.arguments import each_thread_count, make_parser, quiet
+from harness.context import context
+from harness.results import Results, Row, markdown_table
+from harness.rounds import Call, in_turns, keep_freed_memory, quantiles, ratio
+from harness.workloads import network, prune_randomly
+from torch import Tensor, nn
+
+from spp_lightning import compact, export_onnx, onnx_library
+
+NETWORKS = ("ConvNet", "ResNet-18", "ResNet-50")
+BATCHES = (1, 8)
+RATIO = 4.0
+GOAL = 0.9  # of PyTorch's speed
+
+
+def session_call(path: Path, x: Tensor, threads: int, own_threads: int) -> Call:
+    """A call of a model in onnxruntime.
+
+    Args:
+        path: The model.
+        x: The input.
+        threads: Of this package's operators.
+        own_threads: Of onnxruntime's operators.
+    """
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = own_threads
+    options.add_session_config_entry("spp_lightning.threads", str(threads))
+    options.register_custom_ops_library(str(onnx_library()))
+    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    feed = {"input": x.numpy()}
+    return partial(session.run, None, feed)
+
+
+def torch_call(net: nn.Module, x: Tensor) -> Call:
+    """A call of a network in PyTorch."""
+
+    def call() -> Tensor:
+        with torch.inference_mode():
+            y: Tensor = net(x)
+            return y
+
+    return call
+
+
+def measure(name: str, batch: int, threads: int, rounds: int) -> Row:
+    """Times of a network in both, and whether the outputs are the same."""
+    net, image = network(f"{name}, batch 1")
+    net.eval()
+    x = image.repeat(batch, 1, 1, 1)
+    with tempfile.TemporaryDirectory() as folder:
+        dense, pruned = Path(folder, "dense.onnx"), Path(folder, "pruned.onnx")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            torch.onnx.export(net, (x,), dense, dynamo=False, input_names=["input"])
+        fast = compact(prune_randomly(net, 1 - 1 / RATIO), x)
+        export_onnx(fast, pruned, x)
+        calls = {
+            "PyTorch": torch_call(fast, x),
+            "onnxruntime": session_call(pruned, x, threads, own_threads=1),
+            "dense": session_call(dense, x, threads, own_threads=threads),
+        }
+    expected, found = calls["PyTorch"](), torch.from_numpy(calls["onnxruntime"]()[0])
+    times = in_turns(calls, rounds)
+    return {
+        "name": f"{name}, batch {batch}",
+        "threads": threads,
+        "ms": {key: quantiles(values) for key, values in times.items()},
+        "speed": ratio(times["PyTorch"], times["onnxruntime"]),
+        "over_dense": ratio(times["dense"], times["onnxruntime"]),
+        "difference": float((found - expected).abs().max() / expected.abs().max()),
+        "goal": GOAL,
+        "rounds": rounds,
+    }
+
+
+def report(rows: list[Row]) -> str:
+    """The rows as Markdown."""
+    head = ["network", "threads", "PyTorch, ms", "onnxruntime, ms", "speed", "dense, ms"]
+    table = [
+        [
+            *(row["name"], row["threads"]),
+            *(f"{row['ms'][key]['p50']:.3f}" for key in ("PyTorch", "onnxruntime")),
+            f"**{row['speed'][1]:.2f}** ({row['speed'][0]:.2f}–{row['speed'][2]:.2f})",
+            f"{row['ms']['dense']['p50']:.3f} ({row['over_dense'][1]:.2f}×)",
+            f"{row['difference']:.0e}",
+        ]
+        for row in rows
+    ]
+    return (
+        "Compact networks with 4 times fewer columns, random ones, exported by `export_onnx` and"
+        " run in onnxruntime, beside the same networks in PyTorch. Medians of"
+        f" {rows[0]['rounds']} rounds in turns. Speed: PyTorch's time over onnxruntime's within a"
+        f" round, median and quartiles; the goal is {GOAL}. Dense: the unpruned network in"
+        " onnxruntime, and its time over the compact one's. Difference: of the outputs, over the"
+        " largest output.\n\n" + markdown_table([*head, "difference"], table)
+    )
+
+
+def main() -> None:
+    """Measure, print, and save if asked to."""
+    parser = make_parser(__doc__, rounds=15)
+    parser.add_argument("--only", choices=NETWORKS, nargs="+", default=NETWORKS)
+    options = parser.parse_args()
+    quiet()
+    keep_freed_memory()
+    about = context("onnxruntime", "onnx", "torchvision", seed=0)
+    results = Results("onnx_avx2", report)
+    for threads in each_thread_count(options):
+        for name in options.only:
+            for batch in BATCHES[:1] if options.quick else BATCHES:
+                row = measure(name, batch, threads, options.rounds) | {"context": about}
+                print(report([row]).splitlines()[-1], flush=True)
+                if options.save:
+                    results.add(row)
+
+
+if __name__ == "__main__":
+    main()
