@@ -11,6 +11,7 @@ unpruned network in onnxruntime.
 from __future__ import annotations
 
 import tempfile
+import time
 import warnings
 from functools import partial
 from pathlib import Path
@@ -20,7 +21,16 @@ import torch
 from harness.arguments import each_thread_count, make_parser, quiet
 from harness.context import context
 from harness.results import Results, Row, markdown_table
-from harness.rounds import Call, in_turns, keep_freed_memory, quantiles, ratio
+from harness.rounds import (
+    PAUSE,
+    Call,
+    keep_freed_memory,
+    orders,
+    quantiles,
+    ratio,
+    repeats_of,
+    turn_ms,
+)
 from harness.workloads import network, prune_randomly
 from torch import Tensor, nn
 
@@ -30,6 +40,7 @@ NETWORKS = ("ConvNet", "ResNet-18", "ResNet-50")
 BATCHES = (1, 8)
 RATIO = 4.0
 GOAL = 0.9  # of PyTorch's speed
+TURN = 0.004  # seconds of the shortest turn: other programs interrupt few turns that are so short
 
 
 def session_call(path: Path, x: Tensor, threads: int, own_threads: int) -> Call:
@@ -61,6 +72,20 @@ def torch_call(net: nn.Module, x: Tensor) -> Call:
     return call
 
 
+def in_equal_turns(calls: dict[str, Call], rounds: int) -> dict[str, list[float]]:
+    """Milliseconds of a call, per contender and round; all contenders' turns have as many calls.
+
+    On a machine that does other work, longer turns are interrupted more often.
+    """
+    repeats = min(repeats_of(call, TURN) for call in calls.values())
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for order in orders(list(calls), rounds):
+        for name in order:
+            time.sleep(PAUSE)
+            times[name].append(turn_ms(calls[name], repeats))
+    return times
+
+
 def measure(name: str, batch: int, threads: int, rounds: int) -> Row:
     """Times of a network in both, and whether the outputs are the same."""
     net, image = network(f"{name}, batch 1")
@@ -79,7 +104,7 @@ def measure(name: str, batch: int, threads: int, rounds: int) -> Row:
             "dense": session_call(dense, x, threads, own_threads=threads),
         }
     expected, found = calls["PyTorch"](), torch.from_numpy(calls["onnxruntime"]()[0])
-    times = in_turns(calls, rounds)
+    times = in_equal_turns(calls, rounds)
     return {
         "name": f"{name}, batch {batch}",
         "threads": threads,
@@ -117,7 +142,7 @@ def report(rows: list[Row]) -> str:
 
 def main() -> None:
     """Measure, print, and save if asked to."""
-    parser = make_parser(__doc__, rounds=15)
+    parser = make_parser(__doc__, rounds=45)
     parser.add_argument("--only", choices=NETWORKS, nargs="+", default=NETWORKS)
     options = parser.parse_args()
     quiet()

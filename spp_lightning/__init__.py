@@ -11,11 +11,12 @@ if TYPE_CHECKING:
     from spp_lightning.compaction.layers.column_conv import ColumnConv2d
     from spp_lightning.compaction.layers.kept import kept_columns
     from spp_lightning.compaction.macs import count_macs
-    from spp_lightning.compaction.onnx import export_onnx, onnx_library
     from spp_lightning.compaction.pipeline import compact
     from spp_lightning.compaction.report import compact_report
     from spp_lightning.data.cifar10 import CIFAR10DataModule
     from spp_lightning.data.digits import DigitsDataModule
+    from spp_lightning.export.library import onnx_library
+    from spp_lightning.export.onnx import export_onnx
     from spp_lightning.method.computed import materialize_weights
     from spp_lightning.method.pruner import SPPPruner
     from spp_lightning.models.convnet import ConvNet
@@ -58,12 +59,12 @@ _HOMES = {
     "compact": "compaction.pipeline",
     "compact_report": "compaction.report",
     "count_macs": "compaction.macs",
-    "export_onnx": "compaction.onnx",
+    "export_onnx": "export.onnx",
     "kept_columns": "compaction.layers.kept",
     "launcher_options": "training.launcher",
     "load_compact": "compaction.file.container",
     "materialize_weights": "method.computed",
-    "onnx_library": "compaction.onnx",
+    "onnx_library": "export.library",
     "plan": "planning.solve",
     "save_compact": "compaction.file.container",
     "to_dense": "compaction.graph.to_dense",

@@ -40,14 +40,16 @@ MAY_IMPORT = {  # what each room may import besides itself
     "compaction.report": up_to(4),
     "compaction": ("compaction",),  # the public names of its rooms
     "planning": ("method", "compaction"),
+    "export": ("native", "compaction"),
     "training": ("method", "compaction", "planning"),
     "data": (),
     "models": ("compaction",),
-    "cli": ("method", "compaction", "planning", "training", "models", "data"),
+    "cli": ("method", "compaction", "planning", "export", "training", "models", "data"),
     "": (
         "method",
         "compaction",
         "planning",
+        "export",
         "training",
         "models",
         "data",
@@ -61,7 +63,7 @@ THIRD_PARTY = {  # of the rooms that a pruned network needs in production
 }
 NOT_LOADED = (
     *("lightning", "pytorch_lightning", "torchvision", "sklearn", "tensorboard"),
-    *("click", "jsonargparse"),
+    *("click", "jsonargparse", "onnx"),
 )
 
 

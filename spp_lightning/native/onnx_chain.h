@@ -16,7 +16,7 @@ namespace spp {
 
 using Shape = std::vector<int64_t>;
 
-// A node's attributes, as compaction/onnx.py writes them.
+// A node's attributes, as export/node.py writes them.
 struct ChainAttributes {
   Shape geometry;            // per layer: channels, filters, kernel, stride, padding, dilation (two each), groups
   Shape activation;          // per layer

@@ -14,27 +14,21 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import onnx
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from spp_lightning import native
-from spp_lightning.compaction.epilogue import ACTIVATIONS, KINDS
 from spp_lightning.compaction.graph.join import Row, join
 from spp_lightning.compaction.graph.network import CompactNetwork
 from spp_lightning.compaction.graph.steps import Step, Value, map_values
-from spp_lightning.compaction.kernels.cpu import cost
 from spp_lightning.compaction.layers.column_conv import ColumnConv2d
+from spp_lightning.export.node import DOMAIN, ChainNode
 
-__all__ = ["export_onnx", "onnx_library"]
+__all__ = ["export_onnx"]
 
 _OPSET = 17
-_GEOMETRY = 11  # numbers of a convolution's geometry in front of its description
-_DOMAIN, _DOMAIN_VERSION = "spp_lightning", 1
-# For which batches and threads a model says which kernels compute it. In between those for the next
-# smaller number hold.
-_BATCHES = (1, 2, 4, 8, 16, 32, 64)
-_THREADS = (1, 2, 4, 8, 16)
+_DOMAIN_VERSION = 1
 
 
 def export_onnx(
@@ -47,8 +41,8 @@ def export_onnx(
     """Write a compact network to an ONNX file that runs in a stock onnxruntime.
 
     Compact layers, and layers in a row that one call computes, become operators ``ColumnChain`` of
-    the domain ``spp_lightning``; onnxruntime finds them in :func:`onnx_library`. Weights are
-    initializers. An operator's attributes say which kernels compute it, chosen by the cost model
+    the domain ``spp_lightning``; onnxruntime finds them in the library ``onnx_library()``. Weights
+    are initializers. An operator's attributes say which kernels compute it, chosen by the cost model
     for the instruction set of this machine; any other machine computes the same, maybe more slowly.
 
     Inputs are named ``input``, or ``input_0``, ``input_1``, …; outputs likewise ``output``.
@@ -61,7 +55,6 @@ def export_onnx(
         dynamic_batch: Whether the first dimension of inputs and outputs may change.
 
     Raises:
-        ImportError: If the package ``onnx`` isn't installed.
         ValueError: If ``model`` isn't a network, or a compact layer isn't float32 on the CPU, or an
             input isn't float32.
         torch.onnx.errors.OnnxExporterError: If ONNX has no operator for something that the network
@@ -75,8 +68,6 @@ def export_onnx(
     ...     Path(f"{folder}/net.onnx").stat().st_size > 1000
     True
     """
-    import onnx  # by no other part of compaction
-
     if not isinstance(model, nn.Module):
         raise ValueError(f"`model` must be a network, an instance of nn.Module, got {model!r}.")
     inputs = (example_input,) if isinstance(example_input, Tensor) else tuple(example_input)
@@ -97,126 +88,17 @@ def export_onnx(
         torch.onnx.export(
             network,
             inputs,
-            file,
+            file,  # type: ignore[arg-type]  # a file works
             input_names=names[0],
             output_names=names[1],
             dynamic_axes=axes,
             opset_version=_OPSET,
-            custom_opsets={_DOMAIN: _DOMAIN_VERSION},
+            custom_opsets={DOMAIN: _DOMAIN_VERSION},
             dynamo=False,
         )
     made = onnx.load_from_string(file.getvalue())
     _tidy(made.graph)
     onnx.save(made, path)
-
-
-def onnx_library() -> Path:
-    """The library with the operators of :func:`export_onnx`: one file, which needs no Python.
-
-    Returns:
-        Its path, for onnxruntime's ``SessionOptions.register_custom_ops_library``.
-
-    Raises:
-        FileNotFoundError: If it wasn't built, since there was no C++ compiler.
-    """
-    path = native.library_path()
-    if not path.exists():
-        raise FileNotFoundError(f"The kernels were not built: there is no {path}.")
-    return path
-
-
-class _Node:
-    """Layers in a row as an operator.
-
-    Args:
-        layers: One or more, each of which reads the output of the one before it.
-        linear: A linear layer that reads the last one's output flattened, if there is one.
-    """
-
-    def __init__(self, layers: Sequence[ColumnConv2d], linear: nn.Linear | None = None) -> None:
-        self.layers, self.linear = tuple(layers), linear
-
-    def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        tensors = [
-            tensor
-            for layer in self.layers
-            for tensor in (layer.weight, layer.columns, _bias_of(layer, layer.out_channels))
-        ]
-        if self.linear is not None:
-            tensors += [self.linear.weight, _bias_of(self.linear, self.linear.out_features)]
-        if residual is not None:
-            tensors.append(residual)
-        shape = tuple(int(n) for n in x.shape)
-        y: Tensor = _Operator.apply(self, shape, residual is not None, x, *tensors)
-        return y
-
-    def out_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
-        """Shape of the output for an input of a shape."""
-        *_, last = self._shapes(shape)
-        return last if self.linear is None else (last[0], self.linear.out_features)
-
-    def attributes(self, shape: Sequence[int], has_residual: bool) -> dict[str, Any]:
-        """The operator's attributes; the suffix of a name says of which type it is."""
-        specs = [layer.spec for layer in self.layers]
-        ops = [(i, op) for i, spec in enumerate(specs) for op in spec.epilogue.post]
-        return {
-            "geometry_i": [n for spec in specs for n in spec.pack()[0][:_GEOMETRY]],
-            "activation_i": [ACTIVATIONS.index(spec.epilogue.activation) for spec in specs],
-            "clamp_f": [n for spec in specs for n in spec.epilogue.clamp],
-            "post_i": [
-                n
-                for i, op in ops
-                for n in (
-                    *(i, KINDS.index(op.kind), *op.kernel_size, *op.stride, *op.padding),
-                    *(int(op.ceil_mode), int(op.count_include_pad)),
-                )
-            ],
-            "alpha_f": [op.alpha for _, op in ops],
-            "linear_i": int(self.linear is not None),
-            "residual_i": int(has_residual),
-            "configs_i": self._configs(shape),
-        }
-
-    def _shapes(self, shape: Sequence[int]) -> list[tuple[int, ...]]:
-        shapes = [tuple(shape)]
-        for layer in self.layers:
-            size = layer.spec.out_size(*shapes[-1][2:])
-            shapes.append((shape[0], layer.geometry.filters, *size))
-        return shapes
-
-    def _configs(self, shape: Sequence[int]) -> list[int]:
-        """Rows of what the cost model says of batches and threads: see ``native/onnx_chain.h``."""
-        layers = [(layer.spec, len(layer.columns)) for layer in self.layers]
-        rows = []
-        for batch in sorted({*_BATCHES, shape[0]} - {0}):
-            shapes = self._shapes((batch, *shape[1:]))
-            for threads in sorted({*_THREADS, torch.get_num_threads()}):
-                at_once = 0
-                if len(layers) > 1 or self.linear is not None:
-                    at_once = cost.choose_chain(layers, shapes[0], threads).threads
-                rows += [batch, threads, at_once]
-                for (spec, count), own in zip(layers, shapes, strict=False):
-                    config = cost.choose(spec, count, own, torch.float32, threads, False).config
-                    rows += [int(config.kernel), config.threads]
-        return rows
-
-
-class _Operator(torch.autograd.Function):
-    """What the tracer sees of a node; it computes nothing, since only its shape is wanted."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, node: _Node, shape: tuple[int, ...], has_residual: bool, x: Tensor, *_: Tensor
-    ) -> Tensor:
-        return x.new_zeros(node.out_shape(shape))
-
-    @staticmethod
-    def symbolic(
-        g: Any, node: _Node, shape: tuple[int, ...], has_residual: bool, x: Any, *tensors: Any
-    ) -> Any:
-        attributes = node.attributes(shape, has_residual)
-        y = g.op(f"{_DOMAIN}::ColumnChain", x, *tensors, **attributes)
-        return y.setType(x.type().with_sizes([None, *node.out_shape(shape)[1:]]))
 
 
 def _check_layer(name: str, layer: ColumnConv2d) -> None:
@@ -227,16 +109,12 @@ def _check_layer(name: str, layer: ColumnConv2d) -> None:
         )
 
 
-def _bias_of(layer: ColumnConv2d | nn.Linear, size: int) -> Tensor:
-    return layer.weight.new_zeros(size) if layer.bias is None else layer.bias
-
-
 def _with_operators(model: nn.Module) -> nn.Module:
     """A copy of a network whose compact layers call nodes; layers and tensors keep their names."""
     model = copy.deepcopy(model).eval().requires_grad_(False)
     for module in list(model.modules()):
         if isinstance(module, ColumnConv2d):
-            node = _Node([module])
+            node = ChainNode([module])
             module.forward = node  # type: ignore[method-assign, assignment]
         elif isinstance(module, CompactNetwork):
             _join_rows(module)
@@ -274,12 +152,12 @@ def _inputs_of(steps: Sequence[Step], row: Row) -> tuple[Any, ...]:
     return steps[row.layers[0]].args[0], *steps[row.layers[-1]].args[1:]
 
 
-def _node_of(network: CompactNetwork, row: Row) -> _Node:
+def _node_of(network: CompactNetwork, row: Row) -> ChainNode:
     def layer(position: int) -> Any:
         return network.get_submodule(str(network.compact_steps[position].target))
 
     linear = None if row.linear is None else layer(row.linear)
-    return _Node([layer(i) for i in row.layers], linear)
+    return ChainNode([layer(i) for i in row.layers], linear)
 
 
 def _tidy(graph: Any) -> None:
@@ -301,7 +179,7 @@ def _tidy(graph: Any) -> None:
             continue
         for i, name in enumerate(node.input):
             node.input[i] = copied.get(name, name)
-        if node.domain == _DOMAIN:
+        if node.domain == DOMAIN:
             weights = [x for x in node.input if x.endswith(".weight")]
             name = "+".join(x.removesuffix(".weight") for x in weights)
             count = named[name] = named.get(name, 0) + 1  # a layer may be called more than once

@@ -1,0 +1,1 @@
+"""Compact networks for runtimes outside of Python."""
