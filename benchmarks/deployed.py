@@ -4,15 +4,13 @@
 
 Prunes ConvNet and ResNets randomly to 4 times fewer columns, compacts them, exports them by
 ``export_onnx``, and times both in turns in one process. onnxruntime computes its own operators in
-one thread, since few are left, and this package's in as many as PyTorch uses. ``dense`` is the
-unpruned network in onnxruntime.
+one thread, since few are left, and this package's in as many as PyTorch uses.
 """
 
 from __future__ import annotations
 
 import tempfile
 import time
-import warnings
 from functools import partial
 from pathlib import Path
 
@@ -43,17 +41,10 @@ GOAL = 0.9  # of PyTorch's speed
 TURN = 0.004  # seconds of the shortest turn: other programs interrupt few turns that are so short
 
 
-def session_call(path: Path, x: Tensor, threads: int, own_threads: int) -> Call:
-    """A call of a model in onnxruntime.
-
-    Args:
-        path: The model.
-        x: The input.
-        threads: Of this package's operators.
-        own_threads: Of onnxruntime's operators.
-    """
+def session_call(path: Path, x: Tensor, threads: int) -> Call:
+    """A call of a model in onnxruntime, with some threads for this package's operators."""
     options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = own_threads
+    options.intra_op_num_threads = 1
     options.add_session_config_entry("spp_lightning.threads", str(threads))
     options.register_custom_ops_library(str(onnx_library()))
     session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
@@ -91,18 +82,11 @@ def measure(name: str, batch: int, threads: int, rounds: int) -> Row:
     net, image = network(f"{name}, batch 1")
     net.eval()
     x = image.repeat(batch, 1, 1, 1)
+    fast = compact(prune_randomly(net, 1 - 1 / RATIO), x)
     with tempfile.TemporaryDirectory() as folder:
-        dense, pruned = Path(folder, "dense.onnx"), Path(folder, "pruned.onnx")
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            torch.onnx.export(net, (x,), dense, dynamo=False, input_names=["input"])
-        fast = compact(prune_randomly(net, 1 - 1 / RATIO), x)
-        export_onnx(fast, pruned, x)
-        calls = {
-            "PyTorch": torch_call(fast, x),
-            "onnxruntime": session_call(pruned, x, threads, own_threads=1),
-            "dense": session_call(dense, x, threads, own_threads=threads),
-        }
+        path = Path(folder, "net.onnx")
+        export_onnx(fast, path, x)
+        calls = {"PyTorch": torch_call(fast, x), "onnxruntime": session_call(path, x, threads)}
     expected, found = calls["PyTorch"](), torch.from_numpy(calls["onnxruntime"]()[0])
     times = in_equal_turns(calls, rounds)
     return {
@@ -110,7 +94,6 @@ def measure(name: str, batch: int, threads: int, rounds: int) -> Row:
         "threads": threads,
         "ms": {key: quantiles(values) for key, values in times.items()},
         "speed": ratio(times["PyTorch"], times["onnxruntime"]),
-        "over_dense": ratio(times["dense"], times["onnxruntime"]),
         "difference": float((found - expected).abs().max() / expected.abs().max()),
         "goal": GOAL,
         "rounds": rounds,
@@ -119,13 +102,12 @@ def measure(name: str, batch: int, threads: int, rounds: int) -> Row:
 
 def report(rows: list[Row]) -> str:
     """The rows as Markdown."""
-    head = ["network", "threads", "PyTorch, ms", "onnxruntime, ms", "speed", "dense, ms"]
+    head = ["network", "threads", "PyTorch, ms", "onnxruntime, ms", "speed", "difference"]
     table = [
         [
             *(row["name"], row["threads"]),
             *(f"{row['ms'][key]['p50']:.3f}" for key in ("PyTorch", "onnxruntime")),
             f"**{row['speed'][1]:.2f}** ({row['speed'][0]:.2f}–{row['speed'][2]:.2f})",
-            f"{row['ms']['dense']['p50']:.3f} ({row['over_dense'][1]:.2f}×)",
             f"{row['difference']:.0e}",
         ]
         for row in rows
@@ -134,9 +116,8 @@ def report(rows: list[Row]) -> str:
         "Compact networks with 4 times fewer columns, random ones, exported by `export_onnx` and"
         " run in onnxruntime, beside the same networks in PyTorch. Medians of"
         f" {rows[0]['rounds']} rounds in turns. Speed: PyTorch's time over onnxruntime's within a"
-        f" round, median and quartiles; the goal is {GOAL}. Dense: the unpruned network in"
-        " onnxruntime, and its time over the compact one's. Difference: of the outputs, over the"
-        " largest output.\n\n" + markdown_table([*head, "difference"], table)
+        f" round, median and quartiles; the goal is {GOAL}. Difference: of the outputs, over the"
+        " largest output.\n\n" + markdown_table(head, table)
     )
 
 

@@ -149,6 +149,42 @@ def inspect_command(file: Path, input_shape: tuple[int, ...] | None, as_json: bo
     click.echo(json.dumps(contents, indent=2) if as_json else _told_contents(contents))
 
 
+@main.command("export")
+@click.argument("file", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.option(
+    *("--onnx", "output"),
+    required=True,
+    metavar="OUT",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="Where to write the ONNX model.",
+)
+@click.option(
+    "--input-shape",
+    callback=_shape,
+    required=True,
+    metavar="C,H,W",
+    help="Shape of one input, such as 3,32,32.",
+)
+@click.option("--batch", type=click.IntRange(1), default=1, show_default=True, help="Images.")
+def export_command(file: Path, output: Path, input_shape: tuple[int, ...], batch: int) -> None:
+    """Write the compact network in FILE as an ONNX model for onnxruntime.
+
+    Its compact layers are operators of this package: onnxruntime loads the library whose path is
+    printed. The model takes batches of any size; --batch says which one is to be fast, too.
+    """
+    from spp_lightning.export.library import onnx_library  # onnx is needed by no other command
+    from spp_lightning.export.onnx import export_onnx
+
+    try:
+        export_onnx(load_compact(file), output, torch.zeros(batch, *input_shape))
+        library = onnx_library()
+    except (ValueError, OSError) as error:
+        raise click.ClickException(str(error)) from error
+    except RuntimeError as error:  # of the exporter, or of a layer that takes no such input
+        raise click.ClickException(f"{file} can't be exported: {error}") from error
+    click.echo(f"{output}: {output.stat().st_size:,} bytes\noperators: {library}")
+
+
 @main.command("plan")
 @click.argument("model_name", metavar="MODEL")
 @click.option(

@@ -1,10 +1,11 @@
-"""The commands: `compact`, from a checkpoint to a measured file; `inspect`; `plan`."""
+"""The commands: `compact`, from a checkpoint to a measured file; `inspect`; `export`; `plan`."""
 
 import json
 import sys
 from functools import partial
 from pathlib import Path
 
+import onnxruntime
 import pytest
 import torch
 from click.testing import CliRunner
@@ -202,6 +203,26 @@ def test_errors_of_inspect(words, code, message, compact_file, tmp_path):
     result = run(*words, command="inspect")
     assert result.exit_code == code, result.output
     assert message in " ".join(result.output.split())
+
+
+@pytest.mark.skipif(not library.is_available(), reason="needs the CPU kernels")
+def test_export_writes_a_model_and_names_the_library(compact_file):
+    words = ("net.spp", "--onnx", "net.onnx", "--input-shape")
+    result = run(*words, "3,5,5", command="export")
+    assert result.exit_code == 0, result.output
+    size, operators = result.output.splitlines()
+    assert size == f"net.onnx: {Path('net.onnx').stat().st_size:,} bytes"
+    options = onnxruntime.SessionOptions()
+    options.register_custom_ops_library(operators.removeprefix("operators: "))
+    session = onnxruntime.InferenceSession("net.onnx", options)
+    x = torch.randn(2, 3, 5, 5, generator=torch.Generator().manual_seed(0))
+    (found,) = session.run(None, {"input": x.numpy()})
+    torch.testing.assert_close(torch.from_numpy(found), load_compact("net.spp")(x))
+
+    refused = run(*words, "3,2,2", command="export")
+    assert refused.exit_code == 1 and "must be at least as large as the kernel" in refused.output
+    refused = run("net.onnx", *words[1:], "3,5,5", command="export")
+    assert refused.exit_code == 1 and "a file that `save_compact` wrote" in refused.output
 
 
 def test_inspect_refuses_a_damaged_file_with_the_loaders_message(compact_file):

@@ -4,6 +4,7 @@ import ablation
 import choices
 import cifar10
 import control_group
+import deployed
 import kill_resume
 import latency_targets
 import overhead
@@ -25,6 +26,7 @@ REPORTS = {
     "control_group": control_group.report,
     "kill_resume": kill_resume.report,
     "latency_targets": latency_targets.report,
+    "onnx_avx2": deployed.report,
     "overhead_cpu": overhead.report,
     "real_networks": real_networks.report,
     "speed_avx2": speed.report,
