@@ -42,8 +42,8 @@ def export_onnx(
 
     Compact layers, and layers in a row that one call computes, become operators ``ColumnChain`` of
     the domain ``spp_lightning``; onnxruntime finds them in the library ``onnx_library()``. Weights
-    are initializers. An operator's attributes say which kernels compute it, chosen by the cost model
-    for the instruction set of this machine; any other machine computes the same, maybe more slowly.
+    are initializers. An operator says by attributes which kernels compute it: the cost model chose
+    them for the instruction set of this machine. Any other computes the same, maybe more slowly.
 
     Inputs are named ``input``, or ``input_0``, ``input_1``, …; outputs likewise ``output``.
 
