@@ -9,6 +9,7 @@ one thread, since few are left, and this package's in as many as PyTorch uses.
 
 from __future__ import annotations
 
+import os
 import tempfile
 import time
 from functools import partial
@@ -19,16 +20,7 @@ import torch
 from harness.arguments import each_thread_count, make_parser, quiet
 from harness.context import context
 from harness.results import Results, Row, markdown_table
-from harness.rounds import (
-    PAUSE,
-    Call,
-    keep_freed_memory,
-    orders,
-    quantiles,
-    ratio,
-    repeats_of,
-    turn_ms,
-)
+from harness.rounds import Call, keep_freed_memory, orders, quantiles, ratio, turn_ms
 from harness.workloads import network, prune_randomly
 from torch import Tensor, nn
 
@@ -38,7 +30,7 @@ NETWORKS = ("ConvNet", "ResNet-18", "ResNet-50")
 BATCHES = (1, 8)
 RATIO = 4.0
 GOAL = 0.9  # of PyTorch's speed
-TURN = 0.004  # seconds of the shortest turn: other programs interrupt few turns that are so short
+SECONDS = 6.0  # of a row
 
 
 def session_call(path: Path, x: Tensor, threads: int) -> Call:
@@ -63,17 +55,19 @@ def torch_call(net: nn.Module, x: Tensor) -> Call:
     return call
 
 
-def in_equal_turns(calls: dict[str, Call], rounds: int) -> dict[str, list[float]]:
-    """Milliseconds of a call, per contender and round; all contenders' turns have as many calls.
+def in_single_calls(calls: dict[str, Call], rounds: int) -> dict[str, list[float]]:
+    """Milliseconds of a call, per contender and round; a turn is one call behind an untimed one.
 
-    On a machine that does other work, longer turns are interrupted more often.
+    There are ``rounds`` rounds, or more in ``SECONDS``. Other programs interrupt few calls that are
+    short. In longer turns, and with pauses between them, two threads that wait for each other were
+    interrupted in most turns, and the ratios changed from run to run.
     """
-    repeats = min(repeats_of(call, TURN) for call in calls.values())
     times: dict[str, list[float]] = {name: [] for name in calls}
-    for order in orders(list(calls), rounds):
-        for name in order:
-            time.sleep(PAUSE)
-            times[name].append(turn_ms(calls[name], repeats))
+    start = time.perf_counter()
+    while len(next(iter(times.values()))) < rounds or time.perf_counter() - start < SECONDS:
+        for order in orders(list(calls), len(calls)):
+            for name in order:
+                times[name].append(turn_ms(calls[name], 1))
     return times
 
 
@@ -88,7 +82,7 @@ def measure(name: str, batch: int, threads: int, rounds: int) -> Row:
         export_onnx(fast, path, x)
         calls = {"PyTorch": torch_call(fast, x), "onnxruntime": session_call(path, x, threads)}
     expected, found = calls["PyTorch"](), torch.from_numpy(calls["onnxruntime"]()[0])
-    times = in_equal_turns(calls, rounds)
+    times = in_single_calls(calls, rounds)
     return {
         "name": f"{name}, batch {batch}",
         "threads": threads,
@@ -96,16 +90,16 @@ def measure(name: str, batch: int, threads: int, rounds: int) -> Row:
         "speed": ratio(times["PyTorch"], times["onnxruntime"]),
         "difference": float((found - expected).abs().max() / expected.abs().max()),
         "goal": GOAL,
-        "rounds": rounds,
+        "rounds": len(times["PyTorch"]),
     }
 
 
 def report(rows: list[Row]) -> str:
     """The rows as Markdown."""
-    head = ["network", "threads", "PyTorch, ms", "onnxruntime, ms", "speed", "difference"]
+    head = ["network", "threads", "rounds", "PyTorch, ms", "onnxruntime, ms", "speed", "difference"]
     table = [
         [
-            *(row["name"], row["threads"]),
+            *(row["name"], row["threads"], row["rounds"]),
             *(f"{row['ms'][key]['p50']:.3f}" for key in ("PyTorch", "onnxruntime")),
             f"**{row['speed'][1]:.2f}** ({row['speed'][0]:.2f}–{row['speed'][2]:.2f})",
             f"{row['difference']:.0e}",
@@ -114,8 +108,8 @@ def report(rows: list[Row]) -> str:
     ]
     return (
         "Compact networks with 4 times fewer columns, random ones, exported by `export_onnx` and"
-        " run in onnxruntime, beside the same networks in PyTorch. Medians of"
-        f" {rows[0]['rounds']} rounds in turns. Speed: PyTorch's time over onnxruntime's within a"
+        " run in onnxruntime, beside the same networks in PyTorch. Medians of single calls in"
+        " turns. Speed: PyTorch's time over onnxruntime's within a"
         f" round, median and quartiles; the goal is {GOAL}. Difference: of the outputs, over the"
         " largest output.\n\n" + markdown_table(head, table)
     )
@@ -123,12 +117,12 @@ def report(rows: list[Row]) -> str:
 
 def main() -> None:
     """Measure, print, and save if asked to."""
-    parser = make_parser(__doc__, rounds=45)
+    parser = make_parser(__doc__, rounds=12)
     parser.add_argument("--only", choices=NETWORKS, nargs="+", default=NETWORKS)
     options = parser.parse_args()
     quiet()
     keep_freed_memory()
-    about = context("onnxruntime", "onnx", "torchvision", seed=0)
+    about = context("onnxruntime", "onnx", "torchvision", seed=0, load=round(os.getloadavg()[0]))
     results = Results("onnx_avx2", report)
     for threads in each_thread_count(options):
         for name in options.only:
