@@ -111,7 +111,9 @@ def report(rows: list[Row]) -> str:
         " run in onnxruntime, beside the same networks in PyTorch. Medians of single calls in"
         " turns. Speed: PyTorch's time over onnxruntime's within a"
         f" round, median and quartiles; the goal is {GOAL}. Difference: of the outputs, over the"
-        " largest output.\n\n" + markdown_table(head, table)
+        " largest output. Load: processes that wanted the cores when the measurement began. Where"
+        " two threads take longer than one, they waited for cores that other programs had, and"
+        " the ratio says little about the kernels.\n\n" + markdown_table(head, table)
     )
 
 
