@@ -26,6 +26,15 @@ def prune(layer, *columns):
     return layer
 
 
+@pytest.fixture
+def one_thread():
+    """What the cost model says depends on the threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.mark.parametrize("shape", [(6,), (5, 6), (2, 3, 6), (2, 2, 3, 6)], ids=str)
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
 def test_outputs_and_gradients(shape, bias):
@@ -86,6 +95,7 @@ def block_net():
     return net
 
 
+@pytest.mark.usefixtures("one_thread")
 def test_a_block_of_convnext(tmp_path):
     net, x = block_net(), torch.randn(2, 3, 64, 64)
     fast = compact(net, x)
