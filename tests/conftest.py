@@ -116,7 +116,7 @@ def look_for_library():
 @pytest.fixture
 def without_library(monkeypatch, tmp_path):
     """As if no compiler had been found when the package was installed."""
-    monkeypatch.setattr(native, "_FOLDER", tmp_path)
+    monkeypatch.setattr(native, "library_path", lambda: tmp_path / "kernels.so")
     look_for_library()
     yield
     monkeypatch.undo()
