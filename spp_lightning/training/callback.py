@@ -54,10 +54,10 @@ class SPPCallback(Callback):
             ``interval``, ``A``, ``u``, ``crossing``, ``recovery``, ``masking``, ``layers``,
             ``start_step``, ``seed``; and those of
             :class:`~spp_lightning.planning.target.TargetSettings`: ``of``, ``macs``,
-            ``latency_ms``, ``input_shape``, ``device``, ``threads``.
-        kernels: What computes the pruned layers in training. ``"auto"``: on CPUs the kernels that
-            read only the columns that the mask keeps, wherever the cost model says that a step is
-            faster so; ``"compact"``: those kernels wherever they can; ``"dense"``: never.
+            ``latency_ms``, ``input_shape``, ``device``, ``threads``; and ``kernels``, what computes
+            the pruned layers in training. ``"auto"``: on CPUs the kernels that read only the
+            columns that the mask keeps, wherever the cost model says that a step is faster so;
+            ``"compact"``: those kernels wherever they can; ``"dense"``: never.
 
     Attributes:
         settings: The checked settings.
