@@ -63,8 +63,7 @@ void check_epilogue(const EpilogueOp* ops, int32_t count) {
   }
 }
 
-void check_config(const Plan& plan, const KernelConfig& config) {
-  const Geometry& g = plan.geometry;
+void check_sizes(const Geometry& g, const KernelConfig& config) {
   check(config.batch >= 0 && config.height > 0 && config.width > 0 && config.threads > 0,
         "Height, width and threads must be positive, and the batch at least 0.");
   const int32_t size[2] = {config.height, config.width}, out[2] = {config.conv_height, config.conv_width};
@@ -75,14 +74,19 @@ void check_config(const Plan& plan, const KernelConfig& config) {
              " pixels along axis " + text(d) + ", not " + text(out[d]) + ".";
     });
   }
+  check(int64_t{g.channels} * config.height * config.width <= kMostNumbers &&
+            int64_t{g.filters} * config.conv_height * config.conv_width <= kMostNumbers,
+        "An image must have fewer than 2³¹ numbers; split it.");
+}
+
+void check_config(const Plan& plan, const KernelConfig& config) {
+  const Geometry& g = plan.geometry;
+  check_sizes(g, config);
   int height = config.conv_height, width = config.conv_width;
   for (const EpilogueOp& op : plan.epilogue) {
     size_after(op, height, width);
     check(height > 0 && width > 0, "An image is smaller than a pool's window.");
   }
-  check(int64_t{g.channels} * config.height * config.width <= kMostNumbers &&
-            int64_t{g.filters} * config.conv_height * config.conv_width <= kMostNumbers,
-        "An image must have fewer than 2³¹ numbers; split it.");
   check(config.bfloat16 == 0 || config.bfloat16 == 1, "`bfloat16` must be 0 or 1.");
   const bool is_plain = g.kernel[0] == 3 && g.kernel[1] == 3 && g.stride[0] == 1 && g.stride[1] == 1 &&
                         g.dilation[0] == 1 && g.dilation[1] == 1 && g.groups == 1;
@@ -102,12 +106,12 @@ void check_config(const Plan& plan, const KernelConfig& config) {
   throw BadArgument("There is no kernel " + text(static_cast<int32_t>(config.kernel)) + ".");
 }
 
-int64_t input_count(const Plan& plan, const KernelConfig& config) {
-  return config.batch * plan.geometry.channels * config.height * config.width;
+int64_t input_count(const KeptColumns& layer, const KernelConfig& config) {
+  return config.batch * layer.geometry.channels * config.height * config.width;
 }
 
-int64_t conv_count(const Plan& plan, const KernelConfig& config) {
-  return config.batch * plan.geometry.filters * config.conv_height * config.conv_width;
+int64_t conv_count(const KeptColumns& layer, const KernelConfig& config) {
+  return config.batch * layer.geometry.filters * config.conv_height * config.conv_width;
 }
 
 int64_t output_count(const Plan& plan, const KernelConfig& config) {

@@ -42,12 +42,14 @@ void check_geometry(const Geometry& g, const int32_t* columns, int32_t num_colum
 void check_clamp(float low, float high, Activation activation);
 void check_epilogue(const EpilogueOp* ops, int32_t count);
 
+// That a convolution makes outputs of this shape of inputs of this shape.
+void check_sizes(const Geometry& g, const KernelConfig& config);
 // That a plan can compute inputs of this shape by this kernel.
 void check_config(const Plan& plan, const KernelConfig& config);
 
 // Numbers of the tensors of a pass.
-int64_t input_count(const Plan& plan, const KernelConfig& config);
-int64_t conv_count(const Plan& plan, const KernelConfig& config);    // of the convolution's output
+int64_t input_count(const KeptColumns& layer, const KernelConfig& config);
+int64_t conv_count(const KeptColumns& layer, const KernelConfig& config);  // of the convolution's output
 int64_t output_count(const Plan& plan, const KernelConfig& config);  // of the epilogue's
 
 void check_linear(const Linear& linear);

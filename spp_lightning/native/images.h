@@ -1,11 +1,8 @@
-// How the threads go through a batch, and the one barrier choreography of all forward kernels.
-//
-// Most images have a thread each. The last ones, as many as the batch has more than a multiple of the
-// threads, are computed by all threads together. An image takes some phases: before a phase of a shared
-// image starts, all threads have finished the phase before it.
+// What the forward kernels of floats do with each image of a batch, as spread.h hands them out.
 #pragma once
 
 #include "source_planes.h"
+#include "spread.h"
 
 namespace spp {
 namespace SPP_ISA {
@@ -23,12 +20,6 @@ struct ImagePart {
   int64_t image;
   Scratch scratch;
   Partition threads;
-};
-
-// Phases [begin, end): kReadPhase copies source planes, those from 0 on are the kernel's.
-constexpr int kReadPhase = -1;
-struct Phases {
-  int begin, end;
 };
 
 struct ScratchBuffers {
@@ -49,33 +40,15 @@ template <typename Run>
 void for_each_image(const ForwardPass& pass, const Shapes& s, size_t plane_floats, Phases phases,
                     const Run& run) {
   thread_local ScratchBuffers shared_buffers;
-  Scratch shared{};
-  const int64_t threads = std::max<int64_t>(1, pass.threads);
-  const int64_t alone = pass.batch / threads * threads;  // images with a thread each
-  if (threads > 1) shared = shared_buffers.get(pass, s, plane_floats);
-  OutOfMemory memory;
-  std::atomic<int64_t> next{0};  // a thread that is held up takes fewer images
-#pragma omp parallel num_threads(static_cast<int>(threads)) if (threads > 1)
-  {
-    const Partition all{thread_index(), thread_count()};
-    const int64_t single = all.count == threads ? alone : 0;
-    memory.guard([&] {
-      if (single == 0) return;
-      thread_local ScratchBuffers own_buffers;
-      ImagePart part{0, own_buffers.get(pass, s, plane_floats), {0, 1}};
-      while ((part.image = next.fetch_add(1)) < single)
-        for (int phase = phases.begin; phase < phases.end; ++phase) run(phase, part);
-    });
-    for (int64_t image = single; image < pass.batch; ++image)
-      for (int phase = phases.begin; phase < phases.end; ++phase) {
-        if (all.count > 1 && (image > single || phase > phases.begin)) {
-#pragma omp barrier
-        }
-        memory.guard([&] { run(phase, ImagePart{image, shared, all}); });
-      }
-    finish_stores();
-  }
-  memory.rethrow();
+  const auto shared = [&] { return shared_buffers.get(pass, s, plane_floats); };
+  const auto own = [&] {
+    thread_local ScratchBuffers own_buffers;
+    return own_buffers.get(pass, s, plane_floats);
+  };
+  const auto run_part = [&](int phase, int64_t image, const Scratch& scratch, const Partition& threads) {
+    run(phase, ImagePart{image, scratch, threads});
+  };
+  spread_images(pass.batch, pass.threads, phases, shared, own, run_part, finish_stores);
 }
 
 // kReadPhase: a thread's part of the source planes, and of a residual of bfloat16.

@@ -1,10 +1,9 @@
 // The choice of the instruction set, and the functions that Python calls.
 #include <cstring>
-#include <exception>
 #include <memory>
-#include <new>
 
-#include "checks.h"
+#include "guard.h"
+#include "int8_plan.h"
 #include "interface.h"
 
 namespace spp {
@@ -49,35 +48,6 @@ InstructionSet choose(const char* wanted) {
 
 InstructionSet chosen = choose("");
 
-thread_local std::string last_error;
-
-// Runs a function; what it throws becomes a status and the thread's last error.
-template <typename Function>
-Status guarded(const Function& run, const char* no_memory = "There is no memory left to compute a convolution.") {
-  const auto fail = [](Status status, const char* message) {
-    last_error = message;
-    return status;
-  };
-  try {
-    run();
-    return Status::kOk;
-  } catch (const std::bad_alloc&) {
-    return fail(Status::kOutOfMemory, no_memory);
-  } catch (const BadArgument& error) {
-    return fail(Status::kBadArgument, error.what());
-  } catch (const Unsupported& error) {
-    return fail(Status::kUnsupported, error.what());
-  } catch (const std::exception& error) {
-    return fail(Status::kInternal, error.what());
-  }
-}
-
-template <typename Struct>
-const Struct& deref(const Struct* pointer) {
-  check(pointer != nullptr, "A structure must not be null.");
-  return *pointer;
-}
-
 std::unique_ptr<CheckedChain> make_checked_chain(const Plan* const* plans,
                                                  const KernelConfig* const* configs, int32_t count) {
   check(count > 0 && plans != nullptr && configs != nullptr, "A chain needs a layer.");
@@ -117,15 +87,15 @@ using spp::guarded, spp::deref, spp::check, spp::check_count, spp::Status, spp::
 // Every function that can fail returns a status: 0 where all is well. Counts are numbers of elements.
 
 // What was wrong in this thread's last call that failed.
-SPP_EXPORT const char* spp_error() { return spp::last_error.c_str(); }
+SPP_EXPORT const char* spp_error() { return spp::last_error().c_str(); }
 
 // Of the structures that cross this border, in turn: Geometry, EpilogueOp, KernelConfig, Linear, GateLayer, Gate,
-// Norm, NormPart; -1 behind them.
+// Norm, NormPart, Int8Scales; -1 behind them.
 SPP_EXPORT int64_t spp_struct_size(int32_t index) {
   constexpr int64_t kSizes[] = {sizeof(spp::Geometry), sizeof(spp::EpilogueOp), sizeof(KernelConfig),
                                 sizeof(spp::Linear), sizeof(spp::GateLayer), sizeof(spp::Gate),
-                                sizeof(spp::Norm), sizeof(spp::NormPart)};
-  return index >= 0 && index < 8 ? kSizes[index] : -1;
+                                sizeof(spp::Norm), sizeof(spp::NormPart), sizeof(spp::Int8Scales)};
+  return index >= 0 && index < 9 ? kSizes[index] : -1;
 }
 
 SPP_EXPORT const char* spp_isa() { return spp::chosen.name; }

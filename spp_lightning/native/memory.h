@@ -10,7 +10,7 @@
 namespace spp {
 
 struct AlignedFree {
-  void operator()(float* p) const { std::free(p); }
+  void operator()(void* p) const { std::free(p); }
 };
 using AlignedFloats = std::unique_ptr<float[], AlignedFree>;
 

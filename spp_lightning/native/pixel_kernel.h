@@ -187,18 +187,6 @@ inline void run_filters(const GroupTask& group, TileTask task, int begin, int fi
   }
 }
 
-// How many parts to split the filters into, so that all threads have as much to do.
-inline int filter_parts(int tiles, int filter_tiles, int threads) {
-  int best = 1;
-  int64_t least = INT64_MAX;
-  for (int parts = 1; parts <= std::min(threads, filter_tiles); ++parts) {
-    const int64_t items = (static_cast<int64_t>(tiles) * parts + threads - 1) / threads;
-    const int64_t cost = items * (1 + (filter_tiles + parts - 1) / parts);  // 1: to pack the panel
-    if (cost < least) least = cost, best = parts;
-  }
-  return best;
-}
-
 // The convolution of an image.
 class Convolution {
  public:

@@ -10,9 +10,8 @@ namespace spp {
 Plan::Plan(const Geometry& g, const int32_t* numbers, int32_t num_columns, const float* weight,
            const float* biases, float least, float most, Activation function, const EpilogueOp* ops,
            int32_t num_ops, bool bfloat16)
-    : geometry(g), low(least), high(most), activation(function), epilogue(ops, ops + num_ops) {
-  for (int d = 0; d < 2; ++d) margin[d] = (g.kernel[d] - 1) * g.dilation[d] / g.stride[d];
-  add_columns(numbers, num_columns);
+    : KeptColumns(g, numbers, num_columns), low(least), high(most), activation(function),
+      epilogue(ops, ops + num_ops) {
   bias.assign(g.filters + 2 * kTileFilters, 0.0f);  // tiles may reach beyond the last filter
   if (biases != nullptr) std::copy(biases, biases + g.filters, bias.begin());
   weights = pack(weight, 1);
@@ -20,8 +19,8 @@ Plan::Plan(const Geometry& g, const int32_t* numbers, int32_t num_columns, const
 }
 
 // Also finds the source planes that the columns read.
-void Plan::add_columns(const int32_t* numbers, int32_t count) {
-  const Geometry& g = geometry;
+KeptColumns::KeptColumns(const Geometry& g, const int32_t* numbers, int32_t count) : geometry(g) {
+  for (int d = 0; d < 2; ++d) margin[d] = (g.kernel[d] - 1) * g.dilation[d] / g.stride[d];
   const int taps = g.kernel[0] * g.kernel[1], group_channels = g.channels / g.groups;
   group_start.assign(g.groups + 1, 0);
   for (int32_t k = 0; k < count; ++k) {

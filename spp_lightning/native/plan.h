@@ -32,6 +32,20 @@ struct Column {
   int32_t tap;  // i · kw + j
 };
 
+// The kept columns of a layer, and the planes that they read.
+struct KeptColumns {
+  Geometry geometry;
+  std::vector<SourcePlane> sources;
+  std::vector<Column> columns;       // sorted by conv group
+  std::vector<int32_t> group_start;  // first column of each conv group, and their number
+  int32_t margin[2];                 // rows and columns that a source plane has beyond the output
+
+  KeptColumns(const Geometry& geometry, const int32_t* numbers, int32_t count);
+
+  int32_t group_filters() const { return geometry.filters / geometry.groups; }
+  int32_t group_columns(int32_t g) const { return group_start[g + 1] - group_start[g]; }
+};
+
 // [conv group][channel block of filters][column][filter of the block]; of a depthwise layer
 // [channel block][tap][channel of the block], zeros for pruned columns.
 struct BlockedWeights {
@@ -50,18 +64,13 @@ struct TileWeights {
 
 struct WinogradWeights;
 
-struct Plan {
-  Geometry geometry;
-  std::vector<SourcePlane> sources;
-  std::vector<Column> columns;       // sorted by conv group
-  std::vector<int32_t> group_start;  // first column of each conv group, and their number
+struct Plan : KeptColumns {
   TileWeights weights;
   TileWeights pairs;                 // bfloat16: two columns in the place of one; or empty
   std::vector<float> bias;           // one per filter, and zeros
   float low, high;                   // the clamp
   Activation activation;             // without a clamp
   std::vector<EpilogueOp> epilogue;
-  int32_t margin[2];                 // rows and columns that a source plane has beyond the output
 
   // `weight` is (filters / groups, num_columns); `bias` may be null. `bfloat16` says that the weights are
   // numbers of that type, so that they can be packed in pairs.
@@ -74,7 +83,6 @@ struct Plan {
   std::shared_ptr<const WinogradWeights> winograd_weights(int side) const;  // of a tile: 2 or 4
 
   int32_t taps() const { return geometry.kernel[0] * geometry.kernel[1]; }
-  int32_t group_filters() const { return geometry.filters / geometry.groups; }
   int32_t group_tiles() const { return (group_filters() + kTileFilters - 1) / kTileFilters; }
   // A depthwise layer has groups of one channel and one filter.
   bool is_depthwise() const {
@@ -87,12 +95,10 @@ struct Plan {
   // Whether each channel block but the last one is full, so that channel c is in block c / kChannelBlock.
   bool fills_blocks() const { return block_groups() == 1 || block_filters() % kChannelBlock == 0; }
   int32_t group_blocks() const { return blocks_of(block_filters()); }
-  int32_t group_columns(int32_t g) const { return group_start[g + 1] - group_start[g]; }
 
  private:
   void pack_blocks(BlockedWeights& made) const;
   void pack_depthwise(BlockedWeights& made) const;
-  void add_columns(const int32_t* numbers, int32_t count);
   TileWeights pack(const float* weight, int columns_at_once) const;
 
   mutable std::mutex mutex_;

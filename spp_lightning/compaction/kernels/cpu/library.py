@@ -21,6 +21,7 @@ __all__ = [
     "NativeGate",
     "NativeGateLayer",
     "NativeGeometry",
+    "NativeInt8Scales",
     "NativeLinear",
     "NativeNorm",
     "NativeNormPart",
@@ -106,9 +107,20 @@ class NativeNormPart(ctypes.Structure):
     _fields_ = [("data", _POINTER), ("count", _COUNT), ("channels", _COUNT)]
 
 
+class NativeInt8Scales(ctypes.Structure):
+    """``Int8Scales`` of ``native/int8_plan.h``: the scales of an int8 layer's tensors."""
+
+    _fields_ = [
+        *((name, _NUMBER) for name in ("input_zero", "has_residual", "residual_zero")),
+        ("residual_scale", ctypes.c_float),
+        *((name, _NUMBER) for name in ("is_quantised", "output_zero")),
+        *((name, ctypes.c_float) for name in ("output_inverse", "low", "high")),
+    ]
+
+
 _STRUCTURES = (
     *(NativeGeometry, NativeEpilogueOp, NativeConfig, NativeLinear),
-    *(NativeGateLayer, NativeGate, NativeNorm, NativeNormPart),
+    *(NativeGateLayer, NativeGate, NativeNorm, NativeNormPart, NativeInt8Scales),
 )
 
 # Arguments of the functions that return a status.
@@ -125,6 +137,9 @@ _ARGUMENTS = {
     "spp_gate": (_POINTER, *_TENSOR, _COUNT, _COUNT, _NUMBER, *_TENSOR),
     "spp_norm": (_POINTER, _POINTER, _NUMBER, _COUNT, _COUNT, _NUMBER, *_TENSOR),
     "spp_linear": (_POINTER, *_TENSOR, _COUNT, _NUMBER, *_TENSOR),
+    "spp_int8_set_isa": (ctypes.c_char_p,),
+    "spp_int8_create": (_POINTER, _POINTER, _NUMBER, *3 * _TENSOR, _POINTER, _POINTER),
+    "spp_int8_forward": (_POINTER, _POINTER, *3 * _TENSOR),
 }
 # By status, from 1 on; 0 is success.
 _ERRORS = (MemoryError, ValueError, NotImplementedError, RuntimeError)
@@ -170,7 +185,8 @@ def _declare(functions: Any) -> None:
     Raises:
         RuntimeError: If the library was built of other sources.
     """
-    functions.spp_error.restype = functions.spp_isa.restype = ctypes.c_char_p
+    for name in ("spp_error", "spp_isa", "spp_int8_isa"):
+        getattr(functions, name).restype = ctypes.c_char_p
     functions.spp_struct_size.restype = _COUNT
     ours = [ctypes.sizeof(structure) for structure in _STRUCTURES]
     theirs = [functions.spp_struct_size(index) for index in range(len(ours) + 1)]
@@ -188,7 +204,7 @@ def _declare(functions: Any) -> None:
         function = getattr(functions, name)
         function.argtypes = arguments
         function.restype = check
-    for name in ("spp_plan_free", "spp_chain_free"):
+    for name in ("spp_plan_free", "spp_chain_free", "spp_int8_free"):
         function = getattr(functions, name)
         function.argtypes = (_POINTER,)
         function.restype = None

@@ -1,0 +1,19 @@
+// The int8 kernel for x86-64 processors with AVX2.
+#ifdef SPP_X86
+#include "int8_kernels.h"
+#include "standard.h"
+
+#define SPP_ISA int8_avx2
+#define SPP_LANES 8
+#ifdef __clang__
+#pragma clang attribute push(__attribute__((target("avx2"))), apply_to = function)
+#else
+#pragma GCC target("avx2")
+#endif
+#include "int8_kernel.h"
+#ifdef __clang__
+#pragma clang attribute pop
+#endif
+
+const spp::Int8Kernel spp::kInt8Avx2 = {"avx2", int8_avx2::kTileFilters8, int8_avx2::kColumnsAtOnce, int8_avx2::forward_int8};
+#endif

@@ -1,0 +1,142 @@
+// Panels of the int8 kernel: the pixels of a tile under the kept columns, in the order in which the products read
+// them. A panel lies in the L1 cache and is read once per tile of filters.
+#pragma once
+
+#include "int8_vectors.h"
+#include "shapes.h"
+
+namespace spp {
+namespace SPP_ISA {
+
+// The sums of a tile fill the registers: filters by vectors of pixels.
+#ifndef SPP_INT8_FILTERS
+#if SPP_LANES == 16
+#define SPP_INT8_FILTERS 8
+#define SPP_INT8_VECTORS 3
+#elif SPP_LANES == 8
+#define SPP_INT8_FILTERS 6
+#define SPP_INT8_VECTORS 2
+#else
+#define SPP_INT8_FILTERS 3
+#define SPP_INT8_VECTORS 4
+#endif
+#endif
+constexpr int kTileFilters8 = SPP_INT8_FILTERS, kVectors = SPP_INT8_VECTORS;
+constexpr int kTile = kLanes * kVectors;  // pixels
+constexpr int kPanelSteps = (24 << 10) / (kTile * 4);
+constexpr int kRunSlack = kPackPixels;  // pixels that are read behind a run, and words that are written behind a panel
+
+// Neighbouring pixels of the output, without regard to rows.
+struct Tile {
+  int begin, count;  // pixels
+  // Runs of at most 16 pixels that are neighbours in what is read, too: where they begin there, and in the tile.
+  int runs;
+  int64_t from[kTile];
+  int32_t to[kTile];
+};
+
+// Source planes have rows of `source_width` pixels, of which the output's are the first ones.
+inline Tile tile_at(int begin, int64_t pixels, int width, int source_width) {
+  Tile tile;
+  tile.begin = begin;
+  tile.count = static_cast<int>(std::min<int64_t>(kTile, pixels - begin));
+  tile.runs = 0;
+  int row = begin / width, col = begin % width;
+  for (int done = 0; done < tile.count; ++row, col = 0) {
+    const int run = std::min(tile.count - done, width - col);
+    for (int i = 0; i < run; i += kPackPixels, ++tile.runs) {
+      tile.from[tile.runs] = static_cast<int64_t>(row) * source_width + col + i;
+      tile.to[tile.runs] = done + i;
+    }
+    done += run;
+  }
+  return tile;
+}
+
+// What a panel is packed of: `offset` says where each column's pixels begin, behind `base`.
+struct PanelSource {
+  const uint8_t *base, *end;  // nothing is read from `end` on
+  const int64_t* offset;
+  int columns;
+};
+
+// The columns of a step; where there are no more of them, the last one, whose weights are 0 then.
+SPP_INLINE void columns_of_step(const PanelSource& of, int k, const uint8_t* (&in)[kColumnsAtOnce]) {
+#pragma GCC unroll 4
+  for (int i = 0; i < kColumnsAtOnce; ++i) in[i] = of.base + of.offset[std::min(k + i, of.columns - 1)];
+}
+
+// kRuns is the number of a tile's runs, or 0 for any. A run is written behind its last pixel, too, where the next run
+// or step follows.
+template <int kRuns>
+void pack_panel(const Tile& tile, const PanelSource& of, int32_t* panel) {
+  const int runs = kRuns > 0 ? kRuns : tile.runs;
+  for (int k = 0; k < of.columns; k += kColumnsAtOnce, panel += kTile) {
+    const uint8_t* in[kColumnsAtOnce];
+    columns_of_step(of, k, in);
+#pragma GCC unroll 3
+    for (int r = 0; r < runs; ++r) {
+      const uint8_t* at[kColumnsAtOnce];
+#pragma GCC unroll 4
+      for (int i = 0; i < kColumnsAtOnce; ++i) at[i] = in[i] + tile.from[r];
+      pack_words(at, panel + tile.to[r]);
+    }
+  }
+}
+
+// The same where some runs might be read beyond the end.
+inline void pack_edge(const Tile& tile, const PanelSource& of, int32_t* panel) {
+  for (int k = 0; k < of.columns; k += kColumnsAtOnce, panel += kTile) {
+    const uint8_t* in[kColumnsAtOnce];
+    columns_of_step(of, k, in);
+    for (int r = 0; r < tile.runs; ++r) {
+      uint8_t pixels[kColumnsAtOnce][kPackPixels] = {};
+      const uint8_t* at[kColumnsAtOnce];
+      for (int i = 0; i < kColumnsAtOnce; ++i) {
+        at[i] = in[i] + tile.from[r];
+        if (of.end - at[i] >= kPackPixels) continue;
+        std::memcpy(pixels[i], at[i], of.end - at[i]);
+        at[i] = pixels[i];
+      }
+      pack_words(at, panel + tile.to[r]);
+    }
+  }
+}
+
+inline void pack(const PanelSource& of, const Tile& tile, int32_t* panel) {
+  if (of.columns == 0) return;
+  const int64_t last = *std::max_element(of.offset, of.offset + of.columns) + tile.from[tile.runs - 1];
+  if (of.end - of.base < last + kPackPixels) return pack_edge(tile, of, panel);
+  const auto by_runs = tile.runs == 1   ? pack_panel<1>
+                       : tile.runs == 2 ? pack_panel<2>
+                       : tile.runs == 3 ? pack_panel<3>
+                                        : pack_panel<0>;
+  by_runs(tile, of, panel);
+}
+
+// ---- Source planes ----
+
+// A plane of bytes, with the zero point beyond the image's borders.
+inline void copy_plane(const Geometry& g, const SourcePlane& source, const uint8_t* input, int height, int width,
+                       const Shapes& s, int zero, uint8_t* out) {
+  const auto [begin, end] = Inside(g, source, width, s);
+  const int step = g.stride[1];
+  for (int y = 0; y < s.height; ++y, out += s.width) {
+    const int row = y * g.stride[0] + source.phase[0] - g.padding[0];
+    if (row < 0 || row >= height || begin >= end) {
+      std::memset(out, zero, s.width);
+      continue;
+    }
+    std::memset(out, zero, begin);
+    std::memset(out + end, zero, s.width - end);
+    const uint8_t* in = input + static_cast<int64_t>(row) * width + source.phase[1] - g.padding[1];
+    if (step == 1) std::memcpy(out + begin, in + begin, end - begin);
+    else if (step == 2)
+      for (int x = begin; x < end; ++x) out[x] = in[2 * x];
+    else
+      for (int x = begin; x < end; ++x) out[x] = in[static_cast<int64_t>(x) * step];
+  }
+}
+
+}  // namespace SPP_ISA
+}  // namespace spp
