@@ -15,5 +15,5 @@
 #pragma clang attribute pop
 #endif
 
-const spp::Int8Kernel spp::kInt8Avx2 = {"avx2", int8_avx2::kTileFilters8, int8_avx2::kColumnsAtOnce, int8_avx2::forward_int8};
+const spp::Int8Kernel spp::kInt8Avx2 = int8_avx2::int8_kernel("avx2");
 #endif

@@ -6,4 +6,4 @@
 #define SPP_LANES 4
 #include "int8_kernel.h"
 
-const spp::Int8Kernel spp::kInt8Base = {"base", int8_base::kTileFilters8, int8_base::kColumnsAtOnce, int8_base::forward_int8};
+const spp::Int8Kernel spp::kInt8Base = int8_base::int8_kernel("base");

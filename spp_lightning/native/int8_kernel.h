@@ -14,60 +14,97 @@ namespace SPP_ISA {
 
 // ---- The micro-kernel ----
 
-// A tile of filters at a tile of pixels.
+// Some filters at a panel: full tiles of them, or one tile of fewer.
 struct Int8Task {
-  const int32_t* weight;  // [step][filter of the tile]
+  const int32_t* weight;  // [tile of filters][step][filter of the tile]
   const int32_t* panel;   // [step][pixel]
-  int steps;
+  int steps, steps_at_once;
   const int32_t* offset;  // one per filter, like the next two
   const float* multiplier;
   const float* bias;
+  const Excess *excess, *excess_end;
   const uint8_t* residual;  // planes like the output's, at the first pixel; or null
   uint8_t* bytes;           // the output: the first filter's plane, at the first pixel; or null
   float* floats;            // likewise of an output of floats
   int64_t plane;            // pixels of a plane
-  int filters, pixels;      // to store
+  int filters, pixels;
   int32_t* sums;            // [filter][pixel]: over the columns so far, if `first` is false
   bool first, last;         // whether this is the first panel, or the last one
 };
 
-template <int kFilters, int kV>
-void sum_tile(const Int8Task& task) {
-  Sums sum[kFilters][kV];
-#pragma GCC unroll 8
-  for (int r = 0; r < kFilters; ++r)
-#pragma GCC unroll 4
-    for (int v = 0; v < kV; ++v)
-      sum[r][v] = task.first ? broadcast(task.offset[r]) : load(task.sums + r * kTile + v * kLanes);
-  const int32_t *weight = task.weight, *panel = task.panel;
-  for (int k = 0; k < task.steps; ++k, weight += kTileFilters8, panel += kTile) {
-    Sums x[kV];
-#pragma GCC unroll 4
-    for (int v = 0; v < kV; ++v) x[v] = load(panel + v * kLanes);
+// kAtOnce: steps whose products meet in int16, or 1.
+template <int kFilters, int kV, int kAtOnce>
+SPP_INLINE void add_steps(const int32_t* weight, const int32_t* panel, int steps, Sums (&sum)[kFilters][kV]) {
+  for (int k = 0; k < steps; k += kAtOnce, weight += kAtOnce * kTileFilters8, panel += kAtOnce * kTile) {
 #pragma GCC unroll 8
     for (int r = 0; r < kFilters; ++r) {
       const Sums w = broadcast(weight[r]);
 #pragma GCC unroll 4
-      for (int v = 0; v < kV; ++v) sum[r][v] = add_products(sum[r][v], x[v], w);
+      for (int v = 0; v < kV; ++v) {
+        const Sums x = load(panel + v * kLanes);
+        if constexpr (kAtOnce == 1)
+          sum[r][v] = add_products(sum[r][v], x, w);
+        else
+          sum[r][v] = add_two_products(sum[r][v], x, w, load(panel + kTile + v * kLanes),
+                                       broadcast(weight[kTileFilters8 + r]));
+      }
     }
   }
-#pragma GCC unroll 8
-  for (int r = 0; r < kFilters; ++r)
-#pragma GCC unroll 4
-    for (int v = 0; v < kV; ++v) store(task.sums + r * kTile + v * kLanes, sum[r][v]);
 }
 
-using SumTile = void (*)(const Int8Task&);
+// The parts [first, last) of a tile of pixels, kV vectors each, and kFilters filters at a time: of full tiles of
+// filters, or of the one that has fewer.
+template <int kFilters, int kV, int kAtOnce>
+void sum_filters(const Int8Task& task, int first, int last) {
+  const int32_t* weight = task.weight;
+  for (int f = 0; f < task.filters; f += kFilters, weight += task.steps * kTileFilters8)
+    for (int part = first; part < last; ++part) {
+      int32_t* sums = task.sums + f * kTile + part * kPart;
+      Sums sum[kFilters][kV];
+#pragma GCC unroll 8
+      for (int r = 0; r < kFilters; ++r)
+#pragma GCC unroll 4
+        for (int v = 0; v < kV; ++v)
+          sum[r][v] = task.first ? broadcast(task.offset[f + r]) : load(sums + r * kTile + v * kLanes);
+      add_steps<kFilters, kV, kAtOnce>(weight, task.panel + part * kPart, task.steps, sum);
+#pragma GCC unroll 8
+      for (int r = 0; r < kFilters; ++r)
+#pragma GCC unroll 4
+        for (int v = 0; v < kV; ++v) store(sums + r * kTile + v * kLanes, sum[r][v]);
+    }
+}
+
+using SumFilters = void (*)(const Int8Task&, int first, int last);
 
 // By filters and vectors of pixels, both counted from 1.
-template <size_t... i>
-constexpr auto sum_tiles(std::index_sequence<i...>) {
-  struct Table {
-    SumTile by_size[sizeof...(i)];
-  };
-  return Table{{sum_tile<i / kVectors + 1, i % kVectors + 1>...}};
+struct SumFunctions {
+  SumFilters by_size[kTileFilters8 * kVectors];
+};
+template <int kAtOnce, size_t... i>
+constexpr SumFunctions sum_functions(std::index_sequence<i...>) {
+  return {{sum_filters<i / kVectors + 1, i % kVectors + 1, kAtOnce>...}};
 }
-constexpr auto kSumTiles = sum_tiles(std::make_index_sequence<kTileFilters8 * kVectors>());
+constexpr auto kSizes = std::make_index_sequence<kTileFilters8 * kVectors>();
+constexpr SumFunctions kSumOne = sum_functions<1>(kSizes), kSumTwo = sum_functions<kSumsInInt16 ? 2 : 1>(kSizes);
+
+// All pixels of a tile: whole parts, and one of fewer vectors. `filters` are computed together.
+inline void sum_pixels(const Int8Task& task, int filters) {
+  const SumFilters* functions = (task.steps_at_once == 2 ? kSumTwo : kSumOne).by_size + (filters - 1) * kVectors - 1;
+  const int whole = task.pixels / kPart, vectors = (task.pixels % kPart + kLanes - 1) / kLanes;
+  if (whole > 0) functions[kVectors](task, 0, whole);
+  if (vectors > 0) functions[vectors](task, whole, whole + 1);
+}
+
+// Adds what the weights lack.
+inline void add_excess(const Int8Task& task) {
+  for (const Excess* it = task.excess; it != task.excess_end; ++it) {
+    const int32_t* panel = task.panel + it->step * kTile;
+    int32_t* sums = task.sums + it->filter * kTile;
+    const Sums w = broadcast(it->word);
+#pragma GCC unroll 8
+    for (int v = 0; v < kTile; v += kLanes) store(sums + v, add_products(load(sums + v), load(panel + v), w));
+  }
+}
 
 // ---- From sums to outputs ----
 
@@ -89,32 +126,55 @@ struct OutputScale {
   }
 };
 
-// kBytes: the output is quantised. Every operation on floats is rounded once.
+// 16 outputs of a filter. kBytes: they are quantised. Every operation on floats is rounded once.
 template <bool kBytes, bool kResidual>
-void finish_tile(const Int8Task& task, const OutputScale& scale) {
-  const Floats low = broadcast(scale.low), high = broadcast(scale.high), inverse = broadcast(scale.inverse);
-  for (int r = 0; r < task.filters; ++r) {
-    const Floats multiplier = broadcast(task.multiplier[r]), bias = broadcast(task.bias[r]);
-    for (int done = 0; done < task.pixels; done += kLanes) {
-      const int64_t at = r * task.plane + done;
-      const int count = task.pixels - done;
-      Floats y = to_floats(load(task.sums + r * kTile + done)) * multiplier;
-      y += bias;
-      if constexpr (kResidual)
-        y += to_floats(load_bytes(task.residual + at, count) - scale.residual_zero) * scale.residual_scale;
-      if constexpr (kBytes) y *= inverse;
-      y = clamp(y, low, high);
-      if constexpr (kBytes) store_bytes(task.bytes + at, round_to_even(y) + scale.zero, count);
-      else store_floats(task.floats + at, y, count);
-    }
+SPP_INLINE void finish_pixels(const int32_t* sums, float multiplier, float bias, const OutputScale& scale,
+                              const uint8_t* residual, uint8_t* bytes, float* floats) {
+  Sums rounded[kPackVectors];
+#pragma GCC unroll 4
+  for (int i = 0; i < kPackVectors; ++i) {
+    Floats y = to_floats(load(sums + i * kLanes)) * multiplier;
+    y += bias;
+    if constexpr (kResidual)
+      y += to_floats(widen(residual + i * kLanes) - scale.residual_zero) * scale.residual_scale;
+    if constexpr (kBytes) y *= scale.inverse;
+    y = clamp(y, broadcast(scale.low), broadcast(scale.high));
+    if constexpr (kBytes) rounded[i] = round_to_even(y, scale.zero);
+    else *reinterpret_cast<Floats*>(floats + i * kLanes) = y;
+  }
+  if constexpr (kBytes) narrow(rounded, bytes);
+}
+
+template <bool kBytes, bool kResidual>
+void finish_filters(const Int8Task& task, const OutputScale& of) {
+  const OutputScale scale = of;  // which nothing that is stored can change
+  const int pixels = task.pixels, whole = pixels / kPackPixels * kPackPixels;
+  for (int f = 0; f < task.filters; ++f) {
+    const int32_t* sums = task.sums + f * kTile;
+    const float multiplier = task.multiplier[f], bias = task.bias[f];
+    const int64_t at = f * task.plane;
+    const uint8_t* residual = kResidual ? task.residual + at : nullptr;
+    uint8_t* bytes = kBytes ? task.bytes + at : nullptr;
+    float* floats = kBytes ? nullptr : task.floats + at;
+    for (int p = 0; p < whole; p += kPackPixels)
+      finish_pixels<kBytes, kResidual>(sums + p, multiplier, bias, scale, kResidual ? residual + p : nullptr,
+                                       kBytes ? bytes + p : nullptr, kBytes ? nullptr : floats + p);
+    if (whole == pixels) continue;
+    const int rest = pixels - whole;
+    uint8_t last_residual[kPackPixels] = {}, last_bytes[kPackPixels];
+    float last_floats[kPackPixels];
+    if constexpr (kResidual) std::memcpy(last_residual, residual + whole, rest);
+    finish_pixels<kBytes, kResidual>(sums + whole, multiplier, bias, scale, last_residual, last_bytes, last_floats);
+    if constexpr (kBytes) std::memcpy(bytes + whole, last_bytes, rest);
+    else std::memcpy(floats + whole, last_floats, sizeof(float) * rest);
   }
 }
 
-using FinishTile = void (*)(const Int8Task&, const OutputScale&);
+using FinishFilters = void (*)(const Int8Task&, const OutputScale&);
 
-inline FinishTile finish_of(const Int8Scales& s) {
-  if (s.is_quantised) return s.has_residual ? finish_tile<true, true> : finish_tile<true, false>;
-  return s.has_residual ? finish_tile<false, true> : finish_tile<false, false>;
+inline FinishFilters finish_of(const Int8Scales& s) {
+  if (s.is_quantised) return s.has_residual ? finish_filters<true, true> : finish_filters<true, false>;
+  return s.has_residual ? finish_filters<false, true> : finish_filters<false, false>;
 }
 
 // ---- Scheduling ----
@@ -146,17 +206,17 @@ class Int8Convolution {
 
   // A thread's part of the planes.
   void run(const Partition& threads) {
-    const int filter_tiles = plan_.filter_tiles(), tiles = static_cast<int>((s_.conv_plane + kTile - 1) / kTile);
-    const int parts = filter_parts(tiles, filter_tiles, threads.count);
+    const int blocks = plan_.filter_blocks(), tiles = static_cast<int>((s_.conv_plane + kTile - 1) / kTile);
+    const int parts = filter_parts(tiles, blocks, threads.count);
     for (int g = 0; g < plan_.geometry.groups; ++g)
       for (int item = threads.begin(tiles * parts); item < threads.end(tiles * parts); ++item) {
         const Partition part{item / tiles, parts};
-        run_tile(g, item % tiles * kTile, part.begin(filter_tiles), part.end(filter_tiles));
+        run_tile(g, item % tiles * kTile, part.begin(blocks), part.end(blocks));
       }
   }
 
  private:
-  // Tiles of filters [first, last) of a conv group at the tile of pixels from `begin` on, panel by panel.
+  // Blocks of filters [first, last) of a conv group at the tile of pixels from `begin` on, panel by panel.
   void run_tile(int group, int begin, int first, int last) {
     const Tile tile = tile_at(begin, s_.conv_plane, width_, source_width_);
     const int steps = plan_.steps(group), columns = plan_.group_columns(group);
@@ -165,31 +225,57 @@ class Int8Convolution {
     task.panel = panel_;
     task.plane = s_.conv_plane;
     task.pixels = tile.count;
+    task.steps_at_once = plan_.weights.steps_at_once;
+    const Int8Weights::Group& where = plan_.weights.groups[group];
+    const int32_t* weight = plan_.weights.words.data() + where.words;
+    const int32_t* excess = plan_.weights.excess_start.data() + where.block;
     int done = 0;
     do {  // once, even without columns
-      const int column = done * kColumnsAtOnce;
+      const int column = done * kColumnsOfStep;
       task.steps = std::min(kPanelSteps, steps - done);
-      pack({image_.base, image_.end, offset + column, std::min(kPanelSteps * kColumnsAtOnce, columns - column)}, tile,
-           panel_);
+      pack({image_.base, image_.end, offset + column, std::min(kPanelSteps * kColumnsOfStep, columns - column),
+            task.steps},
+           tile, panel_);
       task.first = done == 0;
       task.last = done + task.steps == steps;
-      for (int i = first; i < last; ++i) run_filters(group, i, plan_.weights_at(group, i, done), begin, task);
+      for (int block = first; block < last; ++block) run_block(group, block, weight, excess, begin, task);
+      weight += static_cast<size_t>(plan_.filter_tiles()) * kTileFilters8 * task.steps;
+      excess += plan_.filter_blocks();
       done += task.steps;
     } while (done < steps);
   }
 
-  // A tile of filters at a panel; behind the last panel, the epilogue.
-  void run_filters(int group, int tile, const int32_t* weight, int begin, Int8Task& task) const {
-    const int in_group = tile * kTileFilters8, filter = group * plan_.group_filters() + in_group;
-    const int64_t at = filter * task.plane + begin;
-    task.weight = weight;
-    task.filters = std::min(kTileFilters8, plan_.group_filters() - in_group);
-    task.offset = plan_.offset.data() + filter;
+  // A block of filters at a panel; behind the last panel, the epilogue.
+  void run_block(int group, int block, const int32_t* weight, const int32_t* excess, int begin, Int8Task task) const {
+    constexpr int kBlockFilters = kTilesOfBlock * kTileFilters8;
+    const int first = block * kBlockFilters, filter = group * plan_.group_filters() + first;
+    const int count = std::min(kBlockFilters, plan_.group_filters() - first), rest = count % kTileFilters8;
     // Between panels the sums of all filters wait; those of one panel may take one place in turn.
-    task.sums = sums_ + (task.first && task.last ? 0 : in_group * kTile);
-    const int vectors = (task.pixels + kLanes - 1) / kLanes;
-    kSumTiles.by_size[(task.filters - 1) * kVectors + vectors - 1](task);
-    if (!task.last) return;
+    int32_t* sums = sums_ + (task.first && task.last ? 0 : first * kTile);
+    task.weight = weight + static_cast<size_t>(first) * task.steps;
+    task.offset = plan_.offset.data() + filter;
+    task.sums = sums;
+    task.filters = count - rest;
+    if (task.filters > 0) sum_pixels(task, kTileFilters8);
+    if (rest > 0) {
+      task.weight += static_cast<size_t>(task.filters) * task.steps;
+      task.offset += task.filters;
+      task.sums += task.filters * kTile;
+      task.filters = rest;
+      sum_pixels(task, rest);
+    }
+    task.sums = sums;
+    task.filters = count;
+    if (kSumsInInt16 && task.steps > 0) {
+      task.excess = plan_.weights.excess.data() + excess[block];
+      task.excess_end = plan_.weights.excess.data() + excess[block + 1];
+      add_excess(task);
+    }
+    if (task.last) finish(filter, begin, task);
+  }
+
+  void finish(int filter, int begin, Int8Task& task) const {
+    const int64_t at = filter * task.plane + begin;
     task.multiplier = plan_.multiplier.data() + filter;
     task.bias = plan_.bias.data() + filter;
     task.residual = image_.residual ? image_.residual + at : nullptr;
@@ -202,7 +288,7 @@ class Int8Convolution {
   const Shapes& s_;
   const Int8Image image_;
   const OutputScale scale_;
-  const FinishTile finish_;
+  const FinishFilters finish_;
   const int width_, source_width_;
   int32_t *panel_, *sums_;
   int64_t* offset_;  // of each column in what is read
@@ -240,6 +326,10 @@ inline void forward_int8(const Int8Pass& pass) {
     Int8Convolution(plan, pass, s, image).run(threads);
   };
   spread_images(pass.batch, pass.threads, {s.copied ? kReadPhase : 0, 1}, shared, own, run, [] {});
+}
+
+constexpr Int8Kernel int8_kernel(const char* name) {
+  return {name, kTileFilters8, kPanelSteps, kSumsInInt16, forward_int8};
 }
 
 }  // namespace SPP_ISA

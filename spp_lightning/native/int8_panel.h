@@ -2,28 +2,26 @@
 // them. A panel lies in the L1 cache and is read once per tile of filters.
 #pragma once
 
+#include "int8_plan.h"
 #include "int8_vectors.h"
 #include "shapes.h"
 
 namespace spp {
 namespace SPP_ISA {
 
-// The sums of a tile fill the registers: filters by vectors of pixels.
-#ifndef SPP_INT8_FILTERS
+// The sums of a part of a tile fill the registers: filters by vectors of pixels. A tile has one or two parts, so that
+// filters are begun and finished less often.
 #if SPP_LANES == 16
-#define SPP_INT8_FILTERS 8
-#define SPP_INT8_VECTORS 3
+constexpr int kTileFilters8 = 8, kVectors = 3, kParts = 1;
 #elif SPP_LANES == 8
-#define SPP_INT8_FILTERS 6
-#define SPP_INT8_VECTORS 2
+constexpr int kTileFilters8 = 6, kVectors = 2, kParts = 2;
 #else
-#define SPP_INT8_FILTERS 3
-#define SPP_INT8_VECTORS 4
+constexpr int kTileFilters8 = 3, kVectors = 4, kParts = 2;
 #endif
-#endif
-constexpr int kTileFilters8 = SPP_INT8_FILTERS, kVectors = SPP_INT8_VECTORS;
-constexpr int kTile = kLanes * kVectors;  // pixels
+constexpr int kPart = kLanes * kVectors, kTile = kPart * kParts;  // pixels
+static_assert(kTile % kPackPixels == 0, "A tile is finished by 16 pixels at a time.");
 constexpr int kPanelSteps = (24 << 10) / (kTile * 4);
+static_assert(kPanelSteps % 2 == 0, "Steps are multiplied in pairs.");
 constexpr int kRunSlack = kPackPixels;  // pixels that are read behind a run, and words that are written behind a panel
 
 // Neighbouring pixels of the output, without regard to rows.
@@ -57,13 +55,13 @@ inline Tile tile_at(int begin, int64_t pixels, int width, int source_width) {
 struct PanelSource {
   const uint8_t *base, *end;  // nothing is read from `end` on
   const int64_t* offset;
-  int columns;
+  int columns, steps;
 };
 
 // The columns of a step; where there are no more of them, the last one, whose weights are 0 then.
-SPP_INLINE void columns_of_step(const PanelSource& of, int k, const uint8_t* (&in)[kColumnsAtOnce]) {
+SPP_INLINE void columns_of_step(const PanelSource& of, int k, const uint8_t* (&in)[kColumnsOfStep]) {
 #pragma GCC unroll 4
-  for (int i = 0; i < kColumnsAtOnce; ++i) in[i] = of.base + of.offset[std::min(k + i, of.columns - 1)];
+  for (int i = 0; i < kColumnsOfStep; ++i) in[i] = of.base + of.offset[std::min(k + i, of.columns - 1)];
 }
 
 // kRuns is the number of a tile's runs, or 0 for any. A run is written behind its last pixel, too, where the next run
@@ -71,14 +69,14 @@ SPP_INLINE void columns_of_step(const PanelSource& of, int k, const uint8_t* (&i
 template <int kRuns>
 void pack_panel(const Tile& tile, const PanelSource& of, int32_t* panel) {
   const int runs = kRuns > 0 ? kRuns : tile.runs;
-  for (int k = 0; k < of.columns; k += kColumnsAtOnce, panel += kTile) {
-    const uint8_t* in[kColumnsAtOnce];
+  for (int k = 0; k < of.steps * kColumnsOfStep; k += kColumnsOfStep, panel += kTile) {
+    const uint8_t* in[kColumnsOfStep];
     columns_of_step(of, k, in);
 #pragma GCC unroll 3
     for (int r = 0; r < runs; ++r) {
-      const uint8_t* at[kColumnsAtOnce];
+      const uint8_t* at[kColumnsOfStep];
 #pragma GCC unroll 4
-      for (int i = 0; i < kColumnsAtOnce; ++i) at[i] = in[i] + tile.from[r];
+      for (int i = 0; i < kColumnsOfStep; ++i) at[i] = in[i] + tile.from[r];
       pack_words(at, panel + tile.to[r]);
     }
   }
@@ -86,13 +84,13 @@ void pack_panel(const Tile& tile, const PanelSource& of, int32_t* panel) {
 
 // The same where some runs might be read beyond the end.
 inline void pack_edge(const Tile& tile, const PanelSource& of, int32_t* panel) {
-  for (int k = 0; k < of.columns; k += kColumnsAtOnce, panel += kTile) {
-    const uint8_t* in[kColumnsAtOnce];
+  for (int k = 0; k < of.steps * kColumnsOfStep; k += kColumnsOfStep, panel += kTile) {
+    const uint8_t* in[kColumnsOfStep];
     columns_of_step(of, k, in);
     for (int r = 0; r < tile.runs; ++r) {
-      uint8_t pixels[kColumnsAtOnce][kPackPixels] = {};
-      const uint8_t* at[kColumnsAtOnce];
-      for (int i = 0; i < kColumnsAtOnce; ++i) {
+      uint8_t pixels[kColumnsOfStep][kPackPixels] = {};
+      const uint8_t* at[kColumnsOfStep];
+      for (int i = 0; i < kColumnsOfStep; ++i) {
         at[i] = in[i] + tile.from[r];
         if (of.end - at[i] >= kPackPixels) continue;
         std::memcpy(pixels[i], at[i], of.end - at[i]);

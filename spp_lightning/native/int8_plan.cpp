@@ -1,13 +1,64 @@
 #include "int8_plan.h"
 
 namespace spp {
+namespace {
+
+constexpr int kMostSteps = 2;  // whose products meet in int16
+
+// The weights of steps next to each other.
+struct Block {
+  int weights[kMostSteps][kColumnsOfStep] = {};
+
+  Block() = default;
+  Block(const int8_t* from, int count) { std::copy_n(from, std::max(0, count), &weights[0][0]); }
+  Block(const Block& of, int step) { std::copy_n(of.weights[step], kColumnsOfStep, weights[0]); }
+};
+
+int32_t word_of(const int (&weights)[kColumnsOfStep]) {
+  uint32_t word = 0;
+  for (int i = 0; i < kColumnsOfStep; ++i) word |= (static_cast<uint32_t>(weights[i]) & 0xffu) << (8 * i);
+  return static_cast<int32_t>(word);
+}
+
+// Takes what is too much out of a block, and returns it. The sums of int16 have two columns of each step, at 2i and
+// 2i + 1: with pixels of up to 255, they hold weights of one sign with a sum of up to 128.
+Block take_excess(int steps, Block& block) {
+  constexpr int kMost = 128;
+  Block excess;
+  for (int first = 0; first < kColumnsOfStep; first += 2)
+    for (int sign = -1; sign <= 1; sign += 2) {
+      int sum = 0;
+      for (int s = 0; s < steps; ++s)
+        for (int i = first; i < first + 2; ++i) sum += std::max(0, sign * block.weights[s][i]);
+      for (int s = 0; s < steps; ++s)
+        for (int i = first; i < first + 2; ++i) {
+          const int moved = std::clamp(sum - kMost, 0, std::max(0, sign * block.weights[s][i]));
+          block.weights[s][i] -= sign * moved;
+          excess.weights[s][i] += sign * moved;
+          sum -= moved;
+        }
+    }
+  return excess;
+}
+
+// How long products take, in instructions of a filter at two vectors of pixels.
+double cost(const Int8Weights& weights) {
+  const double step = weights.steps_at_once == 2 ? 6 : 7, excess = 10;
+  return step * weights.words.size() + excess * weights.excess.size();
+}
+
+}  // namespace
 
 Int8Plan::Int8Plan(const Geometry& g, const int32_t* numbers, int32_t num_columns, const int8_t* weight,
                    const float* multipliers, const float* biases, const Int8Scales& how, const Int8Kernel& by)
     : KeptColumns(g, numbers, num_columns), scales(how), kernel(&by),
       multiplier(multipliers, multipliers + g.filters), bias(g.filters, 0.0f) {
   if (biases != nullptr) bias.assign(biases, biases + g.filters);
-  pack(weight);
+  weights = pack(weight, 1);
+  if (kernel->sums_in_int16) {
+    Int8Weights joined = pack(weight, 2);
+    if (cost(joined) < cost(weights)) weights = std::move(joined);
+  }
   const int filters = group_filters();
   for (int f = 0; f < g.filters; ++f) {
     const int group = f / filters;
@@ -18,33 +69,48 @@ Int8Plan::Int8Plan(const Geometry& g, const int32_t* numbers, int32_t num_column
   }
 }
 
-// The weights of `count` columns: the first one gets the lowest bits.
-int32_t Int8Plan::word(const int8_t* weight, int filter, int column, int count) const {
-  const int bits = 32 / kernel->columns_at_once;
-  uint32_t made = 0;
-  for (int i = 0; i < count; ++i) {
-    const int32_t w = weight[filter * columns.size() + column + i];
-    made |= (static_cast<uint32_t>(w) & (bits == 16 ? 0xffffu : 0xffu)) << (bits * i);
+Int8Weights Int8Plan::pack(const int8_t* weight, int at_once) const {
+  Int8Weights made;
+  made.steps_at_once = at_once;
+  for (int g = 0; g < geometry.groups; ++g) {
+    made.groups.push_back({made.words.size(), static_cast<int32_t>(made.excess_start.size())});
+    const int steps_of_group = steps(g, at_once);
+    for (int done = 0; done < steps_of_group; done += kernel->panel_steps) {
+      const int count = std::min(kernel->panel_steps, steps_of_group - done);
+      const int first = group_start[g] + done * kColumnsOfStep;
+      pack_panel(weight + first, std::min(count * kColumnsOfStep, group_start[g + 1] - first), count, made);
+    }
   }
-  return static_cast<int32_t>(made);
+  made.excess_start.push_back(static_cast<int32_t>(made.excess.size()));
+  return made;
 }
 
-void Int8Plan::pack(const int8_t* weight) {
-  const int rows = kernel->tile_filters, at_once = kernel->columns_at_once;
-  size_t words = 0;
-  for (int g = 0; g < geometry.groups; ++g) {
-    group_weights.push_back(words);
-    words += static_cast<size_t>(filter_tiles()) * rows * steps(g);
+// `weight` is the first filter's first weight of the panel.
+void Int8Plan::pack_panel(const int8_t* weight, int columns_of_panel, int steps_of_panel, Int8Weights& into) const {
+  const int rows = kernel->tile_filters, at_once = into.steps_at_once, block_filters = kTilesOfBlock * rows;
+  const size_t begin = into.words.size();
+  into.words.resize(begin + static_cast<size_t>(filter_tiles()) * rows * steps_of_panel);
+  for (int block = 0; block < group_filters(); block += block_filters) {
+    into.excess_start.push_back(static_cast<int32_t>(into.excess.size()));
+    // Step by step, so that excesses next to each other are those of different filters: their sums don't wait for
+    // each other.
+    for (int step = 0; step < steps_of_panel; step += at_once)
+      for (int f = block; f < std::min(group_filters(), block + block_filters); ++f) {
+        const int first = step * kColumnsOfStep;
+        Block kept(weight + f * columns.size() + first, std::min(kColumnsOfStep * at_once, columns_of_panel - first));
+        const Block over = kernel->sums_in_int16 ? take_excess(at_once, kept) : Block();
+        int32_t* words = into.words.data() + begin + static_cast<size_t>(f / rows) * rows * steps_of_panel + f % rows;
+        for (int s = 0; s < at_once; ++s) {
+          words[static_cast<size_t>(step + s) * rows] = word_of(kept.weights[s]);
+          Block part(over, s);
+          while (word_of(part.weights[0]) != 0) {  // it may be too much for one product, too
+            const Block rest = take_excess(1, part);
+            into.excess.push_back({step + s, f - block, word_of(part.weights[0])});
+            part = rest;
+          }
+        }
+      }
   }
-  weights.reset(reinterpret_cast<int32_t*>(aligned_floats(words).release()));
-  int32_t* out = weights.get();
-  for (int g = 0; g < geometry.groups; ++g)
-    for (int first = 0; first < filter_tiles() * rows; first += rows)
-      for (int k = group_start[g]; k < group_start[g + 1]; k += at_once)
-        for (int filter = first; filter < first + rows; ++filter)
-          *out++ = filter < group_filters()
-                       ? word(weight, filter, k, std::min(at_once, group_start[g + 1] - k))
-                       : 0;
 }
 
 }  // namespace spp

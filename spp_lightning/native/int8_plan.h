@@ -8,6 +8,8 @@
 
 namespace spp {
 
+constexpr int32_t kColumnsOfStep = 4;  // columns that are multiplied together, a byte of a word each
+
 // The most columns of a conv group of which sums fit into int32: 255 · 128 · 65535 < 2³¹.
 constexpr int32_t kMostInt8Columns = 65535;
 
@@ -27,43 +29,65 @@ struct Int8Pass;
 // The kernel of an instruction set, and the layout of weights that it reads.
 struct Int8Kernel {
   const char* name;
-  int32_t tile_filters;     // filters that are computed together
-  int32_t columns_at_once;  // columns that one instruction multiplies: 2 of int16, or 4 of int8
+  int32_t tile_filters;  // filters that are computed together
+  int32_t panel_steps;   // steps of columns that a panel has at most; even
+  bool sums_in_int16;    // products of two columns meet in int16, whose sums would saturate: see Excess
   void (*forward)(const Int8Pass&);
+};
+
+constexpr int32_t kTilesOfBlock = 4;  // tiles of filters whose sums wait in the L1 cache for excess and epilogue
+
+// What a filter's weights lack that were made smaller, so that no sum of int16 saturates whatever the pixels are. It is
+// multiplied by itself and added, which makes the sum exact.
+struct Excess {
+  int32_t step;    // of its panel
+  int32_t filter;  // of its block
+  int32_t word;
+};
+
+// Weights of which no sum of int16 saturates: [conv group][panel][tile of filters][step][filter of the tile], a word for
+// the columns of a step. Zeros stand for filters and columns that there aren't.
+struct Int8Weights {
+  int32_t steps_at_once = 1;  // 2: the products of two steps meet in int16, too
+  std::vector<int32_t> words;
+  std::vector<Excess> excess;
+  std::vector<int32_t> excess_start;  // [conv group][panel][block of filters], and their number
+  // Of a conv group: the words of its first panel, and the place in `excess_start` of its first block.
+  struct Group {
+    size_t words;
+    int32_t block;
+  };
+  std::vector<Group> groups;
 };
 
 struct Int8Plan : KeptColumns {
   Int8Scales scales;
   const Int8Kernel* kernel;
-  // [conv group][tile of filters][step of columns][filter of the tile]: a word has the weights of the columns that
-  // are multiplied at once. Zeros stand for filters and columns that there aren't.
-  std::unique_ptr<int32_t[], AlignedFree> weights;
-  std::vector<size_t> group_weights;       // where each conv group's begin
-  std::vector<int32_t> offset;             // -zero point · Σ weights, one per filter
-  std::vector<float> multiplier, bias;     // one per filter
+  Int8Weights weights;
+  std::vector<int32_t> offset;          // -zero point · Σ weights, one per filter
+  std::vector<float> multiplier, bias;  // one per filter
 
   // `weight` is (filters / groups, columns); `bias` may be null.
   Int8Plan(const Geometry& geometry, const int32_t* numbers, int32_t num_columns, const int8_t* weight,
            const float* multipliers, const float* biases, const Int8Scales& scales, const Int8Kernel& kernel);
 
-  // Of a tile of filters, from a step on.
-  const int32_t* weights_at(int group, int tile, int step) const {
-    const size_t rows = static_cast<size_t>(tile) * steps(group) + step;
-    return weights.get() + group_weights[group] + rows * kernel->tile_filters;
-  }
-  int32_t steps(int group) const {
-    return (group_columns(group) + kernel->columns_at_once - 1) / kernel->columns_at_once;
-  }
   // Whether output and input are the same pixels: a 1×1 layer with a stride of 1 and no padding.
   bool reads_in_place() const {
     const Geometry& g = geometry;
     return g.kernel[0] * g.kernel[1] == 1 && g.stride[0] * g.stride[1] == 1 && g.padding[0] + g.padding[1] == 0;
   }
+  int32_t steps(int group) const { return steps(group, weights.steps_at_once); }
   int32_t filter_tiles() const { return (group_filters() + kernel->tile_filters - 1) / kernel->tile_filters; }
 
+  int32_t filter_blocks() const { return (filter_tiles() + kTilesOfBlock - 1) / kTilesOfBlock; }
+
  private:
-  int32_t word(const int8_t* weight, int filter, int column, int count) const;
-  void pack(const int8_t* weight);
+  int32_t steps(int group, int at_once) const {
+    const int columns = kColumnsOfStep * at_once;
+    return (group_columns(group) + columns - 1) / columns * at_once;
+  }
+  Int8Weights pack(const int8_t* weight, int steps_at_once) const;
+  void pack_panel(const int8_t* weight, int columns, int steps, Int8Weights& into) const;
 };
 
 // One pass over a batch; of the config, kernel and bfloat16 aren't read.

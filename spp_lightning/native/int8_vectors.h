@@ -1,9 +1,9 @@
 // Vectors of the int8 kernel: sums of int32, the products that are added to them, and what turns them into outputs.
 //
-// SPP_LANES are the sums of a vector. A word of 32 bits has the pixels, or the weights, of a few columns: two of
-// int16, or with SPP_INT8_QUADS four of 8 bits, pixels without and weights with a sign. The instructions that multiply
-// them are SPP_INT8_VNNI of AVX-512 or AVX, PMADDWD of SSE2 or AVX2, or loops that compute the same numbers: where a
-// processor lacks an instruction, tests run all the rest.
+// SPP_LANES are the sums of a vector. A word of 32 bits has a byte for each of four columns: pixels without a sign, or
+// weights with one. The instructions that multiply words are VPDPBUSD of AVX-512 or AVX VNNI (SPP_INT8_VNNI), VPMADDUBSW
+// of AVX2, PMADDWD of SSE2, or loops that compute the same numbers. Where a processor lacks VPDPBUSD, tests run the
+// loops in its place (SPP_INT8_EMULATED) and all the rest of the kernel as it is.
 //
 // Floats are rounded once per operation: the files of this kernel are compiled without contraction to fused
 // multiply-adds, so that all instruction sets make the same bits.
@@ -21,14 +21,25 @@
 namespace spp {
 namespace SPP_ISA {
 
-#ifdef SPP_INT8_QUADS
-constexpr int kColumnsAtOnce = 4;
-#else
-constexpr int kColumnsAtOnce = 2;
+// Which instructions there are: a pragma that sets a target doesn't define all of the compiler's macros.
+#ifdef SPP_INT8_EMULATED
+#elif SPP_LANES == 16
+#define SPP_INT8_AVX512
+#elif SPP_LANES == 8
+#define SPP_INT8_AVX2
+#elif defined(__SSE2__)
+#define SPP_INT8_SSE2
 #endif
 
 constexpr int kLanes = SPP_LANES;
-constexpr int kPackPixels = 16;  // pixels that are packed at once
+constexpr int kPackPixels = 16;  // pixels that are packed at once, and finished
+
+// Whether products of two columns meet in int16.
+#if defined(SPP_INT8_AVX2) && !defined(SPP_INT8_VNNI)
+constexpr bool kSumsInInt16 = true;
+#else
+constexpr bool kSumsInInt16 = false;
+#endif
 
 #define SPP_INLINE inline __attribute__((always_inline))
 
@@ -37,40 +48,52 @@ typedef float Floats __attribute__((vector_size(kLanes * 4), aligned(4), may_ali
 typedef uint8_t LaneBytes __attribute__((vector_size(kLanes), aligned(1), may_alias));
 typedef uint8_t Bytes __attribute__((vector_size(kPackPixels), aligned(1), may_alias));
 typedef uint16_t Halves __attribute__((vector_size(kPackPixels), aligned(1), may_alias));
-typedef uint16_t WideHalves __attribute__((vector_size(2 * kPackPixels), aligned(1), may_alias));
 
 SPP_INLINE Sums broadcast(int32_t x) { return x - Sums{}; }
 SPP_INLINE Floats broadcast(float x) { return x - Floats{}; }
 SPP_INLINE Sums load(const int32_t* p) { return *reinterpret_cast<const Sums*>(p); }
 SPP_INLINE void store(int32_t* p, Sums x) { *reinterpret_cast<Sums*>(p) = x; }
 
-// sum + Σ pixels · weights over the columns of a word.
+// sum + Σ pixels · weights over the columns of a step.
 SPP_INLINE Sums add_products(Sums sum, Sums pixels, Sums weights) {
-#if defined(SPP_INT8_QUADS) && defined(SPP_INT8_VNNI) && SPP_LANES == 16
+#ifdef SPP_INT8_AVX512
   return reinterpret_cast<Sums>(_mm512_dpbusd_epi32(reinterpret_cast<__m512i>(sum), reinterpret_cast<__m512i>(pixels),
                                                     reinterpret_cast<__m512i>(weights)));
-#elif defined(SPP_INT8_QUADS) && defined(SPP_INT8_VNNI)
+#elif defined(SPP_INT8_VNNI)
   return reinterpret_cast<Sums>(_mm256_dpbusd_avx_epi32(
       reinterpret_cast<__m256i>(sum), reinterpret_cast<__m256i>(pixels), reinterpret_cast<__m256i>(weights)));
-#elif defined(SPP_INT8_QUADS)
-  for (int shift = 0; shift < 32; shift += 8) sum += (pixels >> shift & 255) * (weights << (24 - shift) >> 24);
-  return sum;
-#elif SPP_LANES == 8
-  return sum + reinterpret_cast<Sums>(
-                   _mm256_madd_epi16(reinterpret_cast<__m256i>(pixels), reinterpret_cast<__m256i>(weights)));
-#elif defined(__SSE2__)
-  return sum + reinterpret_cast<Sums>(
-                   _mm_madd_epi16(reinterpret_cast<__m128i>(pixels), reinterpret_cast<__m128i>(weights)));
+#elif defined(SPP_INT8_AVX2)
+  const __m256i pairs = _mm256_maddubs_epi16(reinterpret_cast<__m256i>(pixels), reinterpret_cast<__m256i>(weights));
+  return sum + reinterpret_cast<Sums>(_mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+#elif defined(SPP_INT8_SSE2)
+  const __m128i x = reinterpret_cast<__m128i>(pixels), w = reinterpret_cast<__m128i>(weights);
+  const __m128i even = _mm_madd_epi16(_mm_and_si128(x, _mm_set1_epi16(255)), _mm_srai_epi16(_mm_slli_epi16(w, 8), 8));
+  const __m128i odd = _mm_madd_epi16(_mm_srli_epi16(x, 8), _mm_srai_epi16(w, 8));
+  return sum + reinterpret_cast<Sums>(even) + reinterpret_cast<Sums>(odd);
 #else
-  return sum + (pixels & 0xffff) * (weights << 16 >> 16) + (pixels >> 16) * (weights >> 16);
+  for (int i = 0; i < 4; ++i) sum += (pixels >> (8 * i) & 255) * (weights << (24 - 8 * i) >> 24);
+  return sum;
 #endif
 }
 
+#ifdef SPP_INT8_AVX2
+// The same of two steps at once: their products meet in int16.
+SPP_INLINE Sums add_two_products(Sums sum, Sums pixels, Sums weights, Sums next_pixels, Sums next_weights) {
+  const __m256i first = _mm256_maddubs_epi16(reinterpret_cast<__m256i>(pixels), reinterpret_cast<__m256i>(weights));
+  const __m256i next =
+      _mm256_maddubs_epi16(reinterpret_cast<__m256i>(next_pixels), reinterpret_cast<__m256i>(next_weights));
+  const __m256i pairs = _mm256_madd_epi16(_mm256_add_epi16(first, next), _mm256_set1_epi16(1));
+  return sum + reinterpret_cast<Sums>(pairs);
+}
+#else
+Sums add_two_products(Sums sum, Sums pixels, Sums weights, Sums next_pixels, Sums next_weights);
+#endif
+
 // Limits; `x` where it is within them.
 SPP_INLINE Floats clamp(Floats x, Floats low, Floats high) {
-#if SPP_LANES == 16 && defined(SPP_INT8_VNNI)
+#ifdef SPP_INT8_AVX512
   return _mm512_min_ps(_mm512_max_ps(x, low), high);
-#elif SPP_LANES == 8 && defined(__AVX__)
+#elif defined(SPP_INT8_AVX2)
   return _mm256_min_ps(_mm256_max_ps(x, low), high);
 #else
   x = x > low ? x : low;
@@ -80,30 +103,34 @@ SPP_INLINE Floats clamp(Floats x, Floats low, Floats high) {
 
 SPP_INLINE Floats to_floats(Sums x) { return __builtin_convertvector(x, Floats); }
 
-// Rounded to the nearest integer, to the even one of two; of numbers within ±2²².
-SPP_INLINE Sums round_to_even(Floats x) {
+// `x` rounded to the nearest integer, to the even one of two, plus `zero`; `x` is within ±2²².
+SPP_INLINE Sums round_to_even(Floats x, int32_t zero) {
   constexpr float kMagic = 12582912.0f;  // 1.5 · 2²³: of sums with it the last bit counts ones
-  return reinterpret_cast<Sums>(x + kMagic) - reinterpret_cast<Sums>(broadcast(kMagic));
+  constexpr int32_t kMagicBits = 0x4b400000;
+  return reinterpret_cast<Sums>(x + kMagic) - (kMagicBits - zero);
 }
 
-// The first `count` lanes.
-SPP_INLINE Sums load_bytes(const uint8_t* p, int count) {
-  LaneBytes bytes{};
-  if (count >= kLanes) bytes = *reinterpret_cast<const LaneBytes*>(p);
-  else std::memcpy(&bytes, p, count);
-  return __builtin_convertvector(bytes, Sums);
+SPP_INLINE Sums widen(const uint8_t* p) {
+  return __builtin_convertvector(*reinterpret_cast<const LaneBytes*>(p), Sums);
 }
 
-// Of numbers in [0, 255].
-SPP_INLINE void store_bytes(uint8_t* p, Sums x, int count) {
-  const LaneBytes bytes = __builtin_convertvector(x, LaneBytes);
-  if (count >= kLanes) *reinterpret_cast<LaneBytes*>(p) = bytes;
-  else std::memcpy(p, &bytes, count);
-}
-
-SPP_INLINE void store_floats(float* p, Floats x, int count) {
-  if (count >= kLanes) *reinterpret_cast<Floats*>(p) = x;
-  else std::memcpy(p, &x, sizeof(float) * count);
+// The lower bytes of 16 sums, all of them in [0, 255].
+constexpr int kPackVectors = kPackPixels / kLanes;
+SPP_INLINE void narrow(const Sums (&x)[kPackVectors], uint8_t* out) {
+#ifdef SPP_INT8_AVX512
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(out), _mm512_cvtepi32_epi8(reinterpret_cast<__m512i>(x[0])));
+#elif defined(SPP_INT8_AVX2)
+  const __m256i halves = _mm256_packs_epi32(reinterpret_cast<__m256i>(x[0]), reinterpret_cast<__m256i>(x[1]));
+  const __m256i ordered = _mm256_permute4x64_epi64(halves, 0xd8);
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(out),
+                   _mm_packus_epi16(_mm256_castsi256_si128(ordered), _mm256_extracti128_si256(ordered, 1)));
+#elif defined(SPP_INT8_SSE2)
+  const __m128i low = _mm_packs_epi32(reinterpret_cast<__m128i>(x[0]), reinterpret_cast<__m128i>(x[1]));
+  const __m128i high = _mm_packs_epi32(reinterpret_cast<__m128i>(x[2]), reinterpret_cast<__m128i>(x[3]));
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(out), _mm_packus_epi16(low, high));
+#else
+  for (int i = 0; i < kPackPixels; ++i) out[i] = static_cast<uint8_t>(x[i / kLanes][i % kLanes]);
+#endif
 }
 
 // The elements of two vectors, alternating: those of their lower halves, or of their upper ones.
@@ -121,24 +148,20 @@ SPP_INLINE Bytes interleave_upper(Bytes a, Bytes b) {
 SPP_INLINE Halves interleave_lower(Halves a, Halves b) { return SPP_PICK_OF(Halves, a, b, 0, 8, 1, 9, 2, 10, 3, 11); }
 SPP_INLINE Halves interleave_upper(Halves a, Halves b) { return SPP_PICK_OF(Halves, a, b, 4, 12, 5, 13, 6, 14, 7, 15); }
 
-// The words of 16 pixels under the columns that are multiplied at once: `in` has a pointer to each column's pixels.
-SPP_INLINE void pack_words(const uint8_t* const (&in)[kColumnsAtOnce], int32_t* out) {
-  Bytes x[kColumnsAtOnce];
+// The words of 16 pixels under the columns of a step: `in` has a pointer to each column's pixels.
+SPP_INLINE void pack_words(const uint8_t* const (&in)[4], int32_t* out) {
+  Bytes x[4];
 #pragma GCC unroll 4
-  for (int i = 0; i < kColumnsAtOnce; ++i) x[i] = *reinterpret_cast<const Bytes*>(in[i]);
-  const Bytes lower = interleave_lower(x[0], x[1]), upper = interleave_upper(x[0], x[1]);
-#ifdef SPP_INT8_QUADS
-  const Bytes lower2 = interleave_lower(x[2], x[3]), upper2 = interleave_upper(x[2], x[3]);
+  for (int i = 0; i < 4; ++i) x[i] = *reinterpret_cast<const Bytes*>(in[i]);
+  const auto first = reinterpret_cast<Halves>(interleave_lower(x[0], x[1]));
+  const auto second = reinterpret_cast<Halves>(interleave_lower(x[2], x[3]));
+  const auto third = reinterpret_cast<Halves>(interleave_upper(x[0], x[1]));
+  const auto fourth = reinterpret_cast<Halves>(interleave_upper(x[2], x[3]));
   Halves* words = reinterpret_cast<Halves*>(out);
-  words[0] = interleave_lower(reinterpret_cast<Halves>(lower), reinterpret_cast<Halves>(lower2));
-  words[1] = interleave_upper(reinterpret_cast<Halves>(lower), reinterpret_cast<Halves>(lower2));
-  words[2] = interleave_lower(reinterpret_cast<Halves>(upper), reinterpret_cast<Halves>(upper2));
-  words[3] = interleave_upper(reinterpret_cast<Halves>(upper), reinterpret_cast<Halves>(upper2));
-#else
-  WideHalves* words = reinterpret_cast<WideHalves*>(out);
-  words[0] = __builtin_convertvector(lower, WideHalves);
-  words[1] = __builtin_convertvector(upper, WideHalves);
-#endif
+  words[0] = interleave_lower(first, second);
+  words[1] = interleave_upper(first, second);
+  words[2] = interleave_lower(third, fourth);
+  words[3] = interleave_upper(third, fourth);
 }
 
 }  // namespace SPP_ISA
