@@ -19,6 +19,7 @@ from harness.classifiers import CLASSIFIERS, data_for
 from harness.context import ROOT, context, data_of
 from harness.results import Results, Row, markdown_table
 from lightning.pytorch import LightningModule, Trainer, seed_everything
+from torch import nn
 
 from spp_lightning import SPPCallback
 from spp_lightning.planning.plan import Plan
@@ -38,7 +39,7 @@ def trainer_of(steps: int, *callbacks: Any) -> Trainer:
     return Trainer(max_steps=steps, callbacks=list(callbacks), **options)
 
 
-def accuracy(net: LightningModule, data: Any) -> float:
+def accuracy(net: nn.Module, data: Any) -> float:
     """Share of the test images that a network classifies right."""
     data.setup("validate")
     right = total = 0

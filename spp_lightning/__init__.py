@@ -12,6 +12,8 @@ if TYPE_CHECKING:
     from spp_lightning.compaction.layers.kept import kept_columns
     from spp_lightning.compaction.macs import count_macs
     from spp_lightning.compaction.pipeline import compact
+    from spp_lightning.compaction.quantize.pipeline import quantize_compact
+    from spp_lightning.compaction.quantize.report import quantize_report
     from spp_lightning.compaction.report import compact_report
     from spp_lightning.data.cifar10 import CIFAR10DataModule
     from spp_lightning.data.digits import DigitsDataModule
@@ -43,6 +45,8 @@ __all__ = [
     "materialize_weights",
     "onnx_library",
     "plan",
+    "quantize_compact",
+    "quantize_report",
     "save_compact",
     "to_dense",
 ]
@@ -66,6 +70,8 @@ _HOMES = {
     "materialize_weights": "method.computed",
     "onnx_library": "export.library",
     "plan": "planning.solve",
+    "quantize_compact": "compaction.quantize.pipeline",
+    "quantize_report": "compaction.quantize.report",
     "save_compact": "compaction.file.container",
     "to_dense": "compaction.graph.to_dense",
 }

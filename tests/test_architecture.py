@@ -17,7 +17,7 @@ METHOD_OF_COMPACTION = ("method.masks", "method.selection", "method.groups", "me
 FLOORS = (  # of compaction, the lowest first; a room may import its own floor and those below
     ("native", *METHOD_OF_COMPACTION),
     (
-        *("compaction.geometry", "compaction.epilogue", "compaction.spec"),
+        *("compaction.geometry", "compaction.epilogue", "compaction.spec", "compaction.int8_spec"),
         *("compaction.agreement", "compaction.timing", "compaction.macs"),
     ),
     ("compaction.kernels",),
@@ -38,6 +38,7 @@ MAY_IMPORT = {  # what each room may import besides itself
     "compaction.file": up_to(4),
     "compaction.pipeline": up_to(4),
     "compaction.report": up_to(4),
+    "compaction.quantize": up_to(4),
     "compaction": ("compaction",),  # the public names of its rooms
     "planning": ("method", "compaction"),
     "export": ("native", "compaction"),

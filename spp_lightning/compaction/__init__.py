@@ -8,6 +8,8 @@ from spp_lightning.compaction.kernels.cpu.library import instruction_set
 from spp_lightning.compaction.layers.column_conv import ColumnConv2d
 from spp_lightning.compaction.layers.operator import column_conv2d
 from spp_lightning.compaction.pipeline import compact
+from spp_lightning.compaction.quantize.pipeline import quantize_compact
+from spp_lightning.compaction.quantize.report import quantize_report
 from spp_lightning.compaction.report import compact_report
 from spp_lightning.compaction.spec import ConvSpec
 
@@ -23,6 +25,8 @@ __all__ = [
     "compact_report",
     "instruction_set",
     "load_compact",
+    "quantize_compact",
+    "quantize_report",
     "save_compact",
     "to_dense",
 ]

@@ -9,6 +9,7 @@ from torch import fx, nn
 
 from spp_lightning.compaction.layers.column_conv import ColumnConv2d
 from spp_lightning.compaction.layers.column_linear import ColumnLinear
+from spp_lightning.compaction.layers.quantized import Quantize, QuantizedConv2d, QuantizedLinear
 
 __all__ = [
     "Node",
@@ -23,8 +24,9 @@ __all__ = [
     "times_called",
 ]
 
-
 Node = fx.Node
+
+_COMPACT = (ColumnConv2d, ColumnLinear, Quantize, QuantizedConv2d, QuantizedLinear)
 
 
 def module_of(graph: fx.GraphModule, node: Any) -> nn.Module | None:
@@ -95,5 +97,5 @@ def convolution_like(
 def is_opaque(module: nn.Module) -> bool:
     """Whether a module that a graph calls is neither a layer of torch nor one of compaction."""
     kind = type(module)
-    layer = kind in (ColumnConv2d, ColumnLinear) or kind.__module__.startswith("torch.nn.")
+    layer = kind in _COMPACT or kind.__module__.startswith("torch.nn.")
     return not layer or kind.__module__ == nn.Sequential.__module__  # a container

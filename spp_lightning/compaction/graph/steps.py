@@ -14,7 +14,7 @@ import torch
 from torch import fx
 from torch.nn import functional as F
 
-__all__ = ["Step", "Value", "map_values", "steps_of", "text_of", "users_of", "values_in"]
+__all__ = ["OPS", "Step", "Value", "map_values", "steps_of", "text_of", "users_of", "values_in"]
 
 Kind = Literal["input", "tensor", "layer", "function", "method", "output"]
 
@@ -26,6 +26,9 @@ _KINDS: dict[str, Kind] = {
     "call_method": "method",
     "output": "output",
 }
+
+# What torch.fx calls each kind of step.
+OPS: dict[str, str] = {kind: op for op, kind in _KINDS.items()}
 
 
 @dataclass(frozen=True)

@@ -11,14 +11,20 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from spp_lightning.compaction.epilogue import Activation, Clamp, PlaneOp, local_response_norm
+from spp_lightning.compaction.epilogue import (
+    Activation,
+    Clamp,
+    Epilogue,
+    PlaneOp,
+    local_response_norm,
+)
 from spp_lightning.compaction.graph.network import CompactNetwork
 from spp_lightning.compaction.graph.query import set_module
 from spp_lightning.compaction.graph.steps import Step, Value, map_values
 from spp_lightning.compaction.layers.column_conv import ColumnConv2d
 from spp_lightning.compaction.layers.column_linear import ColumnLinear
 
-__all__ = ["to_dense"]
+__all__ = ["calls_behind_clamp", "to_dense"]
 
 _Call = tuple[Callable[..., Tensor], tuple[Any, ...], dict[str, Any]]
 
@@ -148,9 +154,14 @@ def _calls(layer: ColumnConv2d, residual: Any = None) -> list[_Call]:
         calls.append((F.relu, (), {}))
     elif clamp != Clamp():
         calls.append((torch.clamp, tuple(clamp), {}))
-    if layer.epilogue.activation != "none":
-        calls.append(_ACTIVATIONS[layer.epilogue.activation])
-    return calls + [_plane_call(op) for op in layer.epilogue.post]
+    return calls + calls_behind_clamp(layer.epilogue)
+
+
+def calls_behind_clamp(epilogue: Epilogue) -> list[_Call]:
+    """What an epilogue does after its clamp, as functions of torch with their further arguments."""
+    activation = epilogue.activation
+    calls = [] if activation == "none" else [_ACTIVATIONS[activation]]
+    return calls + [_plane_call(op) for op in epilogue.post]
 
 
 _ACTIVATIONS: dict[Activation, _Call] = {

@@ -1,0 +1,1 @@
+"""Post-training quantisation: a compact network in int8."""

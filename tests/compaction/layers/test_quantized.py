@@ -1,0 +1,168 @@
+"""Int8 layers: their arithmetic against NumPy, and what they refuse."""
+
+import copy
+import io
+import math
+import pickle
+
+import numpy as np
+import pytest
+import torch
+
+from spp_lightning.compaction.geometry import Geometry
+from spp_lightning.compaction.int8_spec import Int8Spec, TensorScale
+from spp_lightning.compaction.layers.quantized import Quantize, QuantizedConv2d, QuantizedLinear
+
+INPUT, RESIDUAL = TensorScale(0.037, 113), TensorScale(0.21, 40)
+SPECS = {
+    "1x1": Int8Spec(Geometry(5, 7, (1, 1)), INPUT, TensorScale(0.4, 90)),
+    "stride": Int8Spec(
+        Geometry(4, 6, (3, 3), (2, 2), (1, 1)), INPUT, TensorScale(0.11), None, (0.0, math.inf)
+    ),
+    "groups": Int8Spec(
+        Geometry(6, 4, (3, 2), (1, 1), (2, 0), (2, 1), 2), INPUT, TensorScale(0.3, 128), RESIDUAL
+    ),
+    "float": Int8Spec(Geometry(3, 5, (3, 3), padding=(1, 1)), INPUT, None, RESIDUAL, (0.0, 6.0)),
+    "saturated": Int8Spec(Geometry(8, 3, (1, 1)), TensorScale(9.0, 0), TensorScale(1e-3, 3)),
+}
+
+
+def drawn(spec, seed=0):
+    """A layer of a spec, an input and a residual or none."""
+    rng = np.random.default_rng(seed)
+    g = spec.geometry
+    columns = np.sort(rng.choice(g.num_columns, max(g.num_columns // 2, 1), replace=False))
+    weight = rng.integers(-127, 128, (g.filters // g.groups, len(columns)))
+    scales = rng.uniform(0.001, 0.02, g.filters).astype(np.float32)
+    bias = rng.normal(size=g.filters).astype(np.float32)
+    layer = QuantizedConv2d(
+        spec,
+        torch.from_numpy(weight.astype(np.int8)),
+        torch.from_numpy(columns.astype(np.int32)),
+        torch.from_numpy(scales),
+        torch.from_numpy(bias),
+    )
+    x = rng.integers(0, 256, (2, g.channels, 7, 6), dtype=np.uint8)
+    shape = (2, g.filters, *g.out_size(7, 6))
+    residual = rng.integers(0, 256, shape, dtype=np.uint8) if spec.residual else None
+    return layer, torch.from_numpy(x), None if residual is None else torch.from_numpy(residual)
+
+
+def reference(layer, x, residual):
+    """The layer's output, number by number, in the order that is documented."""
+    spec, g = layer.spec, layer.geometry
+    x = x.numpy().astype(np.int64) - spec.input.zero_point
+    height, width = g.out_size(*x.shape[2:])
+    rows, per_group = g.filters // g.groups, g.num_columns // g.groups
+    out = np.empty((len(x), g.filters, height, width), np.float32)
+    for b, f, i, j in np.ndindex(out.shape):
+        total = 0
+        for k, column in enumerate(layer.columns.tolist()):
+            if column // per_group != f // rows:
+                continue
+            c, tap = divmod(column, g.taps)
+            a = i * g.stride[0] - g.padding[0] + tap // g.kernel_size[1] * g.dilation[0]
+            e = j * g.stride[1] - g.padding[1] + tap % g.kernel_size[1] * g.dilation[1]
+            if 0 <= a < x.shape[2] and 0 <= e < x.shape[3]:
+                total += int(layer.weight[f % rows, k]) * int(x[b, c, a, e])
+        multiplier = np.float32(spec.input.scale) * layer.weight_scale[f].numpy()
+        y = np.float32(np.float32(total) * multiplier) + layer.bias[f].numpy()
+        if residual is not None:
+            steps = np.float32(int(residual[b, f, i, j]) - spec.residual.zero_point)
+            y = y + steps * np.float32(spec.residual.scale)
+        out[b, f, i, j] = min(max(y, np.float32(spec.clamp[0])), np.float32(spec.clamp[1]))
+    if spec.output is None:
+        return out
+    inverse = np.float32(1) / np.float32(spec.output.scale)
+    q = np.rint(out * inverse) + np.float32(spec.output.zero_point)
+    return np.clip(q, 0, 255).astype(np.uint8)
+
+
+@pytest.mark.parametrize("name", SPECS)
+def test_layers_compute_what_is_documented(name):
+    layer, x, residual = drawn(SPECS[name])
+    found, expected = layer(x, residual).numpy(), reference(layer, x, residual)
+    assert found.dtype == expected.dtype
+    np.testing.assert_array_equal(found, expected)
+    if name == "saturated":
+        assert {found.min(), found.max()} == {0, 255}
+    single = layer(x[0], None if residual is None else residual[0])
+    np.testing.assert_array_equal(single.numpy(), expected[0])
+
+
+def test_linear_layers_are_pointwise():
+    conv, x, _ = drawn(SPECS["1x1"])
+    linear = QuantizedLinear(conv.spec, conv.weight, conv.columns, conv.weight_scale, conv.bias)
+    rows = x.permute(0, 2, 3, 1)
+    assert torch.equal(linear(rows), conv(x).permute(0, 2, 3, 1))
+    assert linear(rows[0, 0, 0]).shape == (7,)
+    with pytest.raises(ValueError, match=r"`x` must be of shape \(…, 5\)"):
+        linear(x)
+
+
+def test_rounding_to_uint8():
+    to_uint8 = Quantize(TensorScale(0.5, 10))
+    x = torch.tensor([0.25, 0.75, -0.25, -5.1, 1e30, -math.inf, math.nan])
+    assert to_uint8(x).tolist() == [10, 12, 10, 0, 255, 0, 0]
+
+
+def test_copies_and_states_keep_all_numbers():
+    layer, x, residual = drawn(SPECS["groups"])
+    expected = layer(x, residual)
+    buffer = io.BytesIO()
+    pickle.dump(layer, buffer)
+    buffer.seek(0)
+    for again in (copy.deepcopy(layer), pickle.load(buffer)):
+        assert torch.equal(again(x, residual), expected)
+    other, _, _ = drawn(SPECS["groups"], seed=1)
+    other.output_scale.fill_(7.0)
+    assert not torch.equal(other(x, residual), expected)
+    other.load_state_dict({**layer.state_dict(), "columns": layer.columns})
+    assert torch.equal(other(x, residual), expected)
+    assert other.spec == layer.spec
+
+
+BROKEN = {
+    "`weight` must be int8 of shape .*float32": {"weight": torch.zeros(7, 2)},
+    r"`weight` must be in \[-127, 127\]": {"weight": torch.full((7, 2), -128, dtype=torch.int8)},
+    "`columns` must be ascending": {"columns": torch.tensor([3, 1], dtype=torch.int32)},
+    "`weight_scale` must be float32 of shape": {"weight_scale": torch.ones(7).double()},
+    "`weight_scale` must be finite": {"weight_scale": torch.full((7,), math.nan)},
+    "`weight_scale` must be at least 1e-30": {"weight_scale": torch.zeros(7)},
+    "its product with the input's scale": {"weight_scale": torch.full((7,), 1e38)},
+    "`bias` must be float32": {"bias": torch.zeros(6)},
+    "scale of `input`": {"spec": Int8Spec(Geometry(5, 7, (1, 1)), TensorScale(math.inf))},
+    "zero point of `output`": {
+        "spec": Int8Spec(Geometry(5, 7, (1, 1)), INPUT, TensorScale(1.0, 256))
+    },
+}
+
+
+@pytest.mark.parametrize("message", BROKEN)
+def test_what_does_not_fit_is_refused(message):
+    given = {
+        "spec": SPECS["1x1"],
+        "weight": torch.ones(7, 2, dtype=torch.int8),
+        "columns": torch.tensor([1, 3], dtype=torch.int32),
+        "weight_scale": torch.ones(7),
+        "bias": None,
+    }
+    QuantizedConv2d(**given)
+    with pytest.raises(ValueError, match=message):
+        QuantizedConv2d(**{**given, **BROKEN[message]})
+
+
+def test_inputs_that_do_not_fit_are_refused():
+    layer, x, residual = drawn(SPECS["groups"])
+    for given, message in (
+        ((x.float(), residual), "`x` must be uint8"),
+        ((x[:, :5], residual), r"`x` must be uint8 of shape \(B, 6, H, W\)"),
+        ((x, None), "`residual` must be given"),
+        ((x, residual[:, :, 1:]), "`residual` must be uint8 of shape"),
+        ((x, residual.float()), "`residual` must be uint8"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            layer(*given)
+    layer, x, _ = drawn(SPECS["1x1"])
+    with pytest.raises(ValueError, match="`residual` must be None"):
+        layer(x, x)
