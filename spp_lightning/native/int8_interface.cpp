@@ -8,14 +8,27 @@
 namespace spp {
 namespace {
 
+#ifdef SPP_X86
+bool has_avx512_vnni() {
+  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
+         __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vnni");
+}
+#endif
+
 // The best one of this machine, or the one of a name; null if there is none.
 const Int8Kernel* choose(const char* wanted) {
   const auto is = [&](const Int8Kernel& kernel) { return !*wanted || std::strcmp(wanted, kernel.name) == 0; };
 #ifdef SPP_X86
   __builtin_cpu_init();
+  if (is(kInt8Avx512Vnni) && has_avx512_vnni()) return &kInt8Avx512Vnni;
+#ifdef SPP_HAS_AVX_VNNI
+  if (is(kInt8AvxVnni) && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("avxvnni")) return &kInt8AvxVnni;
+#endif
   if (is(kInt8Avx2) && __builtin_cpu_supports("avx2")) return &kInt8Avx2;
 #endif
-  return is(kInt8Base) ? &kInt8Base : nullptr;
+  for (const Int8Kernel* kernel : {&kInt8Base, &kInt8AvxVnniEmulated, &kInt8Avx512VnniEmulated})
+    if (is(*kernel)) return kernel;
+  return nullptr;
 }
 
 const Int8Kernel* chosen = choose("");

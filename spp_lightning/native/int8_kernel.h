@@ -108,21 +108,22 @@ inline void add_excess(const Int8Task& task) {
 
 // ---- From sums to outputs ----
 
-// The clamp and the scale of an output. The clamp of a quantised one is moved behind the division by the scale: both
-// are monotonic, so that the result is the same.
+// The clamp and the scale of an output. Limits of a quantised one are rounded as the output is: scaling and rounding
+// are monotonic, so that the order doesn't matter.
 struct OutputScale {
   float low, high, inverse;
-  int32_t zero;
+  ByteLimits limits;
   float residual_scale;
   int32_t residual_zero;
 
   explicit OutputScale(const Int8Scales& s)
-      : low(s.low), high(s.high), inverse(s.output_inverse), zero(s.output_zero), residual_scale(s.residual_scale),
-        residual_zero(s.residual_zero) {
-    if (!s.is_quantised) return;
-    const float least = static_cast<float>(-zero), most = static_cast<float>(255 - zero);
-    low = std::clamp(low * inverse, least, most);
-    high = std::clamp(high * inverse, least, most);
+      : low(s.low), high(s.high), inverse(s.output_inverse), limits{0, 255, s.output_zero},
+        residual_scale(s.residual_scale), residual_zero(s.residual_zero) {
+    const auto quantised = [&](float limit) {
+      const float zero = static_cast<float>(s.output_zero);
+      return static_cast<int32_t>(std::nearbyint(std::clamp(limit * inverse, -zero, 255 - zero))) + s.output_zero;
+    };
+    if (s.is_quantised) limits.low = quantised(low), limits.high = quantised(high);
   }
 };
 
@@ -130,19 +131,19 @@ struct OutputScale {
 template <bool kBytes, bool kResidual>
 SPP_INLINE void finish_pixels(const int32_t* sums, float multiplier, float bias, const OutputScale& scale,
                               const uint8_t* residual, uint8_t* bytes, float* floats) {
-  Sums rounded[kPackVectors];
+  Floats y[kPackVectors];
 #pragma GCC unroll 4
   for (int i = 0; i < kPackVectors; ++i) {
-    Floats y = to_floats(load(sums + i * kLanes)) * multiplier;
-    y += bias;
+    y[i] = to_floats(load(sums + i * kLanes)) * multiplier;
+    y[i] += bias;
     if constexpr (kResidual)
-      y += to_floats(widen(residual + i * kLanes) - scale.residual_zero) * scale.residual_scale;
-    if constexpr (kBytes) y *= scale.inverse;
-    y = clamp(y, broadcast(scale.low), broadcast(scale.high));
-    if constexpr (kBytes) rounded[i] = round_to_even(y, scale.zero);
-    else *reinterpret_cast<Floats*>(floats + i * kLanes) = y;
+      y[i] += to_floats(widen(residual + i * kLanes) - scale.residual_zero) * scale.residual_scale;
+    if constexpr (kBytes)
+      y[i] *= scale.inverse;
+    else
+      *reinterpret_cast<Floats*>(floats + i * kLanes) = clamp(y[i], broadcast(scale.low), broadcast(scale.high));
   }
-  if constexpr (kBytes) narrow(rounded, bytes);
+  if constexpr (kBytes) store_rounded(y, scale.limits, bytes);
 }
 
 template <bool kBytes, bool kResidual>

@@ -6,8 +6,14 @@
 namespace spp {
 
 extern const Int8Kernel kInt8Base;
+// For tests.
+extern const Int8Kernel kInt8AvxVnniEmulated, kInt8Avx512VnniEmulated;
 #ifdef SPP_X86
-extern const Int8Kernel kInt8Avx2;
+extern const Int8Kernel kInt8Avx2, kInt8Avx512Vnni;
+#if defined(__clang__) ? __clang_major__ >= 12 : __GNUC__ >= 11
+#define SPP_HAS_AVX_VNNI
+extern const Int8Kernel kInt8AvxVnni;
+#endif
 #endif
 
 }  // namespace spp

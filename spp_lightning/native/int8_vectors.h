@@ -90,46 +90,70 @@ Sums add_two_products(Sums sum, Sums pixels, Sums weights, Sums next_pixels, Sum
 #endif
 
 // Limits; `x` where it is within them.
-SPP_INLINE Floats clamp(Floats x, Floats low, Floats high) {
+SPP_INLINE Floats not_above(Floats x, float high) {
+  const Floats most = broadcast(high);
 #ifdef SPP_INT8_AVX512
-  return _mm512_min_ps(_mm512_max_ps(x, low), high);
+  return _mm512_min_ps(x, most);
 #elif defined(SPP_INT8_AVX2)
-  return _mm256_min_ps(_mm256_max_ps(x, low), high);
+  return _mm256_min_ps(x, most);
+#elif defined(SPP_INT8_SSE2)
+  return _mm_min_ps(x, most);
 #else
-  x = x > low ? x : low;
-  return x < high ? x : high;
+  return x < most ? x : most;
 #endif
 }
+SPP_INLINE Floats clamp(Floats x, Floats low, Floats high) {
+  x = x > low ? x : low;
+  return x < high ? x : high;
+}
+constexpr float kMostRounded = 1 << 30;  // larger numbers have no int32
 
 SPP_INLINE Floats to_floats(Sums x) { return __builtin_convertvector(x, Floats); }
-
-// `x` rounded to the nearest integer, to the even one of two, plus `zero`; `x` is within ±2²².
-SPP_INLINE Sums round_to_even(Floats x, int32_t zero) {
-  constexpr float kMagic = 12582912.0f;  // 1.5 · 2²³: of sums with it the last bit counts ones
-  constexpr int32_t kMagicBits = 0x4b400000;
-  return reinterpret_cast<Sums>(x + kMagic) - (kMagicBits - zero);
-}
 
 SPP_INLINE Sums widen(const uint8_t* p) {
   return __builtin_convertvector(*reinterpret_cast<const LaneBytes*>(p), Sums);
 }
 
-// The lower bytes of 16 sums, all of them in [0, 255].
+// The limits and the zero point of a quantised output.
+struct ByteLimits {
+  int32_t low, high, zero;
+};
+
+// 16 numbers rounded to integers, to the even one of two, plus the zero point; within the limits.
 constexpr int kPackVectors = kPackPixels / kLanes;
-SPP_INLINE void narrow(const Sums (&x)[kPackVectors], uint8_t* out) {
+SPP_INLINE void store_rounded(const Floats (&x)[kPackVectors], const ByteLimits& limits, uint8_t* out) {
+#if defined(SPP_INT8_AVX512) || defined(SPP_INT8_AVX2) || defined(SPP_INT8_SSE2)
+  __m128i bytes;
 #ifdef SPP_INT8_AVX512
-  _mm_storeu_si128(reinterpret_cast<__m128i*>(out), _mm512_cvtepi32_epi8(reinterpret_cast<__m512i>(x[0])));
+  const __m512i sums = _mm512_add_epi32(_mm512_cvtps_epi32(not_above(x[0], kMostRounded)), _mm512_set1_epi32(limits.zero));
+  bytes = _mm512_cvtusepi32_epi8(_mm512_max_epi32(sums, _mm512_setzero_si512()));
 #elif defined(SPP_INT8_AVX2)
-  const __m256i halves = _mm256_packs_epi32(reinterpret_cast<__m256i>(x[0]), reinterpret_cast<__m256i>(x[1]));
-  const __m256i ordered = _mm256_permute4x64_epi64(halves, 0xd8);
-  _mm_storeu_si128(reinterpret_cast<__m128i*>(out),
-                   _mm_packus_epi16(_mm256_castsi256_si128(ordered), _mm256_extracti128_si256(ordered, 1)));
-#elif defined(SPP_INT8_SSE2)
-  const __m128i low = _mm_packs_epi32(reinterpret_cast<__m128i>(x[0]), reinterpret_cast<__m128i>(x[1]));
-  const __m128i high = _mm_packs_epi32(reinterpret_cast<__m128i>(x[2]), reinterpret_cast<__m128i>(x[3]));
-  _mm_storeu_si128(reinterpret_cast<__m128i*>(out), _mm_packus_epi16(low, high));
+  const __m256i halves = _mm256_packs_epi32(_mm256_cvtps_epi32(not_above(x[0], kMostRounded)),
+                                            _mm256_cvtps_epi32(not_above(x[1], kMostRounded)));
+  const __m256i moved = _mm256_adds_epi16(_mm256_permute4x64_epi64(halves, 0xd8), _mm256_set1_epi16(limits.zero));
+  bytes = _mm_packus_epi16(_mm256_castsi256_si128(moved), _mm256_extracti128_si256(moved, 1));
 #else
-  for (int i = 0; i < kPackPixels; ++i) out[i] = static_cast<uint8_t>(x[i / kLanes][i % kLanes]);
+  __m128i halves[2];
+  for (int i = 0; i < 2; ++i)
+    halves[i] = _mm_adds_epi16(_mm_packs_epi32(_mm_cvtps_epi32(not_above(x[2 * i], kMostRounded)),
+                                               _mm_cvtps_epi32(not_above(x[2 * i + 1], kMostRounded))),
+                               _mm_set1_epi16(limits.zero));
+  bytes = _mm_packus_epi16(halves[0], halves[1]);
+#endif
+  bytes = _mm_max_epu8(bytes, _mm_set1_epi8(static_cast<char>(limits.low)));
+  bytes = _mm_min_epu8(bytes, _mm_set1_epi8(static_cast<char>(limits.high)));
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(out), bytes);
+#else
+  for (int i = 0; i < kPackVectors; ++i) {
+    // Sums with 1.5 · 2²³ are rounded to integers, which their last bits count.
+    constexpr float kMagic = 12582912.0f;
+    constexpr int32_t kMagicBits = 0x4b400000;
+    const Floats in_range = clamp(x[i], broadcast(-256.0f), broadcast(256.0f));
+    Sums sum = reinterpret_cast<Sums>(in_range + kMagic) - (kMagicBits - limits.zero);
+    sum = sum > limits.low ? sum : broadcast(limits.low);
+    sum = sum < limits.high ? sum : broadcast(limits.high);
+    *reinterpret_cast<LaneBytes*>(out + i * kLanes) = __builtin_convertvector(sum, LaneBytes);
+  }
 #endif
 }
 

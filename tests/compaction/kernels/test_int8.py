@@ -15,13 +15,20 @@ from spp_lightning.compaction.kernels.cpu.library import library
 
 pytestmark = pytest.mark.skipif(native.library() is None, reason="built without the kernels")
 
-SETS = ("base", "avx2")
+SETS = (
+    "base",
+    "avx2",
+    "avx_vnni",
+    "avx512_vnni",
+    "avx_vnni_emulated",
+    "avx512_vnni_emulated",
+)
 UNLIMITED = (-math.inf, math.inf)
 
 
 @pytest.fixture(params=SETS)
 def isa(request):
-    """Each int8 kernel that this machine runs."""
+    """Each int8 kernel that this machine runs; those with VPDPBUSD run emulated anywhere."""
     best = int8.instruction_set()
     try:
         library().spp_int8_set_isa(request.param.encode())
