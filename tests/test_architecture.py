@@ -58,13 +58,13 @@ MAY_IMPORT = {  # what each room may import besides itself
 }
 THIRD_PARTY = {  # of the rooms that a pruned network needs in production
     "native": set(),
-    "method": {"torch"},
+    "method": {"torch", "torch_pruning"},
     "compaction": {"torch", "numpy", "triton"},
     "planning": {"torch", "numpy"},
 }
 NOT_LOADED = (
     *("lightning", "pytorch_lightning", "torchvision", "sklearn", "tensorboard"),
-    *("click", "jsonargparse", "onnx"),
+    *("click", "jsonargparse", "onnx", "torch_pruning"),
 )
 
 

@@ -146,8 +146,8 @@ class Importance(Variant):
         self._restored: dict[str, Tensor] = {}
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: D102
-        for layer in self.pruner._layers:  # no option of the package's: nobody else wants it
-            groups = _Scores(tuple(layer.weight.shape), decay=self.decay)
+        for layer in self.pruner._masked:  # no option of the package's: nobody else wants it
+            groups = _Scores(tuple(weight_of(layer.module).shape), decay=self.decay)
             if layer.name in self._restored:
                 groups.score["sum"] = self._restored[layer.name]
             layer.groups = self._groups[layer.name] = groups

@@ -16,9 +16,10 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Criterion", "Granularity", "WeightGroups", "weight_of"]
+__all__ = ["Criterion", "Granularity", "LayerGranularity", "WeightGroups", "weight_of"]
 
-Granularity = Literal["column", "channel", "filter"]
+LayerGranularity = Literal["column", "channel", "filter"]
+Granularity = Literal["column", "channel", "filter", "coupled-channel"]
 Criterion = Literal["l1", "l2"]
 
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes
@@ -51,10 +52,10 @@ class WeightGroups:
 
     weight_shape: tuple[int, ...]
     conv_groups: int = 1
-    granularity: Granularity = "column"
+    granularity: LayerGranularity = "column"
 
     @classmethod
-    def of(cls, layer: nn.Module, granularity: Granularity = "column") -> WeightGroups:
+    def of(cls, layer: nn.Module, granularity: LayerGranularity = "column") -> WeightGroups:
         """The weight groups of a layer with a convolution's ``weight`` (and ``groups``)."""
         shape = tuple(weight_of(layer).shape)
         return cls(shape, int(getattr(layer, "groups", 1)), granularity)

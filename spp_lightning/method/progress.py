@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import Tensor, nn
 
-from spp_lightning.method.layer import PrunedLayer
+from spp_lightning.method.buffers import MaskBuffers
+from spp_lightning.method.coupled.macs import NetworkMacs
+from spp_lightning.method.layer import MaskedLayer, PrunedLayer, PrunedUnit
 from spp_lightning.method.masks import output_positions
 from spp_lightning.method.rule import count_updates
 from spp_lightning.method.settings import SPPSettings
@@ -16,15 +20,16 @@ class PruningProgress:
     """The readable side of :class:`~spp_lightning.SPPPruner`."""
 
     settings: SPPSettings
-    _layers: list[PrunedLayer]
+    _units: Sequence[PrunedUnit]
+    _masked: list[MaskedLayer]
+    _macs: NetworkMacs | None
+    _masks: MaskBuffers
     _attached: bool
     _finished: bool
-    # One buffer each for the groups of all layers, (groups,).
-    _probability: Tensor
-    _sampled: Tensor
+    _probability: Tensor  # of the groups of all units, (groups,)
 
     def __repr__(self) -> str:
-        layers = ", ".join(f"{x.name} {x.num_pruned}/{x.target}" for x in self._layers)
+        layers = ", ".join(f"{x.name} {x.num_pruned}/{x.target}" for x in self._units)
         return f"{type(self).__name__}({layers} {self.settings.granularity}s pruned)"
 
     @property
@@ -35,12 +40,12 @@ class PruningProgress:
     @property
     def layers(self) -> dict[str, nn.Module]:
         """The layers under pruning, by name."""
-        return {layer.name: layer.module for layer in self._layers}
+        return {name: layer for unit in self._units for name, layer in unit.layers.items()}
 
     @property
     def probability(self) -> dict[str, Tensor]:
         """Pruning probability per group, ``(groups,)``, by layer. Views of the state."""
-        return {layer.name: self._probability[layer.span] for layer in self._layers}
+        return {unit.name: self._probability[unit.span] for unit in self._units}
 
     @property
     def mask(self) -> dict[str, Tensor]:
@@ -48,38 +53,38 @@ class PruningProgress:
 
         With ``masking="scale"``: the factor 1 − p per group, float32.
         """
-        return {layer.name: self._sampled[layer.span] for layer in self._layers}
+        return {unit.name: self._masks.sampled[unit.span] for unit in self._units}
 
     @property
     def sparsity(self) -> dict[str, float]:
         """Share of the groups pruned so far, by layer."""
-        return {layer.name: layer.num_pruned / layer.groups.count for layer in self._layers}
+        return {unit.name: unit.num_pruned / unit.count for unit in self._units}
 
     @property
     def total_sparsity(self) -> float:
         """Share of the groups pruned so far, over all layers."""
-        pruned = sum(layer.num_pruned for layer in self._layers)
-        return pruned / sum(layer.groups.count for layer in self._layers)
+        pruned = sum(unit.num_pruned for unit in self._units)
+        return pruned / sum(unit.count for unit in self._units)
 
     @property
     def num_groups(self) -> dict[str, int]:
         """Number of groups, by layer."""
-        return {layer.name: layer.groups.count for layer in self._layers}
+        return {unit.name: unit.count for unit in self._units}
 
     @property
     def num_pruned(self) -> dict[str, int]:
         """Number of groups pruned so far, by layer."""
-        return {layer.name: layer.num_pruned for layer in self._layers}
+        return {unit.name: unit.num_pruned for unit in self._units}
 
     @property
     def num_target(self) -> dict[str, int]:
         """Number of groups to prune, by layer."""
-        return {layer.name: layer.target for layer in self._layers}
+        return {unit.name: unit.target for unit in self._units}
 
     @property
     def num_recovered(self) -> dict[str, int]:
         """Number of groups whose p fell in the last update, by layer."""
-        return {layer.name: layer.num_recovered for layer in self._layers}
+        return {unit.name: unit.num_recovered for unit in self._units}
 
     @property
     def macs(self) -> dict[str, tuple[int, int]]:
@@ -87,16 +92,18 @@ class PruningProgress:
 
         A layer that runs several times per input counts once.
         """
+        if self._macs is not None:
+            dense, now = self._macs.layers({}), self._macs.layers(self.num_pruned)
+            return {name: (dense[name], now[name]) for name in dense}
         self._note_positions()
-        return {layer.name: layer.macs for layer in self._layers if layer.positions}
+        units = [x for x in self._units if isinstance(x, PrunedLayer)]
+        return {x.name: x.macs for x in units if x.layer.positions}
 
     @property
     def expected_updates(self) -> int:
         """Updates from the start until every layer is finished, if ranks never changed."""
         s = self.settings
-        return max(
-            count_updates(x.groups.count, x.ratio, s.A, s.u, s.crossing) for x in self._layers
-        )
+        return max(count_updates(x.count, x.ratio, s.A, s.u, s.crossing) for x in self._units)
 
     @property
     def expected_steps(self) -> int:
@@ -107,5 +114,5 @@ class PruningProgress:
     def _note_positions(self) -> None:
         """Take over the output positions that the masked layers have counted."""
         if self._attached:
-            for layer in self._layers:
+            for layer in self._masked:
                 layer.positions = output_positions(layer.module) or layer.positions

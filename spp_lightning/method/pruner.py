@@ -11,13 +11,13 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from spp_lightning.method.arguments import takes_model_and_settings
-from spp_lightning.method.groups import WeightGroups, weight_of
-from spp_lightning.method.layer import PrunedLayer
+from spp_lightning.method.buffers import MaskBuffers
+from spp_lightning.method.groups import WeightGroups
+from spp_lightning.method.layer import PrunedUnit
+from spp_lightning.method.layout import lay_out
 from spp_lightning.method.masks import Computation, is_masked, mask_layer, unmask_layer
 from spp_lightning.method.progress import PruningProgress
-from spp_lightning.method.rule import target_count, update_probability
-from spp_lightning.method.sampling import sample_masks
-from spp_lightning.method.selection import Selection, select_layers
+from spp_lightning.method.rule import update_probability
 from spp_lightning.method.settings import SPPSettings
 from spp_lightning.method.state import checked_probabilities, pack_state
 from spp_lightning.method.zeroing import zero_pruned
@@ -53,7 +53,7 @@ class SPPPruner(PruningProgress):
         settings: The fields of :class:`~spp_lightning.method.settings.SPPSettings`, each as an
             argument: ``prune_ratio``, ``speedup``, ``granularity``, ``criterion``, ``use_rank``,
             ``interval``, ``A``, ``u``, ``crossing``, ``recovery``, ``masking``, ``layers``,
-            ``start_step``, ``seed``.
+            ``start_step``, ``seed``, ``input_shape``.
 
     Raises:
         ValueError: If a setting is out of range, a pattern matches no layer, there is no layer to
@@ -90,26 +90,22 @@ class SPPPruner(PruningProgress):
     def __init__(self, model: nn.Module, settings: SPPSettings) -> None:
         if not isinstance(model, nn.Module):
             raise ValueError(f"`model` must be a network, an instance of nn.Module, got {model!r}.")
-        selection = select_layers(model, settings.ratio, settings.layers)
+        layout = lay_out(model, settings)
         self.model = model
         self.settings = settings
-        self.skipped = selection.skipped
+        self.skipped = layout.skipped
         self.num_updates = 0
         self._last_update = -1  # step of the last update
         self._step = settings.start_step
         self._settled = False  # whether the masks are the final ones
-        self._layers = _lay_out(selection, settings)
-        self._finished = all(layer.finished for layer in self._layers)
+        self._units, self._masked, self._macs = layout.units, layout.masked, layout.macs
+        self._finished = all(unit.finished for unit in self._units)
         device = self._device()
-        num_groups = self._layers[-1].span.stop
+        num_groups = self._units[-1].span.stop
         # float64 keeps sums of Δ exact enough to be the same on every machine; MPS has none.
         dtype = torch.float32 if device.type == "mps" else torch.float64
         self._probability = torch.zeros(num_groups, dtype=dtype, device=device)
-        # What follows from p: which groups have p < 1, and the expected mask 1 − p.
-        self._alive = torch.ones(num_groups, dtype=torch.bool, device=device)
-        self._expected = torch.ones(num_groups, dtype=torch.float32, device=device)
-        self._sampled = self._expected if settings.masking == "scale" else self._alive.clone()
-        self._generator = torch.Generator(device)
+        self._masks = MaskBuffers(num_groups, settings.masking, layout.spread, device)
         self._make_computation: MakeComputation | None = None
         self._attached = False
         self.attach()
@@ -155,47 +151,47 @@ class SPPPruner(PruningProgress):
         if self._finished:
             return
         self._device()  # The layers must still be on one device.
-        unfinished = [layer for layer in self._layers if not layer.finished]
+        unfinished = [unit for unit in self._units if not unit.finished]
         new, largest = self._probability.clone(), []
         with torch.no_grad():
-            for layer in unfinished:
-                importance = layer.groups.importance(layer.weight, self.settings.criterion)
-                new[layer.span] = self._updated(layer, importance)
+            for unit in unfinished:
+                importance = unit.importance(self.settings.criterion)
+                new[unit.span] = self._updated(unit, importance)
                 largest.append(importance.amax())  # NaN if any importance is NaN
             alive = new < 1
             fell = new < self._probability - _ROUNDING
             counts = [
-                torch.stack([x[layer.span].sum() for layer in unfinished]) for x in (alive, fell)
+                torch.stack([x[unit.span].sum() for unit in unfinished]) for x in (alive, fell)
             ]
             # The only time the host waits for the device.
             read = torch.stack([torch.stack(largest) < math.inf, *counts]).tolist()
-        for layer, is_finite in zip(unfinished, read[0], strict=True):
+        for unit, is_finite in zip(unfinished, read[0], strict=True):
             if not is_finite:
                 raise ValueError(
-                    f"The weight of layer {layer.name!r} must be finite to be pruned, but holds NaN"
+                    f"The weight of layer {unit.name!r} must be finite to be pruned, but holds NaN"
                     f" or infinity at step {self._step}. Pruning is as it was after update"
                     f" {self.num_updates}; go on from a checkpoint before that step."
                 )
-        for layer in self._layers:
-            layer.num_recovered = 0
-        for layer, num_alive, num_recovered in zip(unfinished, *read[1:], strict=True):
-            layer.num_pruned = layer.groups.count - num_alive
-            # A finished layer lets its other groups go back to 0: that is no recovery.
-            layer.num_recovered = 0 if layer.finished else num_recovered
+        for unit in self._units:
+            unit.num_recovered = 0
+        for unit, num_alive, num_recovered in zip(unfinished, *read[1:], strict=True):
+            unit.num_pruned = unit.count - num_alive
+            # What is finished lets its other groups go back to 0: that is no recovery.
+            unit.num_recovered = 0 if unit.finished else num_recovered
         self._probability.copy_(new)
-        self._refresh_masks()
-        self._finished = all(layer.finished for layer in self._layers)
+        self._masks.follow(self._probability)
+        self._finished = all(unit.finished for unit in self._units)
         self.num_updates += 1
         self._last_update = self._step
-        zero_pruned(self._layers, self._alive, optimizers)
+        zero_pruned(self._units, self._masks.alive, optimizers)
 
-    def _updated(self, layer: PrunedLayer, importance: Tensor) -> Tensor:
+    def _updated(self, unit: PrunedUnit, importance: Tensor) -> Tensor:
         s = self.settings
         return update_probability(
-            self._probability[layer.span],
+            self._probability[unit.span],
             importance,
-            layer.ratio,
-            layer.num_pruned,
+            unit.ratio,
+            unit.num_pruned,
             s.A,
             s.u,
             s.use_rank,
@@ -215,8 +211,7 @@ class SPPPruner(PruningProgress):
         self._check_attached()
         self._step = step
         if self.settings.masking == "sample" and not (self._finished and self._settled):
-            seed = self.settings.seed
-            sample_masks(self._probability, seed, step, self._generator, self._sampled)
+            self._masks.sample(self._probability, self.settings.seed, step)
             self._settled = self._finished  # every p is 0 or 1 now: the mask never changes again
 
     def fold(self, *optimizers: Optimizer) -> None:
@@ -231,7 +226,7 @@ class SPPPruner(PruningProgress):
         """
         if self._attached:
             self._follow_device()
-            zero_pruned(self._layers, self._alive, optimizers)
+            zero_pruned(self._units, self._masks.alive, optimizers)
             self._unmask()
 
     def zero_pruned(self, copy: nn.Module) -> None:
@@ -240,10 +235,7 @@ class SPPPruner(PruningProgress):
         Args:
             copy: A network with layers of the same names and shapes.
         """
-        for layer in self._layers:
-            if layer.num_pruned:
-                weight = weight_of(copy.get_submodule(layer.name))
-                layer.groups.zero(self._alive[layer.span], weight)
+        zero_pruned(self._units, self._masks.alive, model=copy)
 
     def attach(self) -> None:
         """Let the masks act again after :meth:`fold`.
@@ -252,14 +244,15 @@ class SPPPruner(PruningProgress):
             ValueError: If another pruner's masks act on the network.
         """
         if not self._attached:
-            taken = [layer.name for layer in self._layers if is_masked(layer.module)]
+            taken = [layer.name for layer in self._masked if is_masked(layer.module)]
             if taken:
                 raise ValueError(
                     f"`model` is being pruned already (layers {', '.join(taken)}); call `fold()` of"
                     " the other pruner first."
                 )
-            for layer in self._layers:
-                sampled, expected = self._sampled[layer.span], self._expected[layer.span]
+            for layer in self._masked:
+                sampled = self._masks.layer_sampled[layer.span]
+                expected = self._masks.layer_expected[layer.span]
                 make = self._make_computation
                 computation = None if make is None else make(layer.module, layer.groups)
                 mask_layer(layer.module, layer.groups, sampled, expected, computation)
@@ -308,34 +301,29 @@ class SPPPruner(PruningProgress):
         probabilities, counters = checked_probabilities(
             state, self.settings.as_dict(), self.num_target, self.num_groups
         )
-        for layer in self._layers:
-            values = probabilities[layer.name]
-            layer.num_pruned = int((values >= 1).sum())
-            layer.num_recovered = 0
-            self._probability[layer.span] = values.to(self._probability)
-        self._refresh_masks()
-        self._finished = all(layer.finished for layer in self._layers)
+        for unit in self._units:
+            values = probabilities[unit.name]
+            unit.num_pruned = int((values >= 1).sum())
+            unit.num_recovered = 0
+            self._probability[unit.span] = values.to(self._probability)
+        self._masks.follow(self._probability)
+        self._finished = all(unit.finished for unit in self._units)
         self._settled = False
         self.num_updates = counters["num_updates"]
         self._last_update = counters["last_update"]
         self._step = counters["step"]
-        zero_pruned(self._layers, self._alive)
+        zero_pruned(self._units, self._masks.alive)
         if self._attached:
             self.sample(self._step)
 
     # -- inside --------------------------------------------------------------------------------
-
-    def _refresh_masks(self) -> None:
-        """Compute the masks that follow from p alone."""
-        torch.lt(self._probability, 1, out=self._alive)
-        torch.sub(1, self._probability, out=self._expected)
 
     def _check_attached(self) -> None:
         if not self._attached:
             raise RuntimeError("The masks are folded; call `attach()` to go on pruning.")
 
     def _device(self) -> torch.device:
-        devices = {layer.weight.device for layer in self._layers}
+        devices = {device for unit in self._units for device in unit.devices}
         if len(devices) > 1:
             names = ", ".join(sorted(str(device) for device in devices))
             raise ValueError(f"The pruned layers must be on one device, but are on {names}.")
@@ -343,36 +331,18 @@ class SPPPruner(PruningProgress):
 
     def _follow_device(self) -> None:
         """Move the state to the device of the layers, if they were moved."""
-        if self._layers[0].weight.device == self._probability.device:
+        if self._probability.device in self._units[0].devices:
             return
         device = self._device()
-        scaled = self._sampled is self._expected
         attached = self._attached
         self._unmask()
         self._probability = self._probability.to(device)
-        self._alive = self._alive.to(device)
-        self._expected = self._expected.to(device)
-        self._sampled = self._expected if scaled else self._sampled.to(device)
-        self._generator = torch.Generator(device)
+        self._masks.to(device)
         if attached:
             self.attach()
 
     def _unmask(self) -> None:
         self._note_positions()
-        for layer in self._layers:
+        for layer in self._masked:
             unmask_layer(layer.module)
         self._attached = False
-
-
-def _lay_out(selection: Selection, settings: SPPSettings) -> list[PrunedLayer]:
-    """Give each selected layer its place in the pruner's buffers."""
-    layers: list[PrunedLayer] = []
-    start = 0
-    for name, module in selection.layers.items():
-        groups = WeightGroups.of(module, settings.granularity)
-        ratio = selection.ratios[name]
-        target = target_count(groups.count, ratio)
-        span = slice(start, start + groups.count)
-        layers.append(PrunedLayer(name, module, groups, ratio, target, span))
-        start = span.stop
-    return layers

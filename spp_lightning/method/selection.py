@@ -16,7 +16,14 @@ from spp_lightning.method.computed import computes_weight
 from spp_lightning.method.groups import weight_of
 from spp_lightning.method.positions import positions_of
 
-__all__ = ["Selection", "is_convolution", "is_depthwise", "is_linear", "select_layers"]
+__all__ = [
+    "Selection",
+    "check_weights",
+    "is_convolution",
+    "is_depthwise",
+    "is_linear",
+    "select_layers",
+]
 
 _PARAMETRIZED = "parametrized"
 
@@ -151,7 +158,7 @@ def select_layers(
     parametrized = [name for name, reason in skipped.items() if reason == _PARAMETRIZED]
     if isinstance(prune_ratio, Mapping):
         parametrized = _matching(list(prune_ratio), parametrized)
-    _check_weights(layers, parametrized if patterns is None else [])
+    check_weights(layers, parametrized if patterns is None else [])
     if not layers:
         there = ", ".join(f"{name} ({reason})" for name, reason in skipped.items()) or "none"
         linear = " Linear layers are pruned where `layers` names them."
@@ -183,8 +190,16 @@ def _usual_layers(
     return {name: x for name, x in candidates.items() if name in convolutions or name in tokens}
 
 
-def _check_weights(layers: Mapping[str, nn.Module], parametrized: Iterable[str]) -> None:
-    """Check that zeros in the stored weights are zeros in the weights that the layers use."""
+def check_weights(layers: Mapping[str, nn.Module], parametrized: Iterable[str]) -> None:
+    """Check that zeros in the stored weights are zeros in the weights that the layers use.
+
+    Args:
+        layers: Layers to prune, by name.
+        parametrized: Names of further layers, whose weights parametrizations compute.
+
+    Raises:
+        ValueError: If they aren't.
+    """
     computed = [f"{name} ({type(x).__name__})" for name, x in layers.items() if computes_weight(x)]
     computed += [f"{name} ({_PARAMETRIZED})" for name in parametrized]
     if computed:

@@ -26,12 +26,15 @@ class SPPSettings:
     Args:
         prune_ratio: Target sparsity in [0, 1). A float applies to every layer. A dict maps
             layer-name patterns (``fnmatch``) to ratios: the first matching pattern wins, and
-            layers that match none are not pruned. Default: 0.75, unless ``speedup`` is given.
+            layers that match none are not pruned. Default: that of ``speedup=4``.
         speedup: Target speedup of the layers, dense MACs / pruned MACs, at least 1. Speedup S is
-            the ratio 1 − 1/S. Give ``prune_ratio`` or ``speedup``, not both.
+            the ratio 1 − 1/S. With coupled channels it is the speedup of the whole network, for
+            which one ratio is solved. Give ``prune_ratio`` or ``speedup``, not both. Default: 4.
         granularity: The weight group that is pruned: ``"column"`` of the weight matrix (one
             position ``(c, i, j)`` across all filters that read channel ``c``), input
-            ``"channel"``, or ``"filter"``.
+            ``"channel"``, ``"filter"``, or ``"coupled-channel"``: a channel with all that belongs
+            to it in all layers that write, normalise and read it. Patterns of layers then match
+            the layers that write channels.
         criterion: Importance of a group: its ``"l1"`` or ``"l2"`` norm.
         use_rank: Update p by the rank of the importance. False: by the importance itself, scaled
             like ranks.
@@ -49,6 +52,10 @@ class SPPSettings:
             ``example_input_array``).
         start_step: Optimizer step of the first update.
         seed: Seed of the masks. The mask of a step depends on p, the seed and the step only.
+        input_shape: Shape of a batch of inputs, ``(B, C, H, W)``. It shows how channels are
+            coupled, and targets of the whole network are for such a batch. Default: the shape of
+            the network's ``example_input_array``; in a fit else one image of the first training
+            batch.
 
     Raises:
         ValueError: If an argument has the wrong type or is out of range, or if both
@@ -72,6 +79,7 @@ class SPPSettings:
     layers: Sequence[str] | None = None
     start_step: int = 0
     seed: int = 0
+    input_shape: Sequence[int] | None = None
 
     def __post_init__(self) -> None:
         if self.prune_ratio is not None and self.speedup is not None:
@@ -109,16 +117,29 @@ class SPPSettings:
         start = self.start_step
         check("start_step", start, "a whole number of at least 0", is_whole(start, 0))
         check("seed", self.seed, "a whole number of at least 0", is_whole(self.seed, 0))
+        shape = self.input_shape
+        if shape is not None:
+            is_shape = isinstance(shape, Sequence) and not isinstance(shape, str) and len(shape) > 1
+            counts = is_shape and all(is_whole(size, 1) for size in shape)
+            check("input_shape", shape, "a shape such as (1, 3, 224, 224)", counts)
+
+    @property
+    def factor(self) -> float:
+        """``speedup``, or its default."""
+        return self.speedup or _DEFAULT_SPEEDUP
 
     @property
     def ratio(self) -> float | Mapping[str, float]:
         """Target sparsity, of all layers or by pattern: ``prune_ratio``, or 1 − 1/``speedup``."""
         if self.prune_ratio is not None:
             return self.prune_ratio
-        return 1 - 1 / (self.speedup or _DEFAULT_SPEEDUP)
+        return 1 - 1 / self.factor
 
     def as_dict(self) -> dict[str, Any]:
-        """The settings as plain numbers, strings, lists and dicts; ``speedup`` as its ratio."""
+        """The settings as plain numbers, strings, lists and dicts; ``speedup`` as its ratio.
+
+        Coupled channels have no ratio that a speedup stands for: both are there.
+        """
         ratio = self.ratio
         plain = asdict(self) | {
             "prune_ratio": (
@@ -130,5 +151,8 @@ class SPPSettings:
             **{name: float(getattr(self, name)) for name in ("A", "u", "crossing")},
             "layers": None if self.layers is None else list(self.layers),
         }
+        del plain["input_shape"]  # the groups that follow from it are compared by themselves
+        if self.granularity == "coupled-channel" and self.prune_ratio is None:
+            return plain | {"prune_ratio": None, "speedup": float(self.factor)}
         del plain["speedup"]
         return plain

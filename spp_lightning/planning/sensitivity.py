@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from spp_lightning.method.groups import Criterion, Granularity, WeightGroups, weight_of
+from spp_lightning.method.groups import Criterion, LayerGranularity, WeightGroups, weight_of
 from spp_lightning.method.rule import target_count
 from spp_lightning.planning.trial import least_important_first
 
@@ -24,7 +24,7 @@ Sensitivity = dict[str, NDArray[np.float64]]  # by layer, a number for each of R
 
 def weight_sensitivity(
     layers: Mapping[str, nn.Module],
-    granularity: Granularity = "column",
+    granularity: LayerGranularity = "column",
     criterion: Criterion = "l1",
 ) -> Sensitivity:
     """How much of a layer's weights goes with its least important groups.
@@ -59,7 +59,7 @@ def loss_sensitivity(
     model: nn.Module,
     names: list[str],
     loss: Callable[[nn.Module], float],
-    granularity: Granularity = "column",
+    granularity: LayerGranularity = "column",
     criterion: Criterion = "l1",
 ) -> Sensitivity:
     """How much the loss rises without a layer's least important groups, one layer at a time.

@@ -15,10 +15,17 @@ from torch import Tensor, nn
 
 from spp_lightning.compaction.macs import count_macs
 from spp_lightning.compaction.report import compact_report
-from spp_lightning.method.groups import Criterion, Granularity, WeightGroups, weight_of
+from spp_lightning.method.groups import (
+    Criterion,
+    Granularity,
+    LayerGranularity,
+    WeightGroups,
+    weight_of,
+)
 from spp_lightning.method.rule import target_count
 from spp_lightning.method.selection import Selection, is_convolution, select_layers
 from spp_lightning.planning.allocation import allocate, fit_exactly
+from spp_lightning.planning.coupled import CoupledPlanner
 from spp_lightning.planning.latency import (
     Bench,
     LayerTimes,
@@ -71,6 +78,9 @@ def plan(
     measured in milliseconds: ``compact`` makes trial networks at six ratios, and each of their
     layers is timed. A knapsack then picks the ratios of least total cost that reach the target.
 
+    Coupled channels are all pruned at the same ratio, the one that the target takes. Their target
+    can't be a latency.
+
     MACs end at most one group below the target. A latency is measured for a trial network at the
     ratios found, and corrected until it is within 3 % of the target.
 
@@ -102,8 +112,8 @@ def plan(
 
     >>> net = nn.Sequential(nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Conv2d(16, 16, 3))
     >>> found = plan(net, torch.zeros(1, 3, 12, 12), speedup=2, of="network")
-    >>> found.dense_macs, found.macs
-    (190656, 95296)
+    >>> found.dense_macs, found.macs <= 190656 / 2
+    (190656, True)
     >>> list(found.ratios)
     ['0', '2']
     """
@@ -119,6 +129,8 @@ def plan(
         threads=threads,
     )
     inputs = example_input if isinstance(example_input, tuple) else (example_input,)
+    if granularity == "coupled-channel":
+        return CoupledPlanner(model, inputs, settings).solve(settings.target)
     return Planner(model, inputs, settings, loss).solve(settings.target)
 
 
@@ -168,8 +180,14 @@ class Planner:
         settings: TargetSettings,
         loss: Callable[[nn.Module], float] | None = None,
     ) -> None:
+        if settings.granularity == "coupled-channel":
+            raise ValueError(
+                '`granularity` must be "column", "channel" or "filter" to plan layer by layer, got'
+                f" {settings.granularity!r}."
+            )
         device = on_device(settings.device, model)
         self._source = model
+        self._granularity: LayerGranularity = settings.granularity
         self.settings = settings
         self.loss = loss
         self.model = copy.deepcopy(model).eval().to(device)
@@ -217,11 +235,11 @@ class Planner:
         if self._sensitivity is None:
             s = self.settings
             modules = {x.name: self._source.get_submodule(x.name) for x in self._layers}
-            by_weights = weight_sensitivity(modules, s.granularity, s.criterion)
+            by_weights = weight_sensitivity(modules, self._granularity, s.criterion)
             self._sensitivity = by_weights
             if self.loss is not None:
                 by_loss = loss_sensitivity(
-                    self._source, list(modules), self.loss, s.granularity, s.criterion
+                    self._source, list(modules), self.loss, self._granularity, s.criterion
                 )
                 self._estimate = "loss"
                 self._sensitivity = {
@@ -372,7 +390,7 @@ class Planner:
             if not macs.get(name):
                 self.left_out[name] = "not computed in evaluation mode"
                 continue
-            groups = WeightGroups.of(module, self.settings.granularity).count
+            groups = WeightGroups.of(module, self._granularity).count
             steps = np.arange(int(MOST * _STEPS) + 1) / _STEPS
             counts = np.unique(np.minimum(np.round(steps * groups), groups - 1).astype(np.int64))
             size = tuple(weight_of(module).shape)
@@ -401,9 +419,8 @@ class Planner:
         return saved / sum(layer.macs for layer in self._layers)
 
     def _trial(self, counts: Sequence[int]) -> nn.Module:
-        s = self.settings
         pruned = {x.name: n for x, n in zip(self._layers, counts, strict=True)}
-        return trial_network(self.model, pruned, s.granularity, s.criterion)
+        return trial_network(self.model, pruned, self._granularity, self.settings.criterion)
 
     def _measured_on(self) -> str:
         x = self.inputs[0]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any, Literal, NamedTuple
 
@@ -73,14 +73,12 @@ class TargetSettings(SPPSettings):
     solved: see :func:`~spp_lightning.plan`.
 
     Args:
-        of: What ``speedup`` is a factor of. ``"layers"``: the MACs of every pruned layer.
+        of: What ``speedup`` is a factor of. ``"layers"``: the MACs of every pruned layer; with
+            coupled channels those of the whole network, too, as layers depend on each other.
             ``"network"``: the MACs of the whole network. ``"latency"``: the latency of the whole
             network, the unpruned network in torch over the pruned one that ``compact`` makes.
         macs: MACs to be left in the whole network for one image.
         latency_ms: Milliseconds that the compact network is to take for one batch.
-        input_shape: Shape of the batch that the network is to be fast for, ``(B, C, H, W)``.
-            Default: the shape of the module's ``example_input_array``, else one image of the first
-            training batch.
         device: Device whose latency counts, such as ``"cpu"``. Default: the network's.
         threads: CPU threads with which the latency is measured. Default: as many as torch uses.
 
@@ -97,7 +95,6 @@ class TargetSettings(SPPSettings):
     of: Of = "layers"
     macs: float | None = None
     latency_ms: float | None = None
-    input_shape: Sequence[int] | None = None
     device: str | None = None
     threads: int | None = None
 
@@ -111,6 +108,13 @@ class TargetSettings(SPPSettings):
                 f" {' and '.join(f'{name}={value}' for name, value in given.items())}."
             )
         check_choice("of", self.of, Of)
+        if self.granularity == "coupled-channel" and (self.of == "latency" or self.latency_ms):
+            argument = "latency_ms" if self.latency_ms else "of"
+            raise ValueError(
+                f"`{argument}` must not ask for a latency with coupled channels, got"
+                f" {getattr(self, argument)!r}; give `prune_ratio`, `macs`, or `speedup` alone,"
+                " which is a factor of the network's MACs."
+            )
         if self.of != "layers":
             rule = '"layers" unless `speedup` is given'
             check("of", self.of, rule, not given.keys() - {"speedup"})
@@ -118,11 +122,6 @@ class TargetSettings(SPPSettings):
             value = getattr(self, name)
             if value is not None:
                 check(name, value, "a finite number above 0", 0 < number(value) < math.inf)
-        shape = self.input_shape
-        if shape is not None:
-            is_shape = isinstance(shape, Sequence) and not isinstance(shape, str) and len(shape) > 1
-            counts = is_shape and all(is_whole(size, 1) for size in shape)
-            check("input_shape", shape, "a shape such as (1, 3, 224, 224)", counts)
         if self.threads is not None:
             check(
                 "threads", self.threads, "a whole number of at least 1", is_whole(self.threads, 1)

@@ -8,13 +8,13 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from spp_lightning.method.groups import Criterion, Granularity, WeightGroups, weight_of
+from spp_lightning.method.groups import Criterion, LayerGranularity, WeightGroups, weight_of
 
 __all__ = ["least_important_first", "trial_network"]
 
 
 def least_important_first(
-    layer: nn.Module, granularity: Granularity = "column", criterion: Criterion = "l1"
+    layer: nn.Module, granularity: LayerGranularity = "column", criterion: Criterion = "l1"
 ) -> Tensor:
     """Indices of a layer's weight groups, ``(groups,)``, the least important first."""
     groups = WeightGroups.of(layer, granularity)
@@ -24,7 +24,7 @@ def least_important_first(
 def trial_network(
     model: nn.Module,
     num_pruned: Mapping[str, int],
-    granularity: Granularity = "column",
+    granularity: LayerGranularity = "column",
     criterion: Criterion = "l1",
 ) -> nn.Module:
     """A copy of a network in evaluation mode, its least important weight groups set to 0.

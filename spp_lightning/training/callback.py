@@ -15,9 +15,9 @@ from spp_lightning.compaction.layers.kept import kept_columns
 from spp_lightning.method.arguments import takes_settings
 from spp_lightning.method.pruner import SPPPruner
 from spp_lightning.planning.plan import Plan
-from spp_lightning.planning.table import text_table
+from spp_lightning.planning.table import short_count, text_table
 from spp_lightning.training.settings import TrainingSettings
-from spp_lightning.training.targets import given_plan, report_end, solved_plans
+from spp_lightning.training.targets import given_plan, report_end, shape_of_inputs, solved_plans
 from spp_lightning.training.tensorboard import log_layout, log_update
 
 __all__ = ["SPPCallback"]
@@ -52,9 +52,9 @@ class SPPCallback(Callback):
         settings: The fields of :class:`~spp_lightning.method.settings.SPPSettings`, each as an
             argument: ``prune_ratio``, ``speedup``, ``granularity``, ``criterion``, ``use_rank``,
             ``interval``, ``A``, ``u``, ``crossing``, ``recovery``, ``masking``, ``layers``,
-            ``start_step``, ``seed``; and those of
+            ``start_step``, ``seed``, ``input_shape``; and those of
             :class:`~spp_lightning.planning.target.TargetSettings`: ``of``, ``macs``,
-            ``latency_ms``, ``input_shape``, ``device``, ``threads``; and ``kernels``, what computes
+            ``latency_ms``, ``device``, ``threads``; and ``kernels``, what computes
             the pruned layers in training. ``"auto"``: on CPUs the kernels that read only the
             columns that the mask keeps, wherever the cost model says that a step is faster so;
             ``"compact"``: those kernels wherever they can; ``"dense"``: never.
@@ -85,6 +85,7 @@ class SPPCallback(Callback):
         self.settings = settings
         self.pruner: SPPPruner | None = None
         self.plan: Plan | None = None
+        self._input_shape = settings.input_shape
         self._restored: dict[str, Any] | None = None
         self._fitting = False
         self._step = 0  # optimizer steps that pruning has counted, over all fits
@@ -104,6 +105,7 @@ class SPPCallback(Callback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: D102
         # By now the network is on its device, and a checkpoint's state is loaded.
         if self.pruner is None or self.pruner.model is not pl_module:
+            self._input_shape = shape_of_inputs(trainer, pl_module, self.settings)
             self.plan = self._planned(trainer, pl_module)
             self.pruner = self._new_pruner(pl_module)
             self._step = 0
@@ -143,6 +145,9 @@ class SPPCallback(Callback):
         pruner.fold(*trainer.optimizers)
         if self.plan is not None and self.plan.ms is not None:
             report_end(trainer, pl_module, self.settings, self.plan, pruner)
+        elif pruner.settings.granularity == "coupled-channel":
+            dense, now = (sum(column) for column in zip(*pruner.macs.values(), strict=True))
+            rank_zero_info(f"SPP ends with {short_count(now)} of {short_count(dense)} MACs.")
 
     def on_exception(  # noqa: D102
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
@@ -222,7 +227,8 @@ class SPPCallback(Callback):
 
     def _new_pruner(self, pl_module: LightningModule) -> SPPPruner:
         ratios = None if self._solved is None else self._solved.ratios
-        pruner = SPPPruner(pl_module, **self.settings.of_pruner(ratios))
+        arguments = self.settings.of_pruner(ratios) | {"input_shape": self._input_shape}
+        pruner = SPPPruner(pl_module, **arguments)
         pruner.compute_with(kept_columns(self.settings.kernels))
         return pruner
 

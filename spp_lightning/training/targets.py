@@ -16,13 +16,14 @@ from torch import Tensor, nn
 
 from spp_lightning.method.groups import weight_of
 from spp_lightning.method.pruner import SPPPruner
+from spp_lightning.planning.coupled import CoupledPlanner
 from spp_lightning.planning.latency import Bench, on_device, using_threads
 from spp_lightning.planning.plan import Plan
 from spp_lightning.planning.solve import Planner
 from spp_lightning.planning.target import Target, TargetSettings
 from spp_lightning.training.losses import MOST_MACS, step_loss
 
-__all__ = ["given_plan", "report_end", "solved_plans"]
+__all__ = ["given_plan", "report_end", "shape_of_inputs", "solved_plans"]
 
 _BATCHES = 2  # of training data, on which the loss is computed
 _LEAST_IMAGES = 8
@@ -79,6 +80,8 @@ def given_plan(
         return None
     try:
         inputs = _example_inputs(trainer, pl_module, settings)
+        if settings.granularity == "coupled-channel":
+            return CoupledPlanner(pl_module, inputs, settings).solve(None)
         return Planner(pl_module, inputs, settings).solve(None, latency=shown)
     except Exception as error:  # nobody has asked for MACs, so that nothing of them stops a fit
         if shown:
@@ -130,12 +133,19 @@ def _solve(
     targets: Sequence[Target],
 ) -> list[Plan]:
     inputs = _example_inputs(trainer, pl_module, settings)
+    if settings.granularity == "coupled-channel":
+        return _reachable(CoupledPlanner(pl_module, inputs, settings), targets)
     planner = Planner(pl_module, inputs, settings)
     rank_zero_info(f"SPP measures the network, for {', '.join(map(str, targets))}.")
     if any(target.quantity != "layers" for target in targets):
         planner.loss = _step_loss(trainer, pl_module, planner)
     if any(target.quantity == "latency" for target in targets):
         planner.measure()
+    return _reachable(planner, targets)
+
+
+def _reachable(planner: Planner | CoupledPlanner, targets: Sequence[Target]) -> list[Plan]:
+    """The plans of the first targets, up to one that can't be reached."""
     plans: list[Plan] = []
     for target in targets:
         try:
@@ -169,6 +179,17 @@ def _step_loss(
     return loss
 
 
+def shape_of_inputs(
+    trainer: Trainer, pl_module: LightningModule, settings: TargetSettings
+) -> Sequence[int] | None:
+    """The shape of a batch, where coupled channels need one and only the training data tells it."""
+    coupled = settings.granularity == "coupled-channel"
+    if not coupled or settings.input_shape or pl_module.example_input_array is not None:
+        return settings.input_shape
+    trainer.fit_loop.setup_data()  # on all ranks: they wait for each other
+    return _example_inputs(trainer, pl_module, settings)[0].shape
+
+
 def _example_inputs(
     trainer: Trainer, pl_module: LightningModule, settings: TargetSettings
 ) -> Inputs:
@@ -188,8 +209,8 @@ def _example_inputs(
         if pl_module.example_input_array is not None:
             found = f" that is a tensor or a tuple of tensors, but {_kind(example)}"
         raise ValueError(
-            "`input_shape` must be given for a target of the whole network, such as"
-            " (1, 3, 224, 224): got None, the module has no `example_input_array`"
+            "`input_shape` must be given for a target of the whole network and for coupled"
+            " channels, such as (1, 3, 224, 224): got None, the module has no `example_input_array`"
             f"{found}."
         )
     like = next((p for p in pl_module.parameters() if p.is_floating_point()), torch.empty(0))

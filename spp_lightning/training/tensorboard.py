@@ -27,7 +27,7 @@ def pruning_scalars(pruner: SPPPruner) -> dict[str, float]:
     scalars |= {f"sparsity/{name}": share for name, share in pruner.sparsity.items()}
     scalars |= {f"recovered/{name}": float(n) for name, n in pruner.num_recovered.items()}
     macs = pruner.macs
-    if macs.keys() == pruner.sparsity.keys():
+    if macs.keys() >= pruner.layers.keys():
         dense = sum(before for before, _ in macs.values())
         remaining = sum(now for _, now in macs.values())
         scalars |= {"macs/remaining": float(remaining), "macs/speedup": dense / remaining}

@@ -1,5 +1,6 @@
 """Two processes prune like one, and their checkpoints go both ways."""
 
+import importlib.util
 import os
 import subprocess
 import sys
@@ -15,9 +16,10 @@ from spp_lightning import SPPCallback, launcher_options
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*callbacks used to create the checkpoint")
 LAST, MIDDLE = 40, 12
+COUPLED = importlib.util.find_spec("torch_pruning") is not None
 
 
-def run(record, batch_size, folder=None, ckpt_path=None, kernels="auto"):
+def run(record, batch_size, folder=None, ckpt_path=None, kernels="auto", granularity="column"):
     """Fit to the last step, in as many processes as the launcher says; note every step's state."""
 
     class Watch(Callback):
@@ -33,7 +35,9 @@ def run(record, batch_size, folder=None, ckpt_path=None, kernels="auto"):
         # Double at once: Lightning loads a checkpoint before it converts the module. The kernels
         # of kept columns compute in float32.
         module = TinyModule() if kernels == "compact" else TinyModule().double()
-    callback = SPPCallback(A=0.25, interval=2, kernels=kernels)
+    callback = SPPCallback(
+        prune_ratio=0.75, A=0.25, interval=2, kernels=kernels, granularity=granularity
+    )
     callbacks = [callback, Watch()]
     if folder is not None:
         name = "one" if batch_size == 32 else "two"
@@ -58,7 +62,10 @@ def run(record, batch_size, folder=None, ckpt_path=None, kernels="auto"):
 
 
 def main(folder, rank):
-    """What each of two processes does: a run, that resumed, one process's resumed, kept columns."""
+    """What each of two processes does.
+
+    A run, that resumed, one process's resumed, kept columns, coupled channels.
+    """
     torch.manual_seed(1000 + rank)
     results = []
     for options in (
@@ -66,6 +73,7 @@ def main(folder, rank):
         {"ckpt_path": f"{folder}/two-step={MIDDLE}.ckpt"},
         {"ckpt_path": f"{folder}/one-step={MIDDLE}.ckpt"},
         {"kernels": "compact"},
+        *([{"granularity": "coupled-channel"}] if COUPLED else []),
     ):
         record = []
         results.append((record, *run(record, 16, **options)))
@@ -122,6 +130,17 @@ def test_ranks_are_the_same_bit_for_bit(runs, which):
     assert zeros(weights) == [21, 54]
     masks = [mask["conv2"] for _, _, mask in record[:6]]
     assert not any(map(torch.equal, masks, masks[1:]))
+
+
+@pytest.mark.skipif(not COUPLED, reason="Torch-Pruning is not installed")
+def test_ranks_prune_the_same_coupled_channels(runs):
+    (record, weights, _), (other_record, other_weights, _) = (ranks[-1] for ranks in runs[1:])
+    assert_same(record, other_record, range(LAST))
+    assert all(torch.equal(weights[name], other_weights[name]) for name in weights)
+    for writer, reader in (("conv1", "conv2"), ("conv2", "head")):
+        filters = weights[f"{writer}.weight"].flatten(1).any(1)
+        columns = weights[f"{reader}.weight"].transpose(0, 1).flatten(1).any(1)
+        assert filters.sum() == 2 and torch.equal(filters, columns)  # of 8 channels
 
 
 def test_resumed_is_as_if_never_stopped(runs):

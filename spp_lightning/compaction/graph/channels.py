@@ -2,18 +2,23 @@
 
 A channel whose columns are pruned in every layer that reads it need not be computed. Its filter is
 removed, and its place in the norms and additions in between. An addition ties its tensors together:
-they keep the same channels. A concatenation ties each part to its range of the whole.
+they keep the same channels. A concatenation ties each part to its range of the whole. A linear
+layer that reads a flattened tensor reads one feature of it per pixel of a channel.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, fx, nn
 
+from spp_lightning.compaction.graph.flatten import flattened_readers, reads_batch_size
 from spp_lightning.compaction.graph.patterns import cat_operands, is_channelwise
 from spp_lightning.compaction.graph.query import (
     Node,
     convolution_like,
+    linear_like,
     module_of,
     set_module,
     shape_of,
@@ -32,9 +37,15 @@ def remove_channels(graph: fx.GraphModule) -> dict[str, int]:
     Returns:
         Removed output channels, by name of the convolution.
     """
-    kept = _kept_channels(graph)
+    flattened = flattened_readers(graph)
+    kept = _kept_channels(graph, flattened)
     removed = {}
     with torch.no_grad():
+        for node, reader in flattened.items():
+            channels = kept[node.all_input_nodes[0]]
+            if not bool(channels.all()):
+                linear = graph.get_submodule(str(reader.target))
+                set_module(graph, str(reader.target), _slice_linear(linear, channels))
         for node in graph.graph.nodes:
             module = module_of(graph, node)
             if node not in kept or module is None:
@@ -63,8 +74,13 @@ def remove_channels(graph: fx.GraphModule) -> dict[str, int]:
     return removed
 
 
-def _kept_channels(graph: fx.GraphModule) -> dict[Node, Tensor]:
-    """For each 4-d tensor, which of its channels are read by a layer: ``(channels,)``, bool."""
+def _kept_channels(graph: fx.GraphModule, flattened: dict[Node, Node]) -> dict[Node, Tensor]:
+    """For each 4-d tensor, which of its channels are read by a layer: ``(channels,)``, bool.
+
+    Args:
+        graph: The traced network.
+        flattened: The linear layers that read flattened tensors, by the node that flattens.
+    """
     nodes = [node for node in graph.graph.nodes if len(shape_of(node) or ()) == 4]
     parent = {node: node for node in nodes}
 
@@ -103,10 +119,15 @@ def _kept_channels(graph: fx.GraphModule) -> dict[Node, Tensor]:
         if node in free and type(module) is nn.Conv2d and not _is_depthwise(module):
             used = module.weight.detach().abs().amax((0, 2, 3)) != 0
             masks[root(node.args[0])] |= used.cpu()
-        elif node not in free:
+        elif node in flattened:
+            weight = graph.get_submodule(str(flattened[node].target)).get_parameter("weight")
+            mask = masks[root(node.args[0])]
+            mask |= (weight.detach() != 0).any(0).view(len(mask), -1).any(1).cpu()
+        elif node not in free and not reads_batch_size(node):
             for operand in node.all_input_nodes:
                 if operand in parent:
                     masks[root(operand)][:] = True
+    _spread_through_cats(cats, masks, root)
     for mask in masks.values():
         if not mask.any():
             mask[0] = True  # a tensor must have a channel
@@ -143,6 +164,12 @@ def _copy(to: nn.Conv2d, conv: nn.Conv2d, filters: Tensor, channels: Tensor | No
     to.weight.copy_(weight if channels is None else weight[:, channels.to(weight.device)])
     if to.bias is not None and conv.bias is not None:
         to.bias.copy_(conv.bias[filters.to(conv.bias.device)])
+
+
+def _slice_linear(linear: Any, kept: Tensor) -> nn.Linear:
+    """A linear layer that reads the flattened channels that are kept."""
+    features = kept.repeat_interleave(linear.in_features // len(kept)).to(linear.weight.device)
+    return linear_like(linear, linear.weight[:, features], linear.bias)
 
 
 def _slice_norm(norm: nn.BatchNorm2d, kept: Tensor) -> nn.BatchNorm2d:

@@ -6,13 +6,14 @@ import math
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
-from torch.nn import functional as F
+from torch import fx, nn
 
+from spp_lightning.compaction.graph.patterns import is_pointwise
 from spp_lightning.compaction.graph.query import (
     Node,
     arguments,
     calls,
+    linear_like,
     module_of,
     set_module,
     shape_of,
@@ -29,16 +30,6 @@ __all__ = ["decide_linear", "fold_linear_norms", "remove_features", "replace_lin
 # to layers of ConvNeXt and LeViT on one core of an AMD EPYC (Zen 3, AVX2).
 _PRODUCT, _GATHERED, _CALL = 0.022, 0.65, 4000.0
 _MOST_ON_GPU = 0.5  # share of kept columns from which on a layer on a GPU stays dense
-
-_POINTWISE_MODULES = (
-    *(nn.ReLU, nn.ReLU6, nn.Hardtanh, nn.LeakyReLU, nn.ELU, nn.GELU, nn.SiLU, nn.Mish),
-    *(nn.Hardswish, nn.Hardsigmoid, nn.Sigmoid, nn.Tanh, nn.Softplus, nn.Dropout),
-)
-_POINTWISE = (
-    *(F.relu, torch.relu, F.relu6, F.hardtanh, F.leaky_relu, F.elu, F.gelu, F.silu, F.mish),
-    *(F.hardswish, F.hardsigmoid, torch.sigmoid, F.sigmoid, torch.tanh),
-)
-_POINTWISE_METHODS = ("relu", "sigmoid", "tanh", "contiguous")
 
 
 def fold_linear_norms(graph: fx.GraphModule) -> None:
@@ -65,7 +56,7 @@ def fold_linear_norms(graph: fx.GraphModule) -> None:
             shift = shift if norm.bias is None else shift + norm.bias
             if linear.bias is not None:
                 shift = shift + linear.bias * scale
-            folded = _like(linear, linear.weight * scale[:, None], shift)
+            folded = linear_like(linear, linear.weight * scale[:, None], shift)
         set_module(graph, str(node.target), folded)
         end.replace_all_uses_with(node)
     graph.graph.eliminate_dead_code()
@@ -91,7 +82,7 @@ def remove_features(graph: fx.GraphModule) -> dict[str, int]:
         if type(reader) is not nn.Linear or times_called(graph, node.target) > 1:
             continue
         before = node.args[0]
-        while _is_pointwise(graph, before) and single_user(before) is not None:
+        while is_pointwise(graph, before) and single_user(before) is not None:
             before = before.args[0]
         writer = module_of(graph, before)
         if type(writer) is not nn.Linear or single_user(before) is None:
@@ -102,8 +93,10 @@ def remove_features(graph: fx.GraphModule) -> dict[str, int]:
             continue
         bias = None if writer.bias is None else writer.bias[read]
         with torch.no_grad():
-            set_module(graph, str(before.target), _like(writer, writer.weight[read], bias))
-            set_module(graph, str(node.target), _like(reader, reader.weight[:, read], reader.bias))
+            set_module(graph, str(before.target), linear_like(writer, writer.weight[read], bias))
+            set_module(
+                graph, str(node.target), linear_like(reader, reader.weight[:, read], reader.bias)
+            )
         removed[str(before.target)] = int((~read).sum())
     graph.recompile()
     return removed
@@ -197,23 +190,3 @@ def _is_norm(graph: fx.GraphModule, node: Node) -> bool:
         and len(shape_of(node) or ()) == 2
         and times_called(graph, node.target) == 1
     )
-
-
-def _is_pointwise(graph: fx.GraphModule, node: Any) -> bool:
-    """Whether each number of a node's output depends on that number of its only input."""
-    if not isinstance(node, Node) or len(node.all_input_nodes) != 1 or not node.args:
-        return False
-    module = module_of(graph, node)
-    if module is not None:
-        return type(module) in _POINTWISE_MODULES
-    return calls(node, _POINTWISE, _POINTWISE_METHODS)
-
-
-def _like(linear: nn.Linear, weight: Tensor, bias: Tensor | None) -> nn.Linear:
-    """A linear layer with other weights, in the mode of ``linear``."""
-    made = nn.Linear(weight.shape[1], len(weight), bias is not None, device="meta")
-    made.weight = nn.Parameter(weight.detach().clone(), linear.weight.requires_grad)
-    if bias is not None:
-        grad = linear.weight.requires_grad if linear.bias is None else linear.bias.requires_grad
-        made.bias = nn.Parameter(bias.detach().clone(), grad)
-    return made.train(linear.training)

@@ -26,6 +26,7 @@ __all__ = [
     "as_plane_op",
     "cat_operands",
     "is_channelwise",
+    "is_pointwise",
 ]
 
 
@@ -74,6 +75,17 @@ _ELEMENTWISE = (
 _ELEMENTWISE_METHODS = ("add", "add_", "sub", "sub_", "mul", "mul_")
 
 
+_POINTWISE_MODULES = (
+    *(nn.ReLU, nn.ReLU6, nn.Hardtanh, nn.LeakyReLU, nn.ELU, nn.GELU, nn.SiLU, nn.Mish),
+    *(nn.Hardswish, nn.Hardsigmoid, nn.Sigmoid, nn.Tanh, nn.Softplus, nn.Dropout),
+)
+_POINTWISE = (
+    *(F.relu, torch.relu, F.relu6, F.hardtanh, F.leaky_relu, F.elu, F.gelu, F.silu, F.mish),
+    *(F.hardswish, F.hardsigmoid, torch.sigmoid, F.sigmoid, torch.tanh),
+)
+_POINTWISE_METHODS = ("relu", "sigmoid", "tanh", "contiguous")
+
+
 def add_operands(node: Node) -> tuple[Node, Node] | None:
     """The two tensors that a node adds, if it does no more and they are of one shape."""
     if not calls(node, _ADD, ("add", "add_")) or len(node.args) != 2 or node.kwargs:
@@ -115,6 +127,16 @@ def is_channelwise(graph: fx.GraphModule, node: Node) -> bool:
         shapes = [shape_of(x) or () for x in node.all_input_nodes]
         return all(len(x) == 4 and x[1] == shape[1] for x in shapes)
     return False
+
+
+def is_pointwise(graph: fx.GraphModule, node: Any) -> bool:
+    """Whether each number of a node's output depends on that number of its only input."""
+    if not isinstance(node, Node) or len(node.all_input_nodes) != 1 or not node.args:
+        return False
+    module = module_of(graph, node)
+    if module is not None:
+        return type(module) in _POINTWISE_MODULES
+    return calls(node, _POINTWISE, _POINTWISE_METHODS)
 
 
 def as_clamp(graph: fx.GraphModule, node: Node) -> Clamp | None:

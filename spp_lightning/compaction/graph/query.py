@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
 from spp_lightning.compaction.layers.column_conv import ColumnConv2d
 from spp_lightning.compaction.layers.column_linear import ColumnLinear
@@ -17,6 +17,7 @@ __all__ = [
     "calls",
     "convolution_like",
     "is_opaque",
+    "linear_like",
     "module_of",
     "set_module",
     "shape_of",
@@ -92,6 +93,16 @@ def convolution_like(
         conv.weight.device,
         conv.weight.dtype,
     ).train(conv.training)
+
+
+def linear_like(linear: nn.Linear, weight: Tensor, bias: Tensor | None) -> nn.Linear:
+    """A linear layer with other weights, in the mode of ``linear``."""
+    made = nn.Linear(weight.shape[1], len(weight), bias is not None, device="meta")
+    made.weight = nn.Parameter(weight.detach().clone(), linear.weight.requires_grad)
+    if bias is not None:
+        grad = linear.weight.requires_grad if linear.bias is None else linear.bias.requires_grad
+        made.bias = nn.Parameter(bias.detach().clone(), grad)
+    return made.train(linear.training)
 
 
 def is_opaque(module: nn.Module) -> bool:

@@ -1,0 +1,1 @@
+"""Channels of several layers that are pruned as one weight group."""
