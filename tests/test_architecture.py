@@ -19,6 +19,7 @@ FLOORS = (  # of compaction, the lowest first; a room may import its own floor a
     (
         *("compaction.geometry", "compaction.epilogue", "compaction.spec", "compaction.int8_spec"),
         *("compaction.agreement", "compaction.timing", "compaction.macs"),
+        "compaction.int8_spec",
     ),
     ("compaction.kernels",),
     ("compaction.layers",),

@@ -80,7 +80,7 @@ def test_importance_as_a_running_sum_without_filters_that_nothing_reads(net):
     variant = Importance(callback, decay=0.5, dead_filters=False)
     variant.on_train_start(None, net)
     first = net.conv1._parameters["weight"].detach().clone()
-    groups = callback.pruner._layers[0].groups
+    groups = callback.pruner._masked[0].groups
     torch.testing.assert_close(groups.importance(first), first.abs().sum(0).flatten())
     # conv2 reads channels 0 to 29 only from now on.
     callback.pruner.probability["conv2"].view(32, 25)[30:] = 1
@@ -89,14 +89,14 @@ def test_importance_as_a_running_sum_without_filters_that_nothing_reads(net):
     torch.testing.assert_close(groups.importance(2 * first), expected.flatten())
     # Of conv3's filters all are read.
     last = net.conv3._parameters["weight"].detach()
-    found = callback.pruner._layers[2].groups.importance(last)
+    found = callback.pruner._masked[2].groups.importance(last)
     torch.testing.assert_close(found, last.abs().sum(0).flatten())
     saved = variant.state_dict()
     again = Importance(callback, decay=0.5, dead_filters=False)
     again.load_state_dict(saved)
     again.on_train_start(None, net)
     expected = 3 * first[:30].abs().sum(0) + 0.5 * saved["conv1"].view(3, 5, 5)
-    found = callback.pruner._layers[0].groups.importance(3 * first)
+    found = callback.pruner._masked[0].groups.importance(3 * first)
     torch.testing.assert_close(found, expected.flatten())
 
 

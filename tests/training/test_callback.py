@@ -402,7 +402,7 @@ def test_settings_are_plain_arguments_with_their_documentation():
     """As ``help``, editors and the command line see them."""
     for cls, settings, own, count in (
         (SPPCallback, TrainingSettings, [], 21),
-        (SPPPruner, SPPSettings, ["model"], 14),
+        (SPPPruner, SPPSettings, ["model"], 15),
     ):
         fields, types = inspect.signature(settings).parameters, get_type_hints(settings)
         parameters = inspect.signature(cls).parameters
