@@ -100,7 +100,7 @@ constexpr int64_t kNonTemporalBytes = 4 << 20;  // of an output that leaves the 
 inline bool is_non_temporal(const ForwardPass& pass, const Shapes& s, const float* planes) {
   const int64_t bytes = pass.batch * pass.plan->geometry.filters * s.conv_plane * sizeof(float);
   const bool is_output = pass.plan->epilogue.empty() && !pass.bfloat16;
-  return kAvoidsStoreMisses && is_output && bytes >= kNonTemporalBytes &&
+  return kStoresNonTemporal && is_output && bytes >= kNonTemporalBytes &&
          s.conv_plane % kLanes == 0 && reinterpret_cast<uintptr_t>(planes) % sizeof(Vector) == 0;
 }
 

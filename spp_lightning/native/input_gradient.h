@@ -47,6 +47,19 @@ inline void add_run(const float* sums, int64_t stride, const int64_t* offset, in
   }
 }
 
+// The pixels of each filter's plane, in place.
+struct InPlace {
+  static constexpr bool kPaired = false;
+  const float* const* pixels;  // of each vector, in the first plane
+  const int64_t* offset;       // of each plane
+
+  template <int kV>
+  inline __attribute__((always_inline)) void load_pixels(int filter, Vector (&x)[kV]) const {
+#pragma GCC unroll 3
+    for (int v = 0; v < kV; ++v) x[v] = load(pixels[v] + offset[filter]);
+  }
+};
+
 // Adds the tile's products with some columns to the source planes.
 template <int kTiles, int kV>
 void scatter_tile(const float* weight, int filters, const float* const* pixels,
@@ -59,8 +72,8 @@ void scatter_tile(const float* weight, int filters, const float* const* pixels,
   for (int r = 0; r < kRows; ++r)
 #pragma GCC unroll 3
     for (int v = 0; v < kV; ++v) sum[r][v] = Vector{};
-  add_products<kTiles, kV, Read::kInPlace>(weight, static_cast<size_t>(filters) * kTileFilters, filters,
-                                           pixels, filter_offset, sum);
+  add_products<kTiles, kV>(weight, static_cast<size_t>(filters) * kTileFilters, filters,
+                           InPlace{pixels, filter_offset}, sum);
   if (runs.whole && columns == kRows) {
 #pragma GCC unroll 8
     for (int r = 0; r < kRows; ++r) {

@@ -16,30 +16,60 @@ namespace SPP_ISA {
 
 // ---- The micro-kernel ----
 
-// Where the pixels of column k are: in a panel, one tile behind those of column k - 1, from pixels[0] on; or in
-// place, at pixels[v] + offset[k].
-enum class Read { kPanel, kInPlace };
+// Sources of pixels: load_pixels(k, x) gives those under column k.
+
+// From a panel, or pairs of them.
+struct FromPanel {
+  static constexpr bool kPaired = kPairs;
+  const float* panel;
+
+  template <int kV>
+  inline __attribute__((always_inline)) void load_pixels(int k, Vector (&x)[kV]) const {
+#pragma GCC unroll 3
+    for (int v = 0; v < kV; ++v) x[v] = load(panel + static_cast<size_t>(k) * kTile + v * kLanes);
+  }
+};
+
+// From the input, packing them into a panel on the way, while the products keep the processor busy.
+template <bool kMasked>
+struct ThroughPanel {
+  static constexpr bool kPaired = false;
+  const InputPixels& input;
+  float* panel;
+
+  inline __attribute__((always_inline)) void load_pixels(int k, Vector (&x)[kVectors]) const {
+    input.pack<kMasked>(k, panel, x);
+  }
+};
+
+// From a panel, prefetching a vector of the next tile.
+struct FromPanelAhead {
+  static constexpr bool kPaired = false;
+  const float *panel, *next;  // `next` is for an offset of 0
+  const int64_t* offset;
+
+  template <int kV>
+  inline __attribute__((always_inline)) void load_pixels(int k, Vector (&x)[kV]) const {
+    __builtin_prefetch(next + offset[k]);
+    FromPanel{panel}.load_pixels(k, x);
+  }
+};
 
 // sum[filter][v] += Σ_k weight[tile of filters][k][filter] · pixels[k][v].
-template <int kTiles, int kV, Read kRead>
+template <int kTiles, int kV, typename Pixels>
 inline __attribute__((always_inline)) void add_products(const float* weight, size_t tile_stride,
-                                                        int count, const float* const* pixels,
-                                                        const int64_t* offset,
+                                                        int count, const Pixels& pixels,
                                                         Vector (&sum)[kTiles * kTileFilters][kV]) {
-  const float* panel = pixels[0];
 #pragma GCC unroll 4
   for (int k = 0; k < count; ++k) {
     Vector x[kV];
-#pragma GCC unroll 3
-    for (int v = 0; v < kV; ++v)
-      x[v] = load(kRead == Read::kInPlace ? pixels[v] + offset[k] : panel + v * kLanes);
-    panel += kTile;
+    pixels.load_pixels(k, x);
 #pragma GCC unroll 8
     for (int r = 0; r < kTiles * kTileFilters; ++r) {
       const float* w = weight + (r / kTileFilters) * tile_stride + r % kTileFilters;
 #pragma GCC unroll 3
       for (int v = 0; v < kV; ++v) {
-        if constexpr (kPairs && kRead == Read::kPanel) sum[r][v] = add_pair_products(sum[r][v], x[v], w);
+        if constexpr (Pixels::kPaired) sum[r][v] = add_pair_products(sum[r][v], x[v], w);
         else sum[r][v] += *w * x[v];
       }
     }
@@ -51,7 +81,9 @@ inline __attribute__((always_inline)) void add_products(const float* weight, siz
 struct TileTask {
   const float* weight;
   size_t tile_stride;     // floats from one tile of filters to the next
-  const float* panel;
+  float* panel;
+  const InputPixels* input;  // to be packed by the first filters; null if the panel is packed
+  int ahead;              // the vector of the next tile that is prefetched meanwhile
   int columns;            // or pairs of them
   const float* bias;      // one per filter
   const float* residual;  // planes like the output's, at the first pixel; or null
@@ -83,20 +115,25 @@ __attribute__((noinline)) void store_part(Vector (&sum)[kRows][kV], const TileTa
       store_lanes(task.output + r * task.plane + v * kLanes, sum[r][v], task.pixels - v * kLanes);
 }
 
-// The same of a full tile without an activation.
+// The same of a full tile without an activation. The compiler takes any store to change the task, which is read before.
 template <int kRows, int kV>
 inline __attribute__((always_inline)) void store_whole(const Vector (&sum)[kRows][kV],
                                                        const TileTask& task) {
+  float* out = task.output;
+  const float* residual = task.residual;
+  const int64_t plane = task.plane;
+  const bool clamped = task.clamped, non_temporal = task.non_temporal;
+  const float low = task.low, high = task.high;
 #pragma GCC unroll 8
-  for (int r = 0; r < kRows; ++r) {
-    float* out = task.output + r * task.plane;
+  for (int r = 0; r < kRows; ++r, out += plane) {
 #pragma GCC unroll 3
     for (int v = 0; v < kV; ++v) {
       Vector y = sum[r][v];
-      if (task.residual) y += load(task.residual + r * task.plane + v * kLanes);
-      if (task.clamped) y = clamp(y, task.low, task.high);
-      store_output(out + v * kLanes, y, task.non_temporal);
+      if (residual) y += load(residual + v * kLanes);
+      if (clamped) y = clamp(y, low, high);
+      store_output(out + v * kLanes, y, non_temporal);
     }
+    if (residual) residual += plane;
   }
 }
 
@@ -104,7 +141,7 @@ constexpr int kPrefetchColumns = 8;  // with fewer, to prefetch the output takes
 
 template <int kRows, int kV>
 inline __attribute__((always_inline)) void prefetch_output(const TileTask& task) {
-  if (!kAvoidsStoreMisses || !task.last || task.non_temporal || task.columns < kPrefetchColumns) return;
+  if (!task.last || task.non_temporal || task.columns < kPrefetchColumns) return;
   for (int r = 0; r < std::min(kRows, task.filters); ++r) {
     const float* row = task.output + r * task.plane;
 #pragma GCC unroll 3
@@ -113,8 +150,11 @@ inline __attribute__((always_inline)) void prefetch_output(const TileTask& task)
   }
 }
 
-template <int kTiles, int kV>
-void pixel_tile(const TileTask& task) {
+// How a tile gets its pixels.
+enum class Read { kPanel, kPanelAhead, kPacking, kPackingMasked };
+
+template <int kTiles, int kV, Read kRead>
+inline __attribute__((always_inline)) void pixel_tile(const TileTask& task) {
   constexpr int kRows = kTiles * kTileFilters;
   Vector sum[kRows][kV];
   if (task.first) {
@@ -132,8 +172,13 @@ void pixel_tile(const TileTask& task) {
   if (task.last && task.residual)
     for (int r = 0; r < std::min(kRows, task.filters); ++r)
       for (int v = 0; v < kV; ++v) __builtin_prefetch(task.residual + r * task.plane + v * kLanes);
-  add_products<kTiles, kV, Read::kPanel>(task.weight, task.tile_stride, task.columns, &task.panel,
-                                         nullptr, sum);
+  const auto add = [&](const auto& pixels) __attribute__((always_inline)) {
+    add_products<kTiles, kV>(task.weight, task.tile_stride, task.columns, pixels, sum);
+  };
+  if constexpr (kRead == Read::kPanel) add(FromPanel{task.panel});
+  else if constexpr (kRead == Read::kPanelAhead)
+    add(FromPanelAhead{task.panel, task.input->ahead(task.ahead), task.input->of.offset});
+  else add(ThroughPanel<kRead == Read::kPackingMasked>{*task.input, task.panel});
   if (!task.last) {
 #pragma GCC unroll 8
     for (int r = 0; r < kRows; ++r)
@@ -165,26 +210,61 @@ struct GroupTask {
   bool non_temporal;  // whether full tiles are stored so
 };
 
+// Tiles of filters at three vectors of pixels at once: more don't fit into fewer registers.
+constexpr int kWide = kLanes == 16 ? 2 : 1;
+
+// The task of some filters, of which the first one is in tile i, at the pixels from `begin` on.
+inline __attribute__((always_inline)) void set_filters(const GroupTask& group, int i, int tiles, int begin,
+                                                       TileTask& task) {
+  const int filter = i * kTileFilters;
+  task.weight = group.weight + i * task.tile_stride;
+  task.bias = group.bias + filter;
+  task.filters = std::min(group.filters - filter, tiles * kTileFilters);
+  task.output = group.output + filter * task.plane + begin;
+  task.residual = group.residual ? group.residual + filter * task.plane + begin : nullptr;
+  task.partial = group.partial ? group.partial + filter * kTile : nullptr;
+}
+
+// kTiles tiles of filters from tile i on.
+template <int kTiles, int kV, Read kRead>
+inline __attribute__((always_inline)) void run_filter_tiles(const GroupTask& group, TileTask& task, int begin,
+                                                            int i) {
+  set_filters(group, i, kTiles, begin, task);
+  pixel_tile<kTiles, kV, kRead>(task);
+}
+
+// Tiles of filters [first, last), from a panel.
+template <int kTiles, int kV>
+void run_packed(const GroupTask& group, TileTask& task, int begin, int first, int last) {
+  int i = first;
+  for (; i + kTiles <= last; i += kTiles) run_filter_tiles<kTiles, kV, Read::kPanel>(group, task, begin, i);
+  if (i < last) run_filter_tiles<1, kV, Read::kPanel>(group, task, begin, i);
+}
+
+// Vectors of the next tile that the first filters prefetch: one, if there are filters for the others.
+inline int prefetched_at_once(int filter_tiles) { return std::max(1, kVectors + 1 - filter_tiles / kWide); }
+
+// The first filters pack the panel. They and those after them prefetch the pixels of the next tile. Returns the
+// first tile of filters that is left.
+template <int kTiles>
+int pack_and_run(const GroupTask& group, TileTask& task, int begin, int first) {
+  if (task.input->mask) run_filter_tiles<kTiles, kVectors, Read::kPackingMasked>(group, task, begin, first);
+  else run_filter_tiles<kTiles, kVectors, Read::kPacking>(group, task, begin, first);
+  int i = first + kTiles;
+  for (task.ahead = task.input->prefetched; task.ahead < kVectors; ++task.ahead, i += kTiles)
+    run_filter_tiles<kTiles, kVectors, Read::kPanelAhead>(group, task, begin, i);
+  return i;
+}
+
 // Tiles of filters [first, last) at one tile of pixels. `task` has what is the same for all of them.
 inline void run_filters(const GroupTask& group, TileTask task, int begin, int first, int last) {
-  const int vectors = (task.pixels + kLanes - 1) / kLanes;
+  if (task.input && last - first >= kWide) first = pack_and_run<kWide>(group, task, begin, first);
+  else if (task.input) first = pack_and_run<1>(group, task, begin, first);
   // Wide tiles fill the registers with few filters, narrow ones take more of them at once.
-  const int at_once = vectors == 1 || kLanes == 16 ? 2 : 1;
-  for (int i = first, tiles; i < last; i += tiles) {
-    tiles = std::min(at_once, last - i);
-    const int filter = i * kTileFilters;
-    task.weight = group.weight + i * task.tile_stride;
-    task.bias = group.bias + filter;
-    task.filters = std::min(group.filters - filter, tiles * kTileFilters);
-    task.output = group.output + filter * task.plane + begin;
-    task.residual = group.residual ? group.residual + filter * task.plane + begin : nullptr;
-    task.partial = group.partial ? group.partial + filter * kTile : nullptr;
-    constexpr int kWide = kLanes == 16 ? 2 : 1;  // wider ones of two tiles don't fit into fewer registers
-    if (tiles == 2)
-      (vectors == 3 ? pixel_tile<kWide, 3> : vectors == 2 ? pixel_tile<kWide, 2> : pixel_tile<2, 1>)(task);
-    else
-      (vectors == 3 ? pixel_tile<1, 3> : vectors == 2 ? pixel_tile<1, 2> : pixel_tile<1, 1>)(task);
-  }
+  const int vectors = (task.pixels + kLanes - 1) / kLanes;
+  if (vectors == 3) run_packed<kWide, 3>(group, task, begin, first, last);
+  else if (vectors == 2) run_packed<kWide, 2>(group, task, begin, first, last);
+  else run_packed<2, 1>(group, task, begin, first, last);
 }
 
 // The convolution of an image.
@@ -259,8 +339,11 @@ class Convolution {
     do {  // once, even without columns
       const int column = done * kColumnsAtOnce;
       task.columns = std::min(kPanelColumns, steps - done);
-      pack(tile, {columns_.columns + column, columns_.offset + column,
-                  std::min(kPanelColumns * kColumnsAtOnce, columns_.count - column)});
+      const InputPixels input{base_ + begin,
+                              {columns_.columns + column, columns_.offset + column,
+                               std::min(kPanelColumns * kColumnsAtOnce, columns_.count - column)},
+                              border_.inside ? nullptr : border_.mask, prefetched_at_once(last - first)};
+      task.input = pack(tile, input, panel_) ? nullptr : &input;
       task.first = done == 0;
       task.last = done + task.columns == steps;
       GroupTask panel = group;
@@ -270,15 +353,21 @@ class Convolution {
     } while (done < steps);
   }
 
-  void pack(const Tile& tile, const PanelColumns& of) const {
+  // Packs a panel. Returns false for the panels that the first filters pack.
+  bool pack(const Tile& tile, const InputPixels& input, float* panel) const {
     if (s_.copied) {
       const auto pack = tile.runs == 3 ? pack_sources<3> : tile.runs == 4 ? pack_sources<4> : pack_sources<0>;
-      return pack(tile, base_, of, panel_);
+      pack(tile, base_, input.of, panel);
+    } else if (input.in + least_ < start_ || input.in + most_ + kTile > end_) {
+      pack_edge(start_, end_, input, panel);
+    } else if (tile.vectors() == kVectors) {
+      return false;
+    } else if (input.mask) {
+      pack_input<true>(input, panel);
+    } else {
+      pack_input<false>(input, panel);
     }
-    const float* in = base_ + tile.begin;
-    if (in + least_ < start_ || in + most_ + kTile > end_) pack_edge(start_, end_, in, of, border_, panel_);
-    else if (border_.inside) pack_input<false>(in, of, border_, panel_);
-    else pack_input<true>(in, of, border_, panel_);
+    return true;
   }
 
   const Plan& plan_;

@@ -106,36 +106,54 @@ inline void pack_sources(const Tile& tile, const float* base, const PanelColumns
   }
 }
 
-// From the input: `in` is the tile's first pixel. The pixels of the next tile are prefetched: of each vector the
-// last one, since its first ones came with the vector before it.
-template <bool kMasked>
-inline void pack_input(const float* in, const PanelColumns& of, const Border& border, float* panel) {
-  for (int k = 0; k < of.count; ++k, panel += kTile) {
+// The pixels of a tile under each column, in the input.
+struct InputPixels {
+  const float* in;  // the tile's first pixel
+  PanelColumns of;
+  const Bits* mask;  // [tap][vector]; null if all lanes lie inside the image
+  int prefetched = kVectors;  // vectors of the next tile that are prefetched while this one is packed
+
+  // What is prefetched of a vector of the next tile, for an offset of 0: its last pixel, since the first ones came
+  // with the vector before it. GCC leaves out calls of functions that only prefetch, so this only says where.
+  inline __attribute__((always_inline)) const float* ahead(int vector) const {
+    return in + kTile + (vector + 1) * kLanes - 1;
+  }
+
+  // Loads those under column k and stores them in the panel.
+  template <bool kMasked>
+  inline __attribute__((always_inline)) void pack(int k, float* panel, Vector (&x)[kVectors]) const {
     const float* from = in + of.offset[k];
-    const Bits* mask = kMasked ? border.mask + of.columns[k].tap * kVectors : nullptr;
+    const Bits* inside = kMasked ? mask + of.columns[k].tap * kVectors : nullptr;
 #pragma GCC unroll 3
     for (int v = 0; v < kVectors; ++v) {
-      const Vector x = load(from + v * kLanes);
-      store(panel + v * kLanes, kMasked ? masked(x, mask[v]) : x);
-      __builtin_prefetch(from + kTile + (v + 1) * kLanes - 1);
+      x[v] = load(from + v * kLanes);
+      if (kMasked) x[v] = masked(x[v], inside[v]);
+      store(panel + static_cast<size_t>(k) * kTile + v * kLanes, x[v]);
+      if (v < prefetched) __builtin_prefetch(ahead(v) + of.offset[k]);
     }
   }
+};
+
+template <bool kMasked>
+inline void pack_input(const InputPixels& pixels, float* panel) {
+  Vector x[kVectors];
+  for (int k = 0; k < pixels.of.count; ++k) pixels.pack<kMasked>(k, panel, x);
 }
 
 // The same where vectors of some columns might reach beyond the ends of the tensor, [start, end).
-inline void pack_edge(const float* start, const float* end, const float* in, const PanelColumns& of,
-                      const Border& border, float* panel) {
-  for (int k = 0; k < of.count; ++k, panel += kTile) {
-    const float* from = in + of.offset[k];
+inline void pack_edge(const float* start, const float* end, const InputPixels& pixels, float* panel) {
+  for (int k = 0; k < pixels.of.count; ++k, panel += kTile) {
+    const float* from = pixels.in + pixels.of.offset[k];
     if (from >= start && from + kTile <= end) {
-      const PanelColumns one{of.columns + k, of.offset + k, 1};
-      if (border.inside) pack_input<false>(in, one, border, panel);
-      else pack_input<true>(in, one, border, panel);
+      const InputPixels one{pixels.in, {pixels.of.columns + k, pixels.of.offset + k, 1}, pixels.mask};
+      if (pixels.mask) pack_input<true>(one, panel);
+      else pack_input<false>(one, panel);
       continue;
     }
-    const auto* mask = reinterpret_cast<const int32_t*>(border.mask + of.columns[k].tap * kVectors);
+    const auto* mask = reinterpret_cast<const int32_t*>(pixels.mask);
+    if (mask) mask += pixels.of.columns[k].tap * kTile;
     for (int p = 0; p < kTile; ++p) {
-      const bool known = from + p >= start && from + p < end && (border.inside || mask[p]);
+      const bool known = from + p >= start && from + p < end && (!mask || mask[p]);
       panel[p] = known ? from[p] : 0.0f;
     }
   }

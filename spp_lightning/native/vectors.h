@@ -10,13 +10,12 @@
 namespace spp {
 namespace SPP_ISA {
 
-// A store waits until its line is in the cache. With AVX-512 the kernels avoid that: they write large outputs by
-// non-temporal stores, which need no line, and prefetch the lines of the others. With fewer lanes it isn't worth
-// its time; tests define this as 1 for all instruction sets.
-#ifndef SPP_AVOIDS_STORE_MISSES
-#define SPP_AVOIDS_STORE_MISSES (SPP_LANES == 16)
+// Whether large outputs are written by non-temporal stores, which need no line of the cache. With fewer lanes a
+// tile ends in the middle of a line, where they are slower; tests define this as 1 for all instruction sets.
+#ifndef SPP_STORES_NON_TEMPORAL
+#define SPP_STORES_NON_TEMPORAL (SPP_LANES == 16)
 #endif
-constexpr bool kAvoidsStoreMisses = SPP_AVOIDS_STORE_MISSES;
+constexpr bool kStoresNonTemporal = SPP_STORES_NON_TEMPORAL;
 
 constexpr int kLanes = SPP_LANES;
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
@@ -35,16 +34,16 @@ inline void store(float* p, Vector v) { *reinterpret_cast<Vector*>(p) = v; }
 // finish_stores().
 inline void store_output(float* p, Vector v, [[maybe_unused]] bool non_temporal) {
 #if SPP_LANES == 16
-  if (kAvoidsStoreMisses && non_temporal) return _mm512_stream_ps(p, v);
+  if (kStoresNonTemporal && non_temporal) return _mm512_stream_ps(p, v);
 #elif SPP_LANES == 8
-  if (kAvoidsStoreMisses && non_temporal) return _mm256_stream_ps(p, v);
+  if (kStoresNonTemporal && non_temporal) return _mm256_stream_ps(p, v);
 #endif
   store(p, v);
 }
 
 inline void finish_stores() {
 #if SPP_LANES > 4
-  if (kAvoidsStoreMisses) _mm_sfence();
+  if (kStoresNonTemporal) _mm_sfence();
 #endif
 }
 
