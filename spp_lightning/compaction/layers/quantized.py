@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from spp_lightning.compaction.geometry import Geometry
 from spp_lightning.compaction.int8_spec import Int8Spec, TensorScale
 from spp_lightning.compaction.kernels.cpu.checks import check_columns
+from spp_lightning.compaction.kernels.cpu.int8 import Int8Handle
+from spp_lightning.compaction.kernels.cpu.library import is_available
 from spp_lightning.compaction.layers.int8_reference import (
     convolve,
     dequantize,
@@ -20,7 +22,21 @@ from spp_lightning.compaction.layers.int8_reference import (
 
 __all__ = ["Quantize", "QuantizedConv2d", "QuantizedLinear"]
 
-_MOST_COLUMNS = 2**31 // (127 * 255)  # so that int32 holds a sum of so many products
+_MOST_COLUMNS = 2**16 - 1  # of a convolution group, so that int32 holds their sums of products
+
+# Bound once, as in column_conv.py.
+_is_tracing = torch._C._is_tracing
+_num_dispatch_modes = torch._C._len_torch_dispatch_stack
+_num_function_modes = torch._C._len_torch_function_stack
+_transform = torch._C._functorch.peek_interpreter_stack
+
+
+class _Packed(NamedTuple):
+    """A handle, the tensors that it was made of, and their versions then."""
+
+    handle: Int8Handle
+    tensors: tuple[Tensor | None, ...]
+    versions: tuple[int, ...]
 
 
 class Quantize(nn.Module):
@@ -127,6 +143,7 @@ class QuantizedConv2d(nn.Module):
                 )
             self.register_buffer(f"{name}_scale", both[0])
             self.register_buffer(f"{name}_zero_point", both[1])
+        self._packed: _Packed | None = None
 
     @property
     def spec(self) -> Int8Spec:
@@ -174,10 +191,43 @@ class QuantizedConv2d(nn.Module):
             ValueError: If an input is of another shape or dtype than the layer's, or a residual is
                 missing, or there shouldn't be one.
         """
+        return self._convolve(x, residual)
+
+    def _convolve(self, x: Tensor, residual: Tensor | None) -> Tensor:
+        if (
+            not torch.compiler.is_compiling()
+            and _is_plain(x)
+            and (residual is None or _is_plain(residual))
+            and is_available()
+        ):
+            return self._handle().run(x, residual)
         if x.dim() == 3:
-            return self.forward(x[None], None if residual is None else residual[None])[0]
+            return self._convolve(x[None], None if residual is None else residual[None])[0]
         self._check(x, residual)
+        if not (x.is_contiguous() and (residual is None or residual.is_contiguous())):
+            added = None if residual is None else residual.contiguous()
+            return self._convolve(x.contiguous(), added)
         return self._in_torch(x, residual)
+
+    def _handle(self) -> Int8Handle:
+        """The handle; packed anew if the layer's tensors changed since, by torch's versions."""
+        tensors, found = tuple(self._buffers.values()), self._packed
+        if found is not None and len(found.tensors) == len(tensors):
+            # One loop without calls: small layers wait for it.
+            for tensor, packed, version in zip(tensors, found.tensors, found.versions):  # noqa: B905
+                if tensor is not packed or (tensor is not None and tensor._version != version):
+                    break
+            else:
+                return found.handle
+        handle = Int8Handle(self.weight, self.columns, self.weight_scale, self.bias, self.spec)
+        if any(x is not None and x.is_inference() for x in tensors):  # they count no versions
+            return handle
+        versions = tuple(0 if x is None else x._version for x in tensors)
+        self._packed = _Packed(handle, tensors, versions)
+        return handle
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_packed": None}
 
     def _check(self, x: Tensor, residual: Tensor | None) -> None:
         g = self.geometry
@@ -248,7 +298,7 @@ class QuantizedLinear(QuantizedConv2d):
                 f"`x` must be of shape (…, {self.in_features}), and there is no residual; got"
                 f" {tuple(x.shape)}."
             )
-        rows = super().forward(x.reshape(-1, self.in_features, 1, 1))
+        rows = self._convolve(x.reshape(-1, self.in_features, 1, 1), None)
         return rows.view(*x.shape[:-1], self.out_features)
 
 
@@ -262,10 +312,11 @@ def _check_weight(weight: Tensor, columns: Tensor, geometry: Geometry) -> None:
         )
     if weight.numel() and int(weight.min()) < -127:
         raise ValueError("`weight` must be in [-127, 127], got -128.")
-    if len(columns) > _MOST_COLUMNS:
+    by_group = torch.bincount(columns // (g.num_columns // g.groups))
+    if len(columns) and int(by_group.max()) > _MOST_COLUMNS:
         raise ValueError(
-            f"`columns` must be at most {_MOST_COLUMNS}, so that int32 holds the sums, got"
-            f" {len(columns)}."
+            f"`columns` must be at most {_MOST_COLUMNS} per convolution group, so that int32 holds"
+            f" the sums, got {int(by_group.max())}."
         )
 
 
@@ -277,6 +328,21 @@ def _check_numbers(name: str, numbers: Tensor, geometry: Geometry) -> None:
         )
     if not bool(numbers.isfinite().all()):
         raise ValueError(f"`{name}` must be finite.")
+
+
+def _is_plain(x: Tensor) -> bool:
+    """Whether the kernels can read a tensor, and nobody watches or transforms what is computed."""
+    return (
+        type(x) is Tensor
+        and x.is_cpu
+        and x.dtype is torch.uint8
+        and x.dim() == 4
+        and x.is_contiguous()
+        and not _is_tracing()
+        and not _num_dispatch_modes()
+        and not _num_function_modes()
+        and _transform() is None
+    )
 
 
 def _text(limits: tuple[Any, ...]) -> str:
