@@ -21,8 +21,11 @@ from torch import Tensor, nn
 from spp_lightning.compaction.file.container import load_compact, save_compact, why
 from spp_lightning.compaction.graph.to_dense import to_dense
 from spp_lightning.compaction.layers.column_conv import ColumnConv2d
+from spp_lightning.compaction.layers.quantized import QuantizedConv2d, QuantizedLinear
 from spp_lightning.compaction.macs import count_macs
 from spp_lightning.compaction.pipeline import compact
+from spp_lightning.compaction.quantize.pipeline import quantize_compact
+from spp_lightning.compaction.quantize.report import LayerPrecision, QuantizeReport, quantize_report
 from spp_lightning.compaction.timing import difference, measure
 from spp_lightning.method.selection import is_convolution
 from spp_lightning.planning.overview import overview
@@ -34,6 +37,7 @@ __all__ = ["main"]
 _BATCHES = (1, 64)
 _TOLERANCE = 1e-4  # of the largest output
 _TOLD = 600  # characters of what torch says about a checkpoint of another network
+_CALIBRATION_BATCH = 64
 _LEAST_IMAGES = 8  # on which a loss is computed
 _NOISE = 1.05  # how much longer the compact network may take before it counts as slower
 
@@ -80,6 +84,14 @@ _as_json = click.option("--json", "as_json", is_flag=True, help="Print JSON, for
     help="The network's class, or a function that makes it. Modules in the current folder count.",
 )
 @_input_shape
+@click.option("--int8", is_flag=True, help="Write the compact network in int8; see --calibrate.")
+@click.option(
+    "--calibrate",
+    type=click.Path(exists=True, path_type=Path),
+    help="For --int8: inputs prepared as for training, a tensor (B, C, H, W) in a file that"
+    " torch.save wrote, or a folder of such files (*.pt).",
+)
+@click.option("--keep", multiple=True, metavar="PATTERN", help="Layers not in int8; repeatable.")
 @click.option(
     "--bench",
     is_flag=True,
@@ -92,6 +104,9 @@ def compact_command(
     output: Path,
     model_name: str,
     input_shape: tuple[int, ...] | None,
+    int8: bool,
+    calibrate: Path | None,
+    keep: tuple[str, ...],
     bench: bool,
     threads: int | None,
     as_json: bool,
@@ -102,28 +117,49 @@ def compact_command(
     spp_lightning.load_compact(FILE), without the network's class. Without --input-shape the
     network's example_input_array tells the shape of its inputs.
 
+    With --int8 the file holds the compact network in int8, and a table tells the error of each
+    layer on the inputs of --calibrate.
+
     Exits with 1 if the compact network computes something else (a difference of more than 0.0001 of
-    the largest output), or with --bench if it is slower (by more than 5 %).
+    the largest output, in float32), or with --bench if it is slower (by more than 5 %).
     """
+    if int8 != (calibrate is not None):
+        raise click.UsageError("--int8 and --calibrate belong together.")
+    if keep and not int8:
+        raise click.UsageError("--keep says which layers are not in int8; give --int8.")
     if threads is not None:
         torch.set_num_threads(threads)
     model = _load(checkpoint, model_name).eval()
     shape = input_shape or _default_shape(model)
     example = torch.randn(1, *shape, generator=torch.Generator().manual_seed(0))
     try:
-        save_compact(compact(model, example), output)
+        fast, quantized, batches = compact(model, example), None, []
+        if calibrate is not None:  # before anything is written, since it may fail
+            batches = _calibration(calibrate)
+            quantized = quantize_compact(fast, batches, keep)
+        save_compact(fast, output)
         fast = load_compact(output)  # what is measured is what others will load
         report = _compare(model, fast, example, output)
+        if quantized is not None:
+            save_compact(quantized, output)
+            report["int8"] = _int8_report(fast, quantized, batches, output)
+            quantized = load_compact(output)
     except (ValueError, OSError) as error:
         raise click.ClickException(str(error)) from error
     if not report["compact_convolutions"]:
         click.echo("No convolution is compact: is this a pruned network's checkpoint?", err=True)
     if not as_json:
         click.echo(_told(report))
+        if quantized is not None:
+            click.echo(_told_int8(report["int8"]))
     if bench:
         report["bench"] = _bench(model, fast, shape)
+        if quantized is not None:
+            report["int8"]["bench"] = _bench(model, quantized, shape)
         if not as_json:
             click.echo(_told_times(report["bench"]))
+            if quantized is not None:
+                click.echo(_told_times(report["int8"]["bench"], "int8"))
     if as_json:
         click.echo(json.dumps(report, indent=2))
     problems = _problems(report)
@@ -422,14 +458,54 @@ def _bench(model: nn.Module, fast: nn.Module, shape: tuple[int, ...]) -> dict[st
     }
 
 
-def _told_times(bench: dict[str, Any]) -> str:
+def _int8_report(
+    fast: nn.Module, quantized: nn.Module, batches: list[Tensor], output: Path
+) -> dict[str, Any]:
+    told = quantize_report(fast, quantized, batches)
+    return {
+        "bytes": output.stat().st_size,
+        "error": told.error,
+        "snr_db": told.snr_db,
+        "layers": [row._asdict() for row in told.layers],
+    }
+
+
+def _calibration(path: Path) -> list[Tensor]:
+    """The inputs of a file or a folder, in batches."""
+    files = sorted(path.glob("*.pt")) if path.is_dir() else [path]
+    if not files:
+        raise click.ClickException(f"--calibrate (={path}) must hold files *.pt, but holds none.")
+    batches: list[Tensor] = []
+    for file in files:
+        try:
+            content = torch.load(file, map_location="cpu", weights_only=True)
+        except Exception as error:  # torch raises a different one for every way a file can be bad
+            raise click.ClickException(
+                f"--calibrate: {file} can't be read as a file that torch.save has written:"
+                f" {why(error)}"
+            ) from error
+        if not isinstance(content, Tensor):
+            raise click.ClickException(
+                f"--calibrate: {file} must hold a tensor of inputs, got {type(content).__name__}."
+            )
+        batches += content.split(_CALIBRATION_BATCH)
+    return batches
+
+
+def _told_int8(int8: dict[str, Any]) -> str:
+    layers = tuple(LayerPrecision(**row) for row in int8["layers"])
+    table = QuantizeReport(layers, int8["error"], int8["snr_db"])
+    return f"int8        {int8['bytes']:,} bytes\n{table}"
+
+
+def _told_times(bench: dict[str, Any], which: str = "compact") -> str:
     lines = [
         f"milliseconds per batch (median; {bench['threads']} threads; dense is the faster of NCHW"
         " and channels-last)"
     ]
     for x in bench["batches"]:
         lines.append(
-            f"batch {x['batch']:<5} dense {x['dense_ms']:.3f}, compact {x['compact_ms']:.3f}"
+            f"batch {x['batch']:<5} dense {x['dense_ms']:.3f}, {which} {x['compact_ms']:.3f}"
             f" ({x['speedup']:.2f}× as fast)"
         )
     return "\n".join(lines)
@@ -455,15 +531,19 @@ def _contents(file: Path, network: nn.Module, shape: tuple[int, ...] | None) -> 
     layers = {
         name: layer
         for name, layer in network.named_modules()
-        if isinstance(layer, (ColumnConv2d, nn.Linear)) or is_convolution(layer)
+        if isinstance(layer, (ColumnConv2d, QuantizedConv2d, nn.Linear)) or is_convolution(layer)
     }
-    macs = _macs_of(network, shape, next(iter(layers.values()), None))
+    macs = _macs_of(network, shape)
     tensors = [*network.parameters(), *network.buffers()]
+    parameters: list[Tensor] = [*network.parameters()]
+    for layer in network.modules():
+        if isinstance(layer, QuantizedConv2d):
+            parameters += [layer.weight] if layer.bias is None else [layer.weight, layer.bias]
     return {
         "file": str(file),
         "bytes": file.stat().st_size,
-        "parameters": sum(x.numel() for x in network.parameters()),
-        "dtypes": sorted({str(x.dtype).removeprefix("torch.") for x in network.parameters()}),
+        "parameters": sum(x.numel() for x in parameters),
+        "dtypes": sorted({_dtype(x) for x in parameters}),
         "tensor_bytes": sum(x.numel() * x.element_size() for x in tensors),
         "input_shape": None if shape is None else list(shape),
         "macs": None if macs is None else sum(macs.values()),
@@ -474,12 +554,10 @@ def _contents(file: Path, network: nn.Module, shape: tuple[int, ...] | None) -> 
     }
 
 
-def _macs_of(
-    network: nn.Module, shape: tuple[int, ...] | None, layer: nn.Module | None
-) -> dict[str, int] | None:
+def _macs_of(network: nn.Module, shape: tuple[int, ...] | None) -> dict[str, int] | None:
     if shape is None:
         return None
-    dtype = torch.float32 if layer is None else layer.get_parameter("weight").dtype
+    dtype = next((x.dtype for x in network.parameters() if x.is_floating_point()), torch.float32)
     try:
         return count_macs(network, torch.zeros(1, *shape, dtype=dtype))
     except Exception as error:  # whatever a network raises for an input that doesn't fit
@@ -490,19 +568,38 @@ def _macs_of(
 
 
 def _layer(layer: nn.Module) -> dict[str, Any]:
-    if isinstance(layer, nn.Linear):
+    if isinstance(layer, (nn.Linear, QuantizedLinear)):
         size = [layer.out_features, layer.in_features]
-        return {"kind": "Linear", "size": size, "columns": size[1], "kept_columns": size[1]}
+        kept = len(layer.columns) if isinstance(layer, QuantizedLinear) else size[1]
+        return {
+            "kind": type(layer).__name__,
+            "precision": _precision(layer),
+            "size": size,
+            "columns": size[1],
+            "kept_columns": kept,
+        }
     kernel = [int(x) for x in layer.kernel_size]  # type: ignore[union-attr, arg-type]
     channels, filters = int(layer.in_channels), int(layer.out_channels)  # type: ignore[arg-type]
     columns = channels * math.prod(kernel)
-    kept = len(layer.columns) if isinstance(layer, ColumnConv2d) else columns
+    kept = columns
+    if isinstance(layer, (ColumnConv2d, QuantizedConv2d)):
+        kept = len(layer.columns)
     return {
         "kind": type(layer).__name__,
+        "precision": _precision(layer),
         "size": [filters, channels, *kernel],
         "columns": columns,
         "kept_columns": kept,
     }
+
+
+def _precision(layer: nn.Module) -> str:
+    weight = layer._buffers.get("weight")  # of an int8 layer
+    return _dtype(layer.get_parameter("weight") if weight is None else weight)
+
+
+def _dtype(tensor: Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")
 
 
 def _told_contents(contents: dict[str, Any]) -> str:
@@ -511,12 +608,12 @@ def _told_contents(contents: dict[str, Any]) -> str:
         f"{contents['file']}: {contents['bytes']:,} bytes,"
         f" {contents['parameters']:,} parameters ({dtypes})"
     ]
-    rows = [["layer", "kind", "size", "kept columns", "MACs"]]
+    rows = [["layer", "kind", "precision", "size", "kept columns", "MACs"]]
     for x in contents["layers"]:
         kept, columns = x["kept_columns"], x["columns"]
         rows.append(
             [
-                *(x["name"], x["kind"], "×".join(map(str, x["size"]))),
+                *(x["name"], x["kind"], x["precision"], "×".join(map(str, x["size"]))),
                 f"{kept:,} of {columns:,} ({kept / columns:.1%})",
                 "" if x["macs"] is None else f"{x['macs']:,}",
             ]
@@ -524,7 +621,7 @@ def _told_contents(contents: dict[str, Any]) -> str:
     if contents["macs"] is None:
         rows = [row[:-1] for row in rows]
     else:
-        rows.append(["all", "", "", "", f"{contents['macs']:,}"])
+        rows.append(["all", "", "", "", "", f"{contents['macs']:,}"])
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
         cells = [cell.ljust(width) for cell, width in zip(row, widths, strict=True)]

@@ -53,6 +53,37 @@ def test_bench_of_a_pruned_convnet(checkpoint):
     torch.testing.assert_close(load_compact("net.spp")(x), checkpoint(x), rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.skipif(not library.is_available(), reason="needs the CPU kernels")
+def test_int8(checkpoint):
+    x = torch.randn(100, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    torch.save(x, "inputs.pt")
+    words = ["net.pt", "-o", "net.spp", "--int8", "--calibrate", "inputs.pt", "--threads", "1"]
+    result = run(*words, "--keep", "conv1", "--bench")
+    assert result.exit_code == 0, result.output
+    lines = [line.split() for line in result.output.splitlines()]
+    told = {line[0]: line[1] for line in lines if line[0] in ("conv1", "conv2", "conv3", "ip1")}
+    assert told == {"conv1": "float32", "conv2": "int8", "conv3": "int8", "ip1": "float32"}
+    assert sum("compact" in line and line[0] == "batch" for line in lines) == 2
+    assert sum("int8" in line and line[0] == "batch" for line in lines) == 2
+    difference = load_compact("net.spp")(x) - checkpoint(x)
+    assert 0 < difference.norm() < 0.05 * checkpoint(x).norm()
+
+    shown = run("net.spp", "--json", command="inspect")
+    contents = json.loads(shown.output)
+    layers = {row["name"]: (row["kind"], row["precision"]) for row in contents["layers"]}
+    assert layers["conv1"] == ("ColumnConv2d", "float32")
+    assert layers["conv2"] == ("QuantizedConv2d", "int8")
+    assert contents["dtypes"] == ["float32", "int8"]
+    assert "QuantizedConv2d  int8" in run("net.spp", command="inspect").output
+
+    Path("folder").mkdir()
+    torch.save(x[:50], "folder/0.pt")
+    torch.save(x[50:], "folder/1.pt")
+    words[5] = "folder"
+    as_json = json.loads(run(*words, "--json").output)
+    assert [row["precision"] for row in as_json["int8"]["layers"]] == ["int8"] * 3 + ["float32"]
+
+
 def test_lightning_checkpoint_of_an_own_class(tmp_path, tiny, monkeypatch):
     monkeypatch.chdir(tmp_path)
     trainer = make_trainer(max_steps=1)
@@ -82,6 +113,9 @@ def test_a_module_in_the_current_folder(tmp_path, monkeypatch):
     assert load_compact("net.spp")(torch.zeros(1, 3, 9, 9)).shape == (1, 4, 7, 7)
 
 
+INT8 = ["net.pt", "-o", "net.spp", "--int8", "--calibrate"]
+
+
 @pytest.mark.parametrize(
     ("words", "code", "message"),
     [
@@ -102,12 +136,23 @@ def test_a_module_in_the_current_folder(tmp_path, monkeypatch):
         (["net.pt", "-o", "net.spp", "--threads", "0"], 2, "--threads"),
         (["net.pt", "-o", "nowhere/net.spp"], 1, "in a folder that exists"),
         (["net.pt", "-o", "."], 2, "is a directory"),
+        (["net.pt", "-o", "net.spp", "--int8"], 2, "--int8 and --calibrate belong together"),
+        (["net.pt", "-o", "net.spp", "--keep", "ip1"], 2, "give --int8"),
+        ([*INT8, "wrong"], 1, "`batches[0]` (=(2,), torch.float32) must be an input of `net`"),
+        ([*INT8, "text.pt"], 1, "text.pt can't be read as a file that torch.save has written"),
+        ([*INT8, "net.pt"], 1, "net.pt must hold a tensor of inputs, got OrderedDict"),
+        ([*INT8, "empty"], 1, "must hold files *.pt, but holds none"),
+        ([*INT8, "folder", "--keep", "none*"], 1, "`keep` (=['none*']) must name layers"),
     ],
 )
 def test_errors(words, code, message, checkpoint, tmp_path):
     (tmp_path / "text.pt").write_text("no checkpoint")
     torch.save(torch.ones(2), tmp_path / "tensor.pt")
     torch.save(nn.Linear(1, 1), tmp_path / "module.pt")
+    for name in ("folder", "empty", "wrong"):
+        (tmp_path / name).mkdir()
+    torch.save(torch.zeros(1, 3, 32, 32), tmp_path / "folder" / "inputs.pt")
+    torch.save(torch.ones(2), tmp_path / "wrong" / "inputs.pt")
     before = sorted(tmp_path.iterdir())
     result = run(*words)
     assert result.exit_code == code, result.output
@@ -176,6 +221,7 @@ def test_inspect_tells_layers_columns_and_macs(compact_file):
     assert layers["2"] == {
         "name": "2",
         "kind": "ColumnConv2d",
+        "precision": "float32",
         "size": [8, 4, 3, 3],
         "columns": 36,
         "kept_columns": 18,

@@ -90,6 +90,8 @@ def _geometry_of(layer: nn.Module) -> Geometry | None:
 
 def _times_applied(layer: nn.Module, x: Tensor, output: Tensor) -> int:
     """How often a convolution or linear layer applies its weight, batch included."""
+    if hasattr(layer, "out_features"):
+        return math.prod(output.shape[:-1])
     if geometry := _geometry_of(layer):  # whose output may be pooled already
         height, width = x.shape[-2:]
         return (len(x) if x.dim() == 4 else 1) * math.prod(geometry.out_size(height, width))
@@ -103,7 +105,8 @@ def _times_applied(layer: nn.Module, x: Tensor, output: Tensor) -> int:
 def _kept_weights(layer: nn.Module) -> int:
     """Weights that are neither in a column of zeros nor in a filter of zeros."""
     if _is_compact(layer):
-        return int(layer.get_parameter("weight").numel())
+        stored = layer._buffers.get("weight")  # of an int8 layer
+        return int((layer.get_parameter("weight") if stored is None else stored).numel())
     weight = effective_weight(layer)
     if weight is None:  # the layer's forward hands no weight to torch
         weight = layer.get_parameter("weight").detach()

@@ -11,8 +11,10 @@ from spp_lightning.compaction.geometry import Geometry, kept_columns
 from spp_lightning.compaction.graph.linear import decide_linear
 from spp_lightning.compaction.graph.network import CompactNetwork
 from spp_lightning.compaction.graph.replace import decide, decision_of
+from spp_lightning.compaction.kernels.cpu.int8 import instruction_set as int8_instruction_set
 from spp_lightning.compaction.layers.column_conv import ColumnConv2d
 from spp_lightning.compaction.layers.column_linear import ColumnLinear
+from spp_lightning.compaction.layers.quantized import QuantizedConv2d
 from spp_lightning.compaction.spec import ConvSpec
 
 __all__ = ["CompactReport", "LayerReport", "compact_report"]
@@ -114,7 +116,7 @@ def compact_report(network: nn.Module, example_input: Any) -> CompactReport:
     layers: dict[nn.Module, str] = {
         module: name
         for name, module in network.named_modules()
-        if isinstance(module, (ColumnConv2d, ColumnLinear, nn.Conv2d))
+        if isinstance(module, (ColumnConv2d, ColumnLinear, QuantizedConv2d, nn.Conv2d))
         or (isinstance(module, nn.Linear) and decision_of(module))
     }
     if not layers:
@@ -170,6 +172,10 @@ def _row(name: str, module: nn.Module, x: Tensor, residual: bool) -> LayerReport
         kept, every = int(module.weight.detach().any(0).sum()), module.in_features
         us = decided.dense_us
         return LayerReport(name, kept, every, "dense", threads, us, us, decided.reason)
+    if isinstance(module, QuantizedConv2d):
+        kernel = f"int8 {int8_instruction_set() if x.is_cpu else 'torch'}"
+        kept, every = len(module.columns), module.geometry.num_columns
+        return LayerReport(name, kept, every, kernel, threads, None, None, "quantised")
     shape = tuple(x.shape) if x.dim() == 4 else (1, *x.shape)
     if isinstance(module, ColumnConv2d):
         kept, every = len(module.columns), module.geometry.num_columns

@@ -23,6 +23,7 @@ from spp_lightning.compaction.graph.join import Row, join
 from spp_lightning.compaction.graph.network import CompactNetwork
 from spp_lightning.compaction.graph.steps import Step, Value, map_values
 from spp_lightning.compaction.layers.column_conv import ColumnConv2d
+from spp_lightning.compaction.layers.quantized import QuantizedConv2d
 from spp_lightning.export.node import DOMAIN, ChainNode
 
 __all__ = ["export_onnx"]
@@ -55,8 +56,8 @@ def export_onnx(
         dynamic_batch: Whether the first dimension of inputs and outputs may change.
 
     Raises:
-        ValueError: If ``model`` isn't a network, or a compact layer isn't float32 on the CPU, or an
-            input isn't float32.
+        ValueError: If ``model`` isn't a network, or a compact layer isn't float32 on the CPU or is
+            quantised, or an input isn't float32.
         torch.onnx.errors.OnnxExporterError: If ONNX has no operator for something that the network
             computes.
 
@@ -76,6 +77,11 @@ def export_onnx(
     for name, layer in model.named_modules():
         if isinstance(layer, ColumnConv2d):
             _check_layer(name, layer)
+        if isinstance(layer, QuantizedConv2d):
+            raise ValueError(
+                f"`model` must be float32, but `{name}` is int8; export the network that"
+                " `quantize_compact` was given."
+            )
     network = _with_operators(model)
     with torch.no_grad():
         outputs = pytree.tree_leaves(network(*inputs))

@@ -15,10 +15,17 @@ from spp_lightning.compaction.file.allowlist import LAYERS, check_layer
 from spp_lightning.compaction.file.tensors import TensorStore
 from spp_lightning.compaction.file.values import decode, encode
 from spp_lightning.compaction.geometry import Geometry
+from spp_lightning.compaction.int8_spec import Int8Spec, TensorScale
 from spp_lightning.compaction.layers.column_conv import ColumnConv2d
 from spp_lightning.compaction.layers.column_linear import ColumnLinear
+from spp_lightning.compaction.layers.quantized import Quantize, QuantizedConv2d, QuantizedLinear
 
 __all__ = ["describe", "rebuild"]
+
+_COMPACT = {
+    kind.__name__: kind
+    for kind in (ColumnConv2d, ColumnLinear, Quantize, QuantizedConv2d, QuantizedLinear)
+}
 
 
 def describe(module: nn.Module, store: TensorStore) -> dict[str, Any]:
@@ -32,7 +39,7 @@ def describe(module: nn.Module, store: TensorStore) -> dict[str, Any]:
     2
     """
     kind = type(module)
-    if kind not in (ColumnConv2d, ColumnLinear) and LAYERS.get(kind.__name__) is not kind:
+    if kind is not _COMPACT.get(kind.__name__, LAYERS.get(kind.__name__)):
         raise ValueError(
             "it must be a compact layer, or one of the layers of torch.nn that a file may name, got"
             f" {kind.__module__}.{kind.__qualname__}; to save the network without it, make"
@@ -50,6 +57,10 @@ def describe(module: nn.Module, store: TensorStore) -> dict[str, Any]:
         }
     elif isinstance(module, ColumnLinear):
         values = {"in_features": module.in_features}
+    elif isinstance(module, QuantizedConv2d):
+        values = {"geometry": tuple(module.geometry), "clamp": module.clamp}
+    elif isinstance(module, Quantize):
+        values = {}
     else:
         values = _constructor_arguments(module)
     description = {
@@ -88,6 +99,10 @@ def rebuild(description: Any, tensors: Sequence[Tensor]) -> nn.Module:
         module: nn.Module = _column_conv(own, **values)
     elif name == ColumnLinear.__name__:
         module = _column_linear(own, **values)
+    elif name in (QuantizedConv2d.__name__, QuantizedLinear.__name__):
+        module = _quantized(_COMPACT[name], own, **values)
+    elif name == Quantize.__name__:
+        module = Quantize(_scale(own, ""), **values)
     else:
         if name not in LAYERS:
             raise ValueError(f"{name!r} isn't a layer that a file may name")
@@ -158,17 +173,7 @@ def _column_conv(
     post: tuple[tuple[Any, ...], ...],
     activation: Activation,
 ) -> ColumnConv2d:
-    # The kernels rely on these numbers: nothing of them may come from a file unchecked.
-    g = Geometry(*geometry)
-    counts = (g.channels, g.filters, g.groups, *g.kernel_size, *g.stride, *g.dilation)
-    if (
-        not _are_ints(*counts, least=1)
-        or not _are_ints(*g.padding, least=0)
-        or {len(pair) for pair in g[2:6]} != {2}
-        or g.channels % g.groups
-        or g.filters % g.groups
-    ):
-        raise ValueError(f"{g} isn't the geometry of a convolution")
+    g = _geometry(geometry)
     ops = tuple(PlaneOp(*op) for op in post)
     for op in ops:
         if (
@@ -184,6 +189,46 @@ def _column_conv(
         op.check()
     epilogue = Epilogue(Clamp.of(clamp), ops, activation)
     return ColumnConv2d(g, tensors["weight"], tensors["columns"], tensors.get("bias"), epilogue)
+
+
+def _geometry(numbers: tuple[Any, ...]) -> Geometry:
+    # The kernels rely on these numbers: nothing of them may come from a file unchecked.
+    g = Geometry(*numbers)
+    counts = (g.channels, g.filters, g.groups, *g.kernel_size, *g.stride, *g.dilation)
+    if (
+        not _are_ints(*counts, least=1)
+        or not _are_ints(*g.padding, least=0)
+        or {len(pair) for pair in g[2:6]} != {2}
+        or g.channels % g.groups
+        or g.filters % g.groups
+    ):
+        raise ValueError(f"{g} isn't the geometry of a convolution")
+    return g
+
+
+def _quantized(
+    kind: Any, tensors: dict[str, Tensor], geometry: tuple[Any, ...], clamp: tuple[float, float]
+) -> nn.Module:
+    scales = {
+        name: _scale(tensors, f"{name}_")
+        for name in ("input", "output", "residual")
+        if f"{name}_scale" in tensors
+    }
+    spec = Int8Spec(_geometry(geometry), clamp=Clamp.of(clamp), **scales)
+    own = [tensors[name] for name in ("weight", "columns", "weight_scale")]
+    module: nn.Module = kind(spec, *own, tensors.get("bias"))
+    return module
+
+
+def _scale(tensors: dict[str, Tensor], prefix: str) -> TensorScale:
+    scale, zero_point = tensors[f"{prefix}scale"], tensors[f"{prefix}zero_point"]
+    for tensor, dtype in ((scale, torch.float32), (zero_point, torch.uint8)):
+        if tensor.dtype != dtype or tensor.dim():
+            raise ValueError(
+                f"a scale must be {dtype} of no dimension, got {tensor.dtype} of shape"
+                f" {tuple(tensor.shape)}"
+            )
+    return TensorScale(float(scale.detach()), int(zero_point))
 
 
 def _column_linear(tensors: dict[str, Tensor], in_features: Any) -> ColumnLinear:

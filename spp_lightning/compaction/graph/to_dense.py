@@ -23,6 +23,7 @@ from spp_lightning.compaction.graph.query import set_module
 from spp_lightning.compaction.graph.steps import Step, Value, map_values
 from spp_lightning.compaction.layers.column_conv import ColumnConv2d
 from spp_lightning.compaction.layers.column_linear import ColumnLinear
+from spp_lightning.compaction.layers.quantized import QuantizedConv2d
 
 __all__ = ["calls_behind_clamp", "to_dense"]
 
@@ -44,7 +45,7 @@ def to_dense(model: nn.Module) -> nn.Module:
         ``compact()`` removed stay removed.
 
     Raises:
-        ValueError: If ``model`` isn't a network.
+        ValueError: If ``model`` isn't a network, or is quantised.
 
     >>> from spp_lightning.compaction.epilogue import RELU
     >>> conv = nn.Conv2d(3, 8, 3, padding=1)
@@ -58,6 +59,11 @@ def to_dense(model: nn.Module) -> nn.Module:
     """
     if not isinstance(model, nn.Module):
         raise ValueError(f"`model` must be a network, an instance of nn.Module, got {model!r}.")
+    if any(isinstance(module, QuantizedConv2d) for module in model.modules()):
+        raise ValueError(
+            "`model` must not be quantised; make the network dense that `quantize_compact` was"
+            " given."
+        )
     if isinstance(model, ColumnConv2d):
         return _DenseConv2d(model)
     if isinstance(model, ColumnLinear):

@@ -121,7 +121,7 @@ class QuantizedConv2d(nn.Module):
         check_columns(columns, g)
         _check_weight(weight, columns, g)
         _check_numbers("weight_scale", weight_scale, g)
-        least, most = (float(x) for x in weight_scale.aminmax())
+        least, most = (float(x) for x in weight_scale.detach().aminmax())
         if not (least >= 1e-30 and most * spec.input.scale <= 1e30):
             raise ValueError(
                 "`weight_scale` must be at least 1e-30, and its product with the input's scale"
@@ -280,6 +280,12 @@ class QuantizedLinear(QuantizedConv2d):
 
     The arguments are those of :class:`QuantizedConv2d`.
     """
+
+    def __init__(self, spec: Int8Spec, *tensors: Any) -> None:
+        g = spec.geometry
+        if g != Geometry(g.channels, g.filters, (1, 1)) or spec.residual is not None:
+            raise ValueError(f"`spec` must be a 1×1 convolution without a residual, got {spec}.")
+        super().__init__(spec, *tensors)
 
     @property
     def in_features(self) -> int:

@@ -11,6 +11,7 @@ from torch.fx.passes.shape_prop import ShapeProp
 from torch.utils._pytree import tree_leaves
 
 from spp_lightning.compaction.graph.network import CompactNetwork
+from spp_lightning.compaction.layers.quantized import QuantizedConv2d
 from spp_lightning.compaction.quantize.calibrate import layer_noise, ranges_of
 from spp_lightning.compaction.quantize.notes import note_reason
 from spp_lightning.compaction.quantize.prepare import arguments_of, fuse, prepare
@@ -135,6 +136,8 @@ def checked_batches(name: str, net: nn.Module, batches: Iterable[Any]) -> list[A
     """
     if not isinstance(net, CompactNetwork):
         raise ValueError(_not_compact(name, net))
+    if name == "net" and any(isinstance(x, QuantizedConv2d) for x in net.modules()):
+        raise ValueError("`net` must be a float network, but is quantised already.")
     opaque = net.opaque_layers
     if opaque:
         raise ValueError(
