@@ -164,6 +164,61 @@ def test_resnet18_has_a_quarter_of_its_macs_at_half_its_channels():
     assert pruner._macs.total(counts) == pruned
 
 
+HEADS = {  # what a linear layer of a 4×4 image's channels reads, and the features per channel
+    "flatten": (lambda x: torch.flatten(x, 1), 16),
+    "method": (lambda x: F.relu(x.flatten(1)), 16),
+    "size": (lambda x: x.view(x.size(0), -1), 16),
+    "shape": (lambda x: x.reshape(x.shape[0], -1), 16),
+    "mean": (lambda x: x.mean([2, 3]), 1),
+    "kept dims": (lambda x: x.mean((2, 3), keepdim=True).flatten(1), 1),
+    "whole slice": (lambda x: x[:, :8].mean((-1, -2)), 1),
+    "gate": (lambda x: (x * x.mean((2, 3), keepdim=True)).flatten(1), 16),
+}
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_channels_before_a_head_are_removed(head):
+    function, width = HEADS[head]
+
+    class Headed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(3, 8, 3)
+            self.head = nn.Linear(8 * width, 5)
+
+        def forward(self, x):
+            return self.head(function(self.conv(x)))
+
+    net, x = Headed().eval(), torch.rand(2, 3, 6, 6)
+    pruner = coupled(net, x.shape, prune_ratio=0.75, A=0.5)
+    while not pruner.finished:
+        pruner.update()
+    pruner.fold()
+    small = to_dense(compact(net, x))
+    assert small.conv.weight.shape == (2, 3, 3, 3) and small.head.weight.shape == (5, 2 * width)
+    torch.testing.assert_close(small(x), net(x), rtol=1e-4, atol=1e-5)
+
+
+def test_a_written_out_number_of_features_is_no_flattening_of_fewer():
+    class Written(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(3, 8, 3)
+            self.head = nn.Linear(128, 5)
+
+        def forward(self, x):
+            return self.head(self.conv(x).view(-1, 128))
+
+    net, x = Written().eval(), torch.rand(1, 3, 6, 6)
+    with pytest.raises(ValueError, match=r"conv \(without its channels the network fails"):
+        coupled(net, x.shape)
+    with torch.no_grad():
+        net.head.weight[:, 32:] = 0
+    dense = to_dense(compact(net, x))
+    assert dense.conv.out_channels == 8
+    torch.testing.assert_close(dense(x), net(x), rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("training", [True, False])
 def test_a_masked_channel_is_as_if_it_were_removed(training):
     """Behind batch norms, biases, gates and ReLUs, with the averages of the batch, too."""
@@ -366,6 +421,8 @@ def test_clear_errors(monkeypatch):
         ValueError, match=r"`speedup` \(=300\) must leave .* at least 19,170 of its 2"
     ):
         coupled(net, speedup=300)
+    with pytest.raises(ValueError, match=r"`input_shape` \(=\(1, 5, 9, 9\)\) must be .* it fails"):
+        coupled(net, (1, 5, 9, 9))
     shuffle = torchvision.models.shufflenet_v2_x0_5()
     with pytest.raises(ValueError, match=r"`granularity` must be another.* can't follow its chan"):
         coupled(shuffle, (1, 3, 32, 32))

@@ -8,7 +8,7 @@ import operator
 import torch
 from torch import fx, nn
 
-from spp_lightning.compaction.graph.patterns import is_pointwise
+from spp_lightning.compaction.graph.patterns import averages_pixels, is_pointwise
 from spp_lightning.compaction.graph.query import (
     Node,
     arguments,
@@ -69,9 +69,8 @@ def _flattens(graph: fx.GraphModule, node: Node) -> bool:
     if calls(node, (torch.flatten,), ("flatten",)):
         given = arguments(node, ("input", "start_dim", "end_dim"))
         return (given.get("start_dim"), given.get("end_dim", -1)) in ((1, -1), (1, 3))
-    if calls(node, (torch.mean,), ("mean",)):
-        dims = arguments(node, ("input", "dim")).get("dim", ())
-        return isinstance(dims, (tuple, list)) and {d % 4 for d in dims} == {2, 3}
+    if averages_pixels(node):
+        return True
     if calls(node, (torch.reshape,), ("view", "reshape")):
         shape = node.args[1] if isinstance(node.args[1], (tuple, list)) else node.args[1:]
         # A number of features that is written out would be wrong with fewer channels.

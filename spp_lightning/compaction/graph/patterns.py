@@ -24,6 +24,7 @@ __all__ = [
     "as_activation",
     "as_clamp",
     "as_plane_op",
+    "averages_pixels",
     "cat_operands",
     "is_channelwise",
     "is_pointwise",
@@ -122,11 +123,30 @@ def is_channelwise(graph: fx.GraphModule, node: Node) -> bool:
     if calls(node, _CHANNELWISE_FUNCTIONS, _CHANNELWISE_METHODS):
         inputs = node.all_input_nodes
         return len(inputs) == 1 and len(shape_of(inputs[0]) or ()) == 4
+    if averages_pixels(node) or _is_whole_slice(node):
+        return True
     if calls(node, _ELEMENTWISE, _ELEMENTWISE_METHODS):
         # Scalars may be among the operands. A tensor that isn't 4-d could have channels anywhere.
         shapes = [shape_of(x) or () for x in node.all_input_nodes]
         return all(len(x) == 4 and x[1] == shape[1] for x in shapes)
     return False
+
+
+def averages_pixels(node: Node) -> bool:
+    """Whether a node averages the pixels of each channel of an image."""
+    if not calls(node, (torch.mean,), ("mean",)) or len(shape_of(node.args[0]) or ()) != 4:
+        return False
+    dims = arguments(node, ("input", "dim")).get("dim")
+    return isinstance(dims, (tuple, list)) and {int(d) % 4 for d in dims} == {2, 3}
+
+
+def _is_whole_slice(node: Node) -> bool:
+    """Whether a node slices a tensor in such a way that all of it is left, as GhostNet does."""
+    if not calls(node, (operator.getitem,), ()) or shape_of(node) != shape_of(node.args[0]):
+        return False
+    index = node.args[1] if isinstance(node.args[1], tuple) else (node.args[1],)
+    # A stop beyond the end stays one where channels are removed.
+    return all(isinstance(x, slice) and not x.start and x.step in (None, 1) for x in index)
 
 
 def is_pointwise(graph: fx.GraphModule, node: Any) -> bool:

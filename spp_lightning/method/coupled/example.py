@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
 __all__ = ["Example", "example_of"]
 
@@ -19,6 +19,10 @@ class Example:
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
+
+    def __str__(self) -> str:
+        tensors = [x for x in tree_leaves((self.args, self.kwargs)) if isinstance(x, Tensor)]
+        return ", ".join(str(tuple(x.shape)) for x in tensors)
 
     def run(self, model: nn.Module) -> Any:
         """The network's outputs for it."""

@@ -70,7 +70,8 @@ def channel_sets(model: nn.Module, example: Example) -> tuple[list[ChannelSet], 
 
     Raises:
         ImportError: If Torch-Pruning is not installed.
-        ValueError: If Torch-Pruning can't follow the network's channels.
+        ValueError: If the network fails for the example, or Torch-Pruning can't follow its
+            channels.
 
     >>> from spp_lightning.method.coupled.example import example_of
     >>> net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Conv2d(8, 4, 3))
@@ -116,8 +117,14 @@ def _obstacles(
     twin = copy.deepcopy(model).eval()
     for name, module in twin.named_modules():
         module.register_forward_hook(lambda *_, name=name: calls.update([name]))
-    with torch.no_grad():
-        example.run(twin)
+    try:
+        with torch.no_grad():
+            example.run(twin)
+    except Exception as error:  # whatever a network raises for an input that doesn't fit
+        raise ValueError(
+            f"`input_shape` (={example}) must be that of an input of the network, but it fails for"
+            f" it: {str(error).splitlines()[0]}"
+        ) from error
     owners = Counter(id(p) for module in modules.values() for p in module._parameters.values())
     found = {}
     for name, module in modules.items():
