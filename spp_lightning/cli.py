@@ -7,10 +7,12 @@ import importlib
 import io
 import itertools
 import json
+import logging
 import math
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -202,7 +204,10 @@ def inspect_command(file: Path, input_shape: tuple[int, ...] | None, as_json: bo
     help="Shape of one input, such as 3,32,32.",
 )
 @click.option("--batch", type=click.IntRange(1), default=1, show_default=True, help="Images.")
-def export_command(file: Path, output: Path, input_shape: tuple[int, ...], batch: int) -> None:
+@_as_json
+def export_command(
+    file: Path, output: Path, input_shape: tuple[int, ...], batch: int, as_json: bool
+) -> None:
     """Write the compact network in FILE as an ONNX model for onnxruntime.
 
     Its compact layers are operators of this package: onnxruntime loads the library whose path is
@@ -218,7 +223,10 @@ def export_command(file: Path, output: Path, input_shape: tuple[int, ...], batch
         raise click.ClickException(str(error)) from error
     except RuntimeError as error:  # of the exporter, or of a layer that takes no such input
         raise click.ClickException(f"{file} can't be exported: {error}") from error
-    click.echo(f"{output}: {output.stat().st_size:,} bytes\noperators: {library}")
+    size = output.stat().st_size
+    written = {"file": str(output), "bytes": size, "operators": str(library)}
+    told = f"{output}: {size:,} bytes\noperators: {library}"
+    click.echo(json.dumps(written, indent=2) if as_json else told)
 
 
 @main.command("plan")
@@ -292,10 +300,25 @@ def plan_command(
         planner = Planner(model, (example,), settings)
         if data is not None:
             planner.loss = _loss(model, data, planner)
-        found = overview(planner, settings.target)
+        with _progress():
+            found = overview(planner, settings.target)
     except ValueError as error:
         raise click.ClickException(str(error)) from error
     click.echo(json.dumps({"model": model_name, **found.as_dict()}, indent=2) if as_json else found)
+
+
+@contextmanager
+def _progress() -> Iterator[None]:
+    """What is being measured, on the standard error."""
+    log, handler = logging.getLogger("spp_lightning.planning"), logging.StreamHandler(sys.stderr)
+    level = log.level
+    log.addHandler(handler)
+    log.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        log.removeHandler(handler)
+        log.setLevel(level)
 
 
 def _made(model_name: str) -> nn.Module:

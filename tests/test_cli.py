@@ -257,7 +257,10 @@ def test_export_writes_a_model_and_names_the_library(compact_file):
     result = run(*words, "3,5,5", command="export")
     assert result.exit_code == 0, result.output
     size, operators = result.output.splitlines()
-    assert size == f"net.onnx: {Path('net.onnx').stat().st_size:,} bytes"
+    written = Path("net.onnx").stat().st_size
+    assert size == f"net.onnx: {written:,} bytes"
+    told = json.loads(run(*words, "3,5,5", "--json", command="export").stdout)
+    assert told["bytes"] == written and f"operators: {told['operators']}" == operators
     options = onnxruntime.SessionOptions()
     options.register_custom_ops_library(operators.removeprefix("operators: "))
     session = onnxruntime.InferenceSession("net.onnx", options)
@@ -295,7 +298,8 @@ def test_plan_as_json():
     words = ["test_cli:network", "--input-shape", "3,16,16", "--threads", "1", "--json"]
     result = run(*words, "--speedup", "2.5", command="plan")
     assert result.exit_code == 0, result.output
-    told = json.loads(result.output)
+    assert "Measuring the network with 50% of every layer pruned.\n" in result.stderr
+    told = json.loads(result.stdout)
     plan = told["plan"]
     prunable = [16 * 16 * 27 * 16, 16 * 16 * 144 * 8]
     dense = sum(prunable) + 16 * 16 * 9 * 16 + 2048 * 4

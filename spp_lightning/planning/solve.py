@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
@@ -55,6 +56,8 @@ _GUESSES = 30
 _WEIGHTS = 0.1  # of the estimate by weights beside that by the loss, which is a noisy one
 
 Inputs = tuple[Tensor, ...]
+
+_log = logging.getLogger(__name__)  # says at INFO what is being measured
 
 
 def plan(
@@ -223,6 +226,7 @@ class Planner:
         if self._times is None:
             networks = []
             for ratio in _MEASURED:
+                _log.info("Measuring the network with %.0f%% of every layer pruned.", 100 * ratio)
                 network = self.bench.compacted(self._trial(self._uniform(ratio)))
                 networks.append((ratio, network, self.bench.ms(network)))
             names = [layer.name for layer in self._layers]
@@ -238,6 +242,7 @@ class Planner:
             by_weights = weight_sensitivity(modules, self._granularity, s.criterion)
             self._sensitivity = by_weights
             if self.loss is not None:
+                _log.info("Computing the loss without parts of each of %d layers.", len(modules))
                 by_loss = loss_sensitivity(
                     self._source, list(modules), self.loss, self._granularity, s.criterion
                 )
@@ -322,6 +327,7 @@ class Planner:
             if counts not in tried:
                 if len(tried) == _TRIALS:
                     break
+                _log.info("Measuring trial %d for %s.", len(tried) + 1, target)
                 tried[counts] = self._measured(counts, limit)
             known.append((guess, tried[counts]))
             if abs(tried[counts] / limit - 1) <= _AIM:
