@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -20,6 +21,7 @@ __all__ = [
     "EXACT",
     "WINOGRAD",
     "Kernel",
+    "assert_writes",
     "chain_of",
     "gradients",
     "handle",
@@ -75,6 +77,16 @@ def gradients(
     made.run_backward(how, grad, t.weight, t.x, fused, out)
     assert all(intact(y) for y in found)
     return found
+
+
+def assert_writes(made: Handle, x: Tensor, kernel: Kernel, threads: int, expected: Tensor) -> None:
+    """A kernel writes the same bits into a buffer on a cache line and into one beside it."""
+    aligned = torch.full(expected.shape, math.nan)
+    assert aligned.data_ptr() % 64 == 0
+    for out in (aligned, guarded(aligned, SENTINEL)):
+        made.run(prepared(made, x, kernel, threads), x, None, out)
+        assert torch.equal(out, expected)
+    assert intact(out)
 
 
 def chain_of(layer: ColumnConv2d) -> ChainHandle | None:

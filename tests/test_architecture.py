@@ -13,7 +13,10 @@ import spp_lightning
 from spp_lightning import compact, save_compact
 
 PACKAGE = Path(spp_lightning.__file__).parent
-METHOD_OF_COMPACTION = ("method.masks", "method.selection", "method.groups", "method.computed")
+METHOD_OF_COMPACTION = (
+    *("method.masks", "method.selection", "method.groups", "method.computed"),
+    "method.evaluation",
+)
 FLOORS = (  # of compaction, the lowest first; a room may import its own floor and those below
     ("native", *METHOD_OF_COMPACTION),
     (

@@ -17,6 +17,8 @@ WORDS = 900  # of the README, without tables and code
 BLOCK = re.compile(
     r"(?P<skip><!-- not run: [^>]+ -->\n+)?^```(?P<language>\w+)\n(?P<code>.*?)^```$", re.M | re.S
 )
+# A line that prints a value, and says in a comment which one.
+PRINTED = re.compile(r"^ *print\(.*\)  # ([({\[].*)$", re.M)
 LINK = re.compile(r"\]\(([^)#\s:]+)(?:#[^)\s]*)?\)")
 
 
@@ -37,18 +39,22 @@ WITH_PYTHON = [page for page in PAGES if any(_blocks(page, "python"))]
 
 @pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
 @pytest.mark.parametrize("page", WITH_PYTHON, ids=_name)
-def test_python_runs(page, tmp_path, monkeypatch):
+def test_python_runs_and_prints_what_it_says(page, tmp_path, monkeypatch, capsys):
     """The blocks of a page run from top to bottom, as one script."""
     monkeypatch.chdir(tmp_path)
     threads = torch.get_num_threads()
     torch.manual_seed(0)
     names = {"__name__": _name(page)}
+    expected = []
     for line, code, skip in _blocks(page, "python"):
         # Empty lines in front, so that a traceback shows the line of the page.
         compiled = compile("\n" * line + code, str(page), "exec")
         if not skip:
             exec(compiled, names)
+            expected += PRINTED.findall(code)
     torch.set_num_threads(threads)
+    printed = capsys.readouterr().out.splitlines()
+    assert [line for line in printed if line in expected] == expected
 
 
 def test_few_blocks_are_left_out():

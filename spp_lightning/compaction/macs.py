@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
+from contextlib import ExitStack
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from spp_lightning.compaction.geometry import Geometry
 from spp_lightning.method.computed import effective_weight
+from spp_lightning.method.evaluation import in_evaluation
 from spp_lightning.method.selection import is_convolution
 
 __all__ = ["count_macs"]
@@ -34,6 +35,7 @@ def count_macs(model: nn.Module, example_input: Any) -> dict[str, int]:
     Raises:
         ValueError: If ``example_input`` is None.
 
+    >>> import torch
     >>> net = nn.Sequential(nn.Conv2d(6, 5, 3, padding=1), nn.Flatten(), nn.Linear(80, 10))
     >>> count_macs(net, torch.zeros(1, 6, 4, 4)) == {"0": 5 * 6 * 3 * 3 * 4 * 4, "2": 80 * 10}
     True
@@ -63,17 +65,10 @@ def count_macs(model: nn.Module, example_input: Any) -> dict[str, int]:
             " torch.zeros(1, 3, 32, 32)."
         )
     arguments = example_input if isinstance(example_input, tuple) else (example_input,)
-    modes = {module: module.training for module in model.modules()}
-    hooks = [layer.register_forward_hook(note(name)) for name, layer in layers.items()]
-    try:
-        model.eval()
-        with torch.no_grad():
-            model(*arguments)
-    finally:
-        for hook in hooks:
-            hook.remove()
-        for module, training in modes.items():
-            module.training = training
+    with in_evaluation(model), ExitStack() as hooks:
+        for name, layer in layers.items():
+            hooks.enter_context(layer.register_forward_hook(note(name)))
+        model(*arguments)
     return {name: count * _kept_weights(layers[name]) for name, count in positions.items()}
 
 

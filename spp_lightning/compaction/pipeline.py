@@ -35,6 +35,7 @@ from spp_lightning.compaction.layers.column_conv import ColumnConv2d
 from spp_lightning.compaction.layers.column_linear import ColumnLinear
 from spp_lightning.compaction.timing import interleaved_ms
 from spp_lightning.method.computed import remove_parametrizations
+from spp_lightning.method.evaluation import in_evaluation
 from spp_lightning.method.masks import is_masked
 
 __all__ = ["compact"]
@@ -239,19 +240,15 @@ def _check(model: nn.Module, inputs: tuple[Any, ...]) -> None:
             f"`model` is still being pruned (layers {', '.join(masked)}); call `fold()` of the"
             " pruner first, or let the fit end."
         )
-    training = {module: module.training for module in model.modules()}
     try:
-        with torch.no_grad():
-            model.eval()(*inputs)
+        with in_evaluation(model):
+            model(*inputs)
     except Exception as error:
         given = "; ".join(f"{tuple(x.shape)}, {x.dtype}, on {x.device}" for x in leaves)
         raise ValueError(
             f"`example_input` (={given}) must be an input of `model`, but the network fails for it:"
             f" {error}"
         ) from error
-    finally:
-        for module, mode in training.items():
-            module.training = mode
 
 
 def _drop_layouts(graph: fx.GraphModule) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from typing import Any, NamedTuple
 
 import torch
@@ -16,6 +17,7 @@ from spp_lightning.compaction.layers.column_conv import ColumnConv2d
 from spp_lightning.compaction.layers.column_linear import ColumnLinear
 from spp_lightning.compaction.layers.quantized import QuantizedConv2d
 from spp_lightning.compaction.spec import ConvSpec
+from spp_lightning.method.evaluation import in_evaluation
 
 __all__ = ["CompactReport", "LayerReport", "compact_report"]
 
@@ -141,20 +143,12 @@ def _inputs_of(network: nn.Module, layers: dict[nn.Module, str], example: Any) -
         seen.setdefault(module, (given[0], len(given) > 1 and given[1] is not None))
 
     arguments = example if isinstance(example, tuple) else (example,)
-    modes = {module: module.training for module in network.modules()}
-    hooks = []
-    try:
-        network.eval()
-        with torch.no_grad():
-            for _ in range(2):  # the first call packs the weights, the second makes chains
-                network(*arguments)
-            hooks = [layer.register_forward_pre_hook(note) for layer in layers]
+    with in_evaluation(network), ExitStack() as hooks:
+        for _ in range(2):  # the first call packs the weights, the second makes chains
             network(*arguments)
-    finally:
-        for hook in hooks:
-            hook.remove()
-        for module, mode in modes.items():
-            module.training = mode
+        for layer in layers:
+            hooks.enter_context(layer.register_forward_pre_hook(note))
+        network(*arguments)
     return seen
 
 

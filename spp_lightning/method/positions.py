@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from contextlib import ExitStack
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
+
+from spp_lightning.method.evaluation import in_evaluation
 
 __all__ = ["positions_of"]
 
@@ -45,15 +48,8 @@ def positions_of(
     example = tree_map(lambda x: x.to(device) if isinstance(x, Tensor) else x, example_input)
     named = example if isinstance(example, dict) else {}
     inputs = () if named else example if isinstance(example, tuple) else (example,)
-    modes = {module: module.training for module in model.modules()}
-    hooks = [layer.register_forward_hook(note(name)) for name, layer in layers.items()]
-    try:
-        model.eval()
-        with torch.no_grad():
-            model(*inputs, **named)
-    finally:
-        for hook_handle in hooks:
-            hook_handle.remove()
-        for module, training in modes.items():
-            module.training = training
+    with in_evaluation(model), ExitStack() as hooks:
+        for name, layer in layers.items():
+            hooks.enter_context(layer.register_forward_hook(note(name)))
+        model(*inputs, **named)
     return found

@@ -17,7 +17,11 @@ __all__ = ["PruningProgress"]
 
 
 class PruningProgress:
-    """The readable side of :class:`~spp_lightning.SPPPruner`."""
+    """The readable side of :class:`~spp_lightning.SPPPruner`.
+
+    With coupled channels a set of channels stands where a layer does else, under the name of the
+    first layer that writes them. Only ``layers`` and ``macs`` are by single layers.
+    """
 
     settings: SPPSettings
     _units: Sequence[PrunedUnit]
@@ -90,7 +94,8 @@ class PruningProgress:
     def macs(self) -> dict[str, tuple[int, int]]:
         """MACs per input, dense and now, by layer. Layers that have not run uncompiled are absent.
 
-        A layer that runs several times per input counts once.
+        A layer that runs several times per input counts once. With coupled channels all
+        convolutions and linear layers of the network are there, and each call counts.
         """
         if self._macs is not None:
             dense, now = self._macs.layers({}), self._macs.layers(self.num_pruned)

@@ -56,10 +56,11 @@ class SPPPruner(PruningProgress):
             ``start_step``, ``seed``, ``input_shape``.
 
     Raises:
+        ImportError: If channels are coupled and Torch-Pruning is not installed.
         ValueError: If a setting is out of range, a pattern matches no layer, there is no layer to
             prune, a layer named by ``layers`` has a lazy or shared weight, a layer computes another
-            weight from the stored one, the layers are on several devices, or another pruner is at
-            work on the network.
+            weight from the stored one, the speedup of coupled channels can't be reached, the layers
+            are on several devices, or another pruner is at work on the network.
 
     Attributes:
         model: The network.

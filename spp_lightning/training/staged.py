@@ -122,15 +122,8 @@ class StagedSPPCallback(SPPCallback):
         super().on_train_end(trainer, pl_module)
         rank_zero_info(f"SPP ends with stage {self.stage}:\n{self.table()}")
 
-    def on_train_batch_end(  # noqa: D102
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-    ) -> None:
-        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+    def on_train_batch_end(self, trainer: Trainer, *args: Any, **kwargs: Any) -> None:  # noqa: D102
+        super().on_train_batch_end(trainer, *args, **kwargs)
         self._hold_checkpoints_back(trainer)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: D102

@@ -126,8 +126,7 @@ def replace_linears(graph: fx.GraphModule, tune: bool = False) -> dict[str, Deci
         tokens = math.prod(shape[:-1])
         decision = _measure(linear, layer, tokens) if tune else decide_linear(layer, tokens)
         decisions[name] = decision
-        for module in (linear, layer):
-            note_decision(module, decision)
+        note_decision(decision, linear, layer)
         if decision.is_compact:
             set_module(graph, name, layer)
     graph.recompile()

@@ -62,9 +62,10 @@ def decision_of(module: nn.Module) -> Decision | None:
     return decision
 
 
-def note_decision(module: nn.Module, decision: Decision) -> None:
-    """Keep the decision about a layer, for :func:`decision_of`."""
-    module.__dict__[_DECISION] = decision
+def note_decision(decision: Decision, *modules: nn.Module) -> None:
+    """Keep the decision about a layer, in its dense and compact form, for :func:`decision_of`."""
+    for module in modules:
+        module.__dict__[_DECISION] = decision
 
 
 def has_hooks(module: nn.Module) -> bool:
@@ -129,8 +130,7 @@ def replace_convolutions(graph: fx.GraphModule, tune: bool = False) -> dict[str,
         else:
             decision = decide(layer.spec, len(layer.columns), shape, conv.weight, residual)
         decisions[name] = decision
-        for module in (conv, layer):
-            note_decision(module, decision)
+        note_decision(decision, conv, layer)
         if not decision.is_compact:
             continue
         calls = [x for x in graph.graph.nodes if x.op == "call_module" and x.target == node.target]

@@ -5,6 +5,7 @@ import gc
 import pickle
 import warnings
 import weakref
+from collections import Counter
 
 import pytest
 import torch
@@ -97,9 +98,14 @@ def test_compiled_and_exported(case):
     with torch.no_grad():
         same(torch.compile(fast, fullgraph=True, backend="eager")(x), net(x))
         torch._dynamo.reset()
-        same(torch.export.export(fast, (x,)).module()(x), net(x))
+        exported = torch.export.export(fast, (x,))
+        same(exported.module()(x), net(x))
         if isinstance(net(x), torch.Tensor):
             same(torch.jit.trace(fast, x)(x), net(x))
+    # The program calls the compact layers' operator; nothing was traced into dense convolutions.
+    called = Counter(str(node.target).split(".")[0] for node in exported.graph.nodes)
+    layers = sum(isinstance(module, ColumnConv2d) for module in fast.modules())
+    assert layers and called["spp_lightning"] == layers
 
 
 def test_training_goes_through_all_layers(case):
