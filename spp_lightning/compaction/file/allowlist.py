@@ -25,6 +25,7 @@ from torch.nn import functional as F
 from spp_lightning.compaction.epilogue import local_response_norm
 from spp_lightning.compaction.graph.inputs import items_of
 from spp_lightning.compaction.graph.steps import Value
+from spp_lightning.compaction.layers.int8_pool import max_pool_uint8
 
 __all__ = ["LAYERS", "METHODS", "check_call", "check_layer", "function_name", "functions"]
 
@@ -137,6 +138,7 @@ def functions() -> dict[str, Callable[..., Any]]:
     found |= {f"operator.{name}": getattr(operator, name) for name in _OPERATORS}
     found["spp_lightning.local_response_norm"] = local_response_norm
     found["spp_lightning.items_of"] = items_of
+    found["spp_lightning.max_pool_uint8"] = max_pool_uint8
     found[GETATTR] = getattr
     return found
 

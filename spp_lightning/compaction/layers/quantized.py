@@ -10,25 +10,20 @@ from torch import Tensor, nn
 
 from spp_lightning.compaction.geometry import Geometry
 from spp_lightning.compaction.int8_spec import Int8Spec, TensorScale
+from spp_lightning.compaction.kernels.cpu import int8_planes
 from spp_lightning.compaction.kernels.cpu.checks import check_columns
 from spp_lightning.compaction.kernels.cpu.int8 import Int8Handle
-from spp_lightning.compaction.kernels.cpu.library import is_available
 from spp_lightning.compaction.layers.int8_reference import (
     convolve,
     dequantize,
     quantize,
     requantize,
 )
+from spp_lightning.compaction.layers.unwatched import is_unwatched
 
 __all__ = ["Quantize", "QuantizedConv2d", "QuantizedLinear"]
 
 _MOST_COLUMNS = 2**16 - 1  # of a convolution group, so that int32 holds their sums of products
-
-# Bound once, as in column_conv.py.
-_is_tracing = torch._C._is_tracing
-_num_dispatch_modes = torch._C._len_torch_dispatch_stack
-_num_function_modes = torch._C._len_torch_function_stack
-_transform = torch._C._functorch.peek_interpreter_stack
 
 
 class _Packed(NamedTuple):
@@ -37,6 +32,15 @@ class _Packed(NamedTuple):
     handle: Int8Handle
     tensors: tuple[Tensor | None, ...]
     versions: tuple[int, ...]
+
+
+class _Numbers(NamedTuple):
+    """What the kernels read of a scale and a zero point, and the tensors' versions then."""
+
+    tensors: tuple[Tensor, Tensor]
+    versions: tuple[int, int]
+    inverse: float
+    zero_point: int
 
 
 class Quantize(nn.Module):
@@ -62,10 +66,23 @@ class Quantize(nn.Module):
         to.check("to")
         self.register_buffer("scale", torch.tensor(to.scale, dtype=torch.float32))
         self.register_buffer("zero_point", torch.tensor(to.zero_point, dtype=torch.uint8))
+        self._numbers: _Numbers | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         """Real numbers of any shape to uint8."""
-        return quantize(x.detach(), self.scale, self.zero_point)
+        x = x.detach()
+        if not is_unwatched(x, torch.float32) or self.scale.is_inference():
+            return quantize(x, self.scale, self.zero_point)
+        tensors, found = (self.scale, self.zero_point), self._numbers
+        versions = (tensors[0]._version, tensors[1]._version)
+        if found is None or found.versions != versions or not _same(found.tensors, tensors):
+            inverse = float(self.scale.reciprocal())
+            found = _Numbers(tensors, versions, inverse, int(self.zero_point))
+            self._numbers = found
+        return int8_planes.quantize(x, found.inverse, found.zero_point)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_numbers": None}
 
 
 class QuantizedConv2d(nn.Module):
@@ -195,10 +212,9 @@ class QuantizedConv2d(nn.Module):
 
     def _convolve(self, x: Tensor, residual: Tensor | None) -> Tensor:
         if (
-            not torch.compiler.is_compiling()
-            and _is_plain(x)
-            and (residual is None or _is_plain(residual))
-            and is_available()
+            x.dim() == 4
+            and is_unwatched(x, torch.uint8)
+            and (residual is None or is_unwatched(residual, torch.uint8))
         ):
             return self._handle().run(x, residual)
         if x.dim() == 3:
@@ -336,19 +352,8 @@ def _check_numbers(name: str, numbers: Tensor, geometry: Geometry) -> None:
         raise ValueError(f"`{name}` must be finite.")
 
 
-def _is_plain(x: Tensor) -> bool:
-    """Whether the kernels can read a tensor, and nobody watches or transforms what is computed."""
-    return (
-        type(x) is Tensor
-        and x.is_cpu
-        and x.dtype is torch.uint8
-        and x.dim() == 4
-        and x.is_contiguous()
-        and not _is_tracing()
-        and not _num_dispatch_modes()
-        and not _num_function_modes()
-        and _transform() is None
-    )
+def _same(first: tuple[Tensor, ...], second: tuple[Tensor, ...]) -> bool:
+    return all(a is b for a, b in zip(first, second, strict=True))
 
 
 def _text(limits: tuple[Any, ...]) -> str:

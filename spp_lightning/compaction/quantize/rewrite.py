@@ -6,11 +6,13 @@ from collections.abc import Collection, Mapping, Sequence
 
 from torch import fx
 
-from spp_lightning.compaction.graph.query import Node, set_module
+from spp_lightning.compaction.graph.patterns import as_plane_op
+from spp_lightning.compaction.graph.query import Node, module_of, set_module
 from spp_lightning.compaction.int8_spec import TensorScale
+from spp_lightning.compaction.layers.int8_pool import max_pool_uint8
 from spp_lightning.compaction.layers.quantized import Quantize, QuantizedConv2d
 from spp_lightning.compaction.quantize.convert import quantized
-from spp_lightning.compaction.quantize.values import Domain
+from spp_lightning.compaction.quantize.values import Domain, moved
 
 __all__ = ["int8_layers", "rewrite"]
 
@@ -64,8 +66,29 @@ def rewrite(
             if domain.is_inner and root.op == "call_module" and root.target in layers:
                 continue
             _quantize(graph, root, scale, None if domain.is_inner else domain.readers)
+    _replace_pools(graph)
     graph.graph.lint()
     graph.delete_all_unused_submodules()
+
+
+def _replace_pools(graph: fx.GraphModule) -> None:
+    """Call the max pool for uint8 where a max pool reads uint8."""
+    small: set[Node] = set()
+    for node in list(graph.graph.nodes):
+        module, sources = module_of(graph, node), moved(graph, node)
+        if isinstance(module, Quantize) or getattr(module, "output_scale", None) is not None:
+            small.add(node)
+        elif sources and small.issuperset(sources):
+            small.add(node)
+            op = as_plane_op(graph, node)
+            if op is None:
+                continue
+            with graph.graph.inserting_after(node):
+                args = (sources[0], op.kernel_size, op.stride, op.padding, op.ceil_mode)
+                call = graph.graph.call_function(max_pool_uint8, args)
+            node.replace_all_uses_with(call)
+            graph.graph.erase_node(node)
+            small.add(call)
 
 
 def _quantize(

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from spp_lightning.compaction.graph.patterns import as_plane_op
 from spp_lightning.compaction.graph.query import Node, arguments, calls, module_of
 
-__all__ = ["Domain", "domains"]
+__all__ = ["Domain", "domains", "moved"]
 
 _MOVING_METHODS = (
     *("flatten", "view", "reshape", "permute", "transpose", "contiguous", "squeeze", "unsqueeze"),
@@ -59,7 +59,7 @@ def domains(graph: fx.GraphModule, names: Collection[str]) -> list[Domain]:
     groups: dict[Node, list[Node]] = {}
     for node in graph.graph.nodes:
         groups[node] = [node]
-        for source in _moved(graph, node):
+        for source in moved(graph, node):
             _join(groups, groups[source], groups[node])
     found = []
     for group in {id(group): group for group in groups.values()}.values():
@@ -78,7 +78,7 @@ def domains(graph: fx.GraphModule, names: Collection[str]) -> list[Domain]:
             for node in group
             for user in node.users
         )
-        roots = tuple(node for node in group if not _moved(graph, node))
+        roots = tuple(node for node in group if not moved(graph, node))
         if inner and all(_is_float32(root) for root in roots):
             found.append(Domain(roots, tuple(readers), True))
             continue
@@ -96,8 +96,13 @@ def _join(groups: dict[Node, list[Node]], first: list[Node], second: list[Node])
         groups[node] = first
 
 
-def _moved(graph: fx.GraphModule, node: Node) -> tuple[Node, ...]:
-    """The nodes whose numbers a node moves, or chooses from; none if it computes others."""
+def moved(graph: fx.GraphModule, node: Node) -> tuple[Node, ...]:
+    """The nodes whose numbers a node moves, or chooses from; none if it computes others.
+
+    Args:
+        graph: The network.
+        node: One of its nodes.
+    """
     module = module_of(graph, node)
     if calls(node, (torch.cat, torch.concat), ()):
         parts = arguments(node, ("tensors", "dim")).get("tensors")

@@ -8,10 +8,12 @@ import pickle
 import numpy as np
 import pytest
 import torch
+from torch.nn import functional as F
 
 from spp_lightning.compaction.geometry import Geometry
 from spp_lightning.compaction.int8_spec import Int8Spec, TensorScale
-from spp_lightning.compaction.layers import quantized
+from spp_lightning.compaction.layers import unwatched
+from spp_lightning.compaction.layers.int8_pool import max_pool_uint8
 from spp_lightning.compaction.layers.quantized import Quantize, QuantizedConv2d, QuantizedLinear
 
 INPUT, RESIDUAL = TensorScale(0.037, 113), TensorScale(0.21, 40)
@@ -82,7 +84,7 @@ def reference(layer, x, residual):
 @pytest.mark.parametrize("has_kernels", [True, False], ids=["kernels", "torch"])
 @pytest.mark.parametrize("name", SPECS)
 def test_layers_compute_what_is_documented(name, has_kernels, monkeypatch):
-    monkeypatch.setattr(quantized, "is_available", lambda: has_kernels)
+    monkeypatch.setattr(unwatched, "is_available", lambda: has_kernels)
     layer, x, residual = drawn(SPECS[name])
     found, expected = layer(x, residual).numpy(), reference(layer, x, residual)
     assert found.dtype == expected.dtype
@@ -120,10 +122,48 @@ def test_linear_layers_are_pointwise():
         linear(x)
 
 
-def test_rounding_to_uint8():
+@pytest.mark.parametrize("has_kernels", [True, False], ids=["kernels", "torch"])
+def test_rounding_to_uint8(has_kernels, monkeypatch):
+    monkeypatch.setattr(unwatched, "is_available", lambda: has_kernels)
     to_uint8 = Quantize(TensorScale(0.5, 10))
     x = torch.tensor([0.25, 0.75, -0.25, -5.1, 1e30, -math.inf, math.nan])
     assert to_uint8(x).tolist() == [10, 12, 10, 0, 255, 0, 0]
+    to_uint8.scale.fill_(0.037)
+    x = torch.randn(3, 70_001) * 5
+    steps = np.rint(x.numpy() * (np.float32(1) / np.float32(0.037))) + np.float32(10)
+    np.testing.assert_array_equal(to_uint8(x).numpy(), steps.clip(0, 255).astype(np.uint8))
+
+
+POOLS = [
+    *(((2, 2), (2, 2), (0, 0), False), ((3, 3), (2, 2), (1, 1), False)),
+    *(((3, 3), (1, 1), (1, 1), False), ((3, 2), (2, 3), (1, 0), True)),
+    *(((5, 1), (3, 1), (2, 0), True), ((1, 9), (1, 4), (0, 4), True)),
+]
+
+
+@pytest.mark.parametrize("pool", POOLS, ids=str)
+@pytest.mark.parametrize("size", [(9, 9), (8, 33), (5, 70)], ids=str)
+def test_max_pools_of_uint8(pool, size):
+    x = torch.randint(0, 256, (2, 3, *size), generator=torch.Generator().manual_seed(0))
+    kernel, stride, padding, ceil_mode = pool
+    expected = F.max_pool2d(x.float(), kernel, stride, padding, ceil_mode=ceil_mode)
+    found = max_pool_uint8(x.byte(), *pool)
+    assert found.dtype == torch.uint8 and torch.equal(found.float(), expected)
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        assert torch.equal(max_pool_uint8(x.byte(), *pool), found)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_max_pools_that_do_not_fit_are_refused():
+    x = torch.zeros(1, 1, 4, 4, dtype=torch.uint8)
+    for pool in (((5, 5), (1, 1), (0, 0), False), ((2, 2), (1, 1), (2, 2), False)):
+        with pytest.raises((ValueError, RuntimeError)):
+            max_pool_uint8(x, *pool)
+    with pytest.raises((ValueError, RuntimeError)):
+        max_pool_uint8(x, (2**32 + 2, 2), (1, 1), (0, 0), False)
 
 
 def test_copies_and_states_keep_all_numbers():

@@ -140,6 +140,8 @@ _ARGUMENTS = {
     "spp_int8_set_isa": (ctypes.c_char_p,),
     "spp_int8_create": (_POINTER, _POINTER, _NUMBER, *3 * _TENSOR, _POINTER, _POINTER),
     "spp_int8_forward": (_POINTER, _POINTER, *3 * _TENSOR),
+    "spp_int8_max_pool": (_POINTER, _COUNT, *3 * (_NUMBER,), *2 * _TENSOR),
+    "spp_int8_quantize": (ctypes.c_float, _NUMBER, _NUMBER, *2 * _TENSOR),
 }
 # By status, from 1 on; 0 is success.
 _ERRORS = (MemoryError, ValueError, NotImplementedError, RuntimeError)

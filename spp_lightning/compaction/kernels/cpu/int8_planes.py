@@ -1,0 +1,67 @@
+"""What stands between int8 layers: max pools of uint8, and floats rounded to uint8."""
+
+from __future__ import annotations
+
+import ctypes
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from spp_lightning.compaction.epilogue import KINDS, PlaneOp
+from spp_lightning.compaction.kernels.cpu.library import NativeEpilogueOp, library
+
+__all__ = ["max_pool", "quantize"]
+
+
+def max_pool(x: Tensor, op: PlaneOp) -> Tensor:
+    """The largest number of every window.
+
+    Args:
+        x: Planes, uint8 ``(B, C, H, W)``, contiguous, on the CPU.
+        op: A max pool.
+
+    Raises:
+        ValueError: If the planes are smaller than a window, or the padding is larger than half of
+            one.
+    """
+    batch, channels, height, width = x.shape
+    out = torch.empty(batch, channels, *op.out_size(height, width), dtype=torch.uint8)
+    native, threads = _native_op(op), torch.get_num_threads()
+    library().spp_int8_max_pool(
+        *(ctypes.byref(native), batch * channels, height, width, threads),
+        *(x.data_ptr(), x.numel(), out.data_ptr(), out.numel()),
+    )
+    return out
+
+
+def quantize(x: Tensor, inverse: float, zero_point: int) -> Tensor:
+    """Real numbers as uint8.
+
+    Args:
+        x: float32, contiguous, on the CPU.
+        inverse: 1 over the real units per step, as float32.
+        zero_point: The number that stands for 0.
+
+    Returns:
+        ``clamp(round(x * inverse) + zero_point, 0, 255)``; halves are rounded to the even number,
+        NaN counts as the least.
+
+    Raises:
+        ValueError: If ``inverse`` isn't finite and positive, or ``zero_point`` is out of range.
+    """
+    out = torch.empty(x.shape, dtype=torch.uint8)
+    library().spp_int8_quantize(
+        *(inverse, zero_point, torch.get_num_threads()),
+        *(x.data_ptr(), x.numel(), out.data_ptr(), out.numel()),
+    )
+    return out
+
+
+def _native_op(op: PlaneOp) -> Any:
+    pair = ctypes.c_int32 * 2
+    return NativeEpilogueOp(
+        KINDS.index(op.kind),
+        *(pair(*x) for x in (op.kernel_size, op.stride, op.padding)),
+        *(op.ceil_mode, op.count_include_pad, op.alpha),
+    )
