@@ -198,9 +198,11 @@ class Int8Convolution {
     thread_local Buffer panel_buffer, sums_buffer, offset_buffer;
     panel_ = panel_buffer.get<int32_t>(kPanelSteps * kTile + kRunSlack);
     sums_ = sums_buffer.get<int32_t>(static_cast<size_t>(plan.filter_tiles()) * kTileFilters8 * kTile);
-    offset_ = offset_buffer.get<int64_t>(plan.columns.size());
-    for (size_t k = 0; k < plan.columns.size(); ++k) {
-      const Column& c = plan.columns[k];
+    const std::vector<int32_t>& order = plan.weights.order;
+    offset_ = offset_buffer.get<int64_t>(order.size());
+    for (size_t k = 0; k < order.size(); ++k) {
+      // Where there is no column, the weights are 0, and another one may be read.
+      const Column& c = plan.columns[std::max(0, order[k])];
       offset_[k] = s.copied ? offset_in_sources(c, s) : plan.sources[c.source].channel * s.input_plane;
     }
   }
@@ -220,30 +222,26 @@ class Int8Convolution {
   // Blocks of filters [first, last) of a conv group at the tile of pixels from `begin` on, panel by panel.
   void run_tile(int group, int begin, int first, int last) {
     const Tile tile = tile_at(begin, s_.conv_plane, width_, source_width_);
-    const int steps = plan_.steps(group), columns = plan_.group_columns(group);
-    const int64_t* offset = offset_ + plan_.group_start[group];
     Int8Task task{};
     task.panel = panel_;
     task.plane = s_.conv_plane;
     task.pixels = tile.count;
     task.steps_at_once = plan_.weights.steps_at_once;
     const Int8Weights::Group& where = plan_.weights.groups[group];
+    const int64_t* offset = offset_ + where.column;
     const int32_t* weight = plan_.weights.words.data() + where.words;
     const int32_t* excess = plan_.weights.excess_start.data() + where.block;
     int done = 0;
     do {  // once, even without columns
-      const int column = done * kColumnsOfStep;
-      task.steps = std::min(kPanelSteps, steps - done);
-      pack({image_.base, image_.end, offset + column, std::min(kPanelSteps * kColumnsOfStep, columns - column),
-            task.steps},
-           tile, panel_);
+      task.steps = std::min(kPanelSteps, where.steps - done);
+      pack({image_.base, image_.end, offset + static_cast<size_t>(done) * kColumnsOfStep, task.steps}, tile, panel_);
       task.first = done == 0;
-      task.last = done + task.steps == steps;
+      task.last = done + task.steps == where.steps;
       for (int block = first; block < last; ++block) run_block(group, block, weight, excess, begin, task);
       weight += static_cast<size_t>(plan_.filter_tiles()) * kTileFilters8 * task.steps;
       excess += plan_.filter_blocks();
       done += task.steps;
-    } while (done < steps);
+    } while (done < where.steps);
   }
 
   // A block of filters at a panel; behind the last panel, the epilogue.
@@ -292,7 +290,7 @@ class Int8Convolution {
   const FinishFilters finish_;
   const int width_, source_width_;
   int32_t *panel_, *sums_;
-  int64_t* offset_;  // of each column in what is read
+  int64_t* offset_;  // of each column in what is read, in the order of the steps
 };
 
 // Phases: source planes, if the layer reads them, and the convolution.

@@ -55,55 +55,45 @@ inline Tile tile_at(int begin, int64_t pixels, int width, int source_width) {
 struct PanelSource {
   const uint8_t *base, *end;  // nothing is read from `end` on
   const int64_t* offset;
-  int columns, steps;
+  int steps;
 };
-
-// The columns of a step; where there are no more of them, the last one, whose weights are 0 then.
-SPP_INLINE void columns_of_step(const PanelSource& of, int k, const uint8_t* (&in)[kColumnsOfStep]) {
-#pragma GCC unroll 4
-  for (int i = 0; i < kColumnsOfStep; ++i) in[i] = of.base + of.offset[std::min(k + i, of.columns - 1)];
-}
 
 // kRuns is the number of a tile's runs, or 0 for any. A run is written behind its last pixel, too, where the next run
 // or step follows.
 template <int kRuns>
 void pack_panel(const Tile& tile, const PanelSource& of, int32_t* panel) {
   const int runs = kRuns > 0 ? kRuns : tile.runs;
-  for (int k = 0; k < of.steps * kColumnsOfStep; k += kColumnsOfStep, panel += kTile) {
-    const uint8_t* in[kColumnsOfStep];
-    columns_of_step(of, k, in);
+  const int64_t* offset = of.offset;
+  for (int step = 0; step < of.steps; ++step, offset += kColumnsOfStep, panel += kTile)
 #pragma GCC unroll 3
     for (int r = 0; r < runs; ++r) {
       const uint8_t* at[kColumnsOfStep];
 #pragma GCC unroll 4
-      for (int i = 0; i < kColumnsOfStep; ++i) at[i] = in[i] + tile.from[r];
+      for (int i = 0; i < kColumnsOfStep; ++i) at[i] = of.base + offset[i] + tile.from[r];
       pack_words(at, panel + tile.to[r]);
     }
-  }
 }
 
 // The same where some runs might be read beyond the end.
 inline void pack_edge(const Tile& tile, const PanelSource& of, int32_t* panel) {
-  for (int k = 0; k < of.steps * kColumnsOfStep; k += kColumnsOfStep, panel += kTile) {
-    const uint8_t* in[kColumnsOfStep];
-    columns_of_step(of, k, in);
+  const int64_t* offset = of.offset;
+  for (int step = 0; step < of.steps; ++step, offset += kColumnsOfStep, panel += kTile)
     for (int r = 0; r < tile.runs; ++r) {
       uint8_t pixels[kColumnsOfStep][kPackPixels] = {};
       const uint8_t* at[kColumnsOfStep];
       for (int i = 0; i < kColumnsOfStep; ++i) {
-        at[i] = in[i] + tile.from[r];
+        at[i] = of.base + offset[i] + tile.from[r];
         if (of.end - at[i] >= kPackPixels) continue;
         std::memcpy(pixels[i], at[i], of.end - at[i]);
         at[i] = pixels[i];
       }
       pack_words(at, panel + tile.to[r]);
     }
-  }
 }
 
 inline void pack(const PanelSource& of, const Tile& tile, int32_t* panel) {
-  if (of.columns == 0) return;
-  const int64_t last = *std::max_element(of.offset, of.offset + of.columns) + tile.from[tile.runs - 1];
+  if (of.steps == 0) return;
+  const int64_t last = *std::max_element(of.offset, of.offset + of.steps * kColumnsOfStep) + tile.from[tile.runs - 1];
   if (of.end - of.base < last + kPackPixels) return pack_edge(tile, of, panel);
   const auto by_runs = tile.runs == 1   ? pack_panel<1>
                        : tile.runs == 2 ? pack_panel<2>

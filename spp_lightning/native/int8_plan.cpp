@@ -1,5 +1,7 @@
 #include "int8_plan.h"
 
+#include "int8_order.h"
+
 namespace spp {
 namespace {
 
@@ -10,7 +12,10 @@ struct Block {
   int weights[kMostSteps][kColumnsOfStep] = {};
 
   Block() = default;
-  Block(const int8_t* from, int count) { std::copy_n(from, std::max(0, count), &weights[0][0]); }
+  Block(const int8_t* row, const int32_t* order, int steps) {
+    for (int i = 0; i < steps * kColumnsOfStep; ++i)
+      if (order[i] >= 0) weights[i / kColumnsOfStep][i % kColumnsOfStep] = row[order[i]];
+  }
   Block(const Block& of, int step) { std::copy_n(of.weights[step], kColumnsOfStep, weights[0]); }
 };
 
@@ -21,9 +26,8 @@ int32_t word_of(const int (&weights)[kColumnsOfStep]) {
 }
 
 // Takes what is too much out of a block, and returns it. The sums of int16 have two columns of each step, at 2i and
-// 2i + 1: with pixels of up to 255, they hold weights of one sign with a sum of up to 128.
+// 2i + 1.
 Block take_excess(int steps, Block& block) {
-  constexpr int kMost = 128;
   Block excess;
   for (int first = 0; first < kColumnsOfStep; first += 2)
     for (int sign = -1; sign <= 1; sign += 2) {
@@ -32,7 +36,7 @@ Block take_excess(int steps, Block& block) {
         for (int i = first; i < first + 2; ++i) sum += std::max(0, sign * block.weights[s][i]);
       for (int s = 0; s < steps; ++s)
         for (int i = first; i < first + 2; ++i) {
-          const int moved = std::clamp(sum - kMost, 0, std::max(0, sign * block.weights[s][i]));
+          const int moved = std::clamp(sum - kMostInInt16, 0, std::max(0, sign * block.weights[s][i]));
           block.weights[s][i] -= sign * moved;
           excess.weights[s][i] += sign * moved;
           sum -= moved;
@@ -43,7 +47,7 @@ Block take_excess(int steps, Block& block) {
 
 // How long products take, in instructions of a filter at two vectors of pixels.
 double cost(const Int8Weights& weights) {
-  const double step = weights.steps_at_once == 2 ? 6 : 7, excess = 10;
+  const double step = weights.steps_at_once == 2 ? 6 : 7, excess = 13;
   return step * weights.words.size() + excess * weights.excess.size();
 }
 
@@ -73,20 +77,32 @@ Int8Weights Int8Plan::pack(const int8_t* weight, int at_once) const {
   Int8Weights made;
   made.steps_at_once = at_once;
   for (int g = 0; g < geometry.groups; ++g) {
-    made.groups.push_back({made.words.size(), static_cast<int32_t>(made.excess_start.size())});
-    const int steps_of_group = steps(g, at_once);
-    for (int done = 0; done < steps_of_group; done += kernel->panel_steps) {
-      const int count = std::min(kernel->panel_steps, steps_of_group - done);
-      const int first = group_start[g] + done * kColumnsOfStep;
-      pack_panel(weight + first, std::min(count * kColumnsOfStep, group_start[g + 1] - first), count, made);
-    }
+    made.groups.push_back({made.order.size(), made.words.size(), static_cast<int32_t>(made.excess_start.size()), 0});
+    order_group(weight, g, made);
+    Int8Weights::Group& group = made.groups.back();
+    group.steps = static_cast<int32_t>((made.order.size() - group.column) / kColumnsOfStep);
+    for (int done = 0; done < group.steps; done += kernel->panel_steps)
+      pack_panel(weight, made.order.data() + group.column + static_cast<size_t>(done) * kColumnsOfStep,
+                 std::min(kernel->panel_steps, group.steps - done), made);
   }
   made.excess_start.push_back(static_cast<int32_t>(made.excess.size()));
   return made;
 }
 
-// `weight` is the first filter's first weight of the panel.
-void Int8Plan::pack_panel(const int8_t* weight, int columns_of_panel, int steps_of_panel, Int8Weights& into) const {
+// Appends the order of a conv group's columns.
+void Int8Plan::order_group(const int8_t* weight, int group, Int8Weights& into) const {
+  const int first = group_start[group], count = group_columns(group);
+  if (kernel->sums_in_int16) {
+    const auto stride = static_cast<int64_t>(columns.size());
+    for (const int32_t k : order_columns(weight + first, group_filters(), stride, count, into.steps_at_once))
+      into.order.push_back(k < 0 ? -1 : first + k);
+    return;
+  }
+  for (int k = 0; k < count; ++k) into.order.push_back(first + k);
+  while (into.order.size() % kColumnsOfStep != 0) into.order.push_back(-1);
+}
+
+void Int8Plan::pack_panel(const int8_t* weight, const int32_t* order, int steps_of_panel, Int8Weights& into) const {
   const int rows = kernel->tile_filters, at_once = into.steps_at_once, block_filters = kTilesOfBlock * rows;
   const size_t begin = into.words.size();
   into.words.resize(begin + static_cast<size_t>(filter_tiles()) * rows * steps_of_panel);
@@ -96,8 +112,7 @@ void Int8Plan::pack_panel(const int8_t* weight, int columns_of_panel, int steps_
     // each other.
     for (int step = 0; step < steps_of_panel; step += at_once)
       for (int f = block; f < std::min(group_filters(), block + block_filters); ++f) {
-        const int first = step * kColumnsOfStep;
-        Block kept(weight + f * columns.size() + first, std::min(kColumnsOfStep * at_once, columns_of_panel - first));
+        Block kept(weight + f * columns.size(), order + static_cast<size_t>(step) * kColumnsOfStep, at_once);
         const Block over = kernel->sums_in_int16 ? take_excess(at_once, kept) : Block();
         int32_t* words = into.words.data() + begin + static_cast<size_t>(f / rows) * rows * steps_of_panel + f % rows;
         for (int s = 0; s < at_once; ++s) {

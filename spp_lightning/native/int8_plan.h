@@ -49,13 +49,15 @@ struct Excess {
 // the columns of a step. Zeros stand for filters and columns that there aren't.
 struct Int8Weights {
   int32_t steps_at_once = 1;  // 2: the products of two steps meet in int16, too
+  std::vector<int32_t> order;  // [conv group][step][column of the step]: indices of columns, or -1
   std::vector<int32_t> words;
   std::vector<Excess> excess;
   std::vector<int32_t> excess_start;  // [conv group][panel][block of filters], and their number
-  // Of a conv group: the words of its first panel, and the place in `excess_start` of its first block.
+  // Where the parts of a conv group begin: in `order`, in `words`, and in `excess_start`.
   struct Group {
-    size_t words;
+    size_t column, words;
     int32_t block;
+    int32_t steps;
   };
   std::vector<Group> groups;
 };
@@ -76,18 +78,14 @@ struct Int8Plan : KeptColumns {
     const Geometry& g = geometry;
     return g.kernel[0] * g.kernel[1] == 1 && g.stride[0] * g.stride[1] == 1 && g.padding[0] + g.padding[1] == 0;
   }
-  int32_t steps(int group) const { return steps(group, weights.steps_at_once); }
   int32_t filter_tiles() const { return (group_filters() + kernel->tile_filters - 1) / kernel->tile_filters; }
 
   int32_t filter_blocks() const { return (filter_tiles() + kTilesOfBlock - 1) / kTilesOfBlock; }
 
  private:
-  int32_t steps(int group, int at_once) const {
-    const int columns = kColumnsOfStep * at_once;
-    return (group_columns(group) + columns - 1) / columns * at_once;
-  }
   Int8Weights pack(const int8_t* weight, int steps_at_once) const;
-  void pack_panel(const int8_t* weight, int columns, int steps, Int8Weights& into) const;
+  void order_group(const int8_t* weight, int group, Int8Weights& into) const;
+  void pack_panel(const int8_t* weight, const int32_t* order, int steps, Int8Weights& into) const;
 };
 
 // One pass over a batch; of the config, kernel and bfloat16 aren't read.
