@@ -12,7 +12,9 @@ compared with float64. Each row names the kernels that ran.
 
 Parts: ``layers`` (3×3 of VGG and ResNet, batch 1 and 8), ``pointwise`` (1×1), ``networks``,
 ``training`` (a step of the compact ConvNet against one of the dense one), ``bfloat16`` (some layers
-and networks against the fastest dense way in bfloat16, without onnxruntime). ``--save`` writes
+and networks against the fastest dense way in bfloat16, without onnxruntime), ``int8`` (layers with
+normally distributed weights against onnxruntime's and OpenVINO's dense int8, and against float32 on
+the same columns; their error is the share of outputs that aren't exact). ``--save`` writes
 ``benchmarks/results/speed_ISA.json`` and ``.md``, where ISA is the kernels' instruction set.
 """
 
@@ -23,12 +25,14 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from functools import partial
+from importlib.util import find_spec
 from typing import Any
 
 import torch
 from harness.arguments import each_thread_count, make_parser, quiet
 from harness.context import RESULTS, context
 from harness.dense import dense_calls
+from harness.int8 import Int8Layer, dense_int8_calls
 from harness.results import Results, Row, markdown_table
 from harness.rounds import Call, in_turns, keep_freed_memory, quantiles
 from harness.workloads import (
@@ -54,8 +58,9 @@ GOALS: dict[str, dict[float, float]] = {  # share of the theoretical speedup, pe
     "ResNet-50, batch 1": {0.5: 0.88, 0.75: 0.75, 0.9: 0.60},
     "VGG-16 convolutions, batch 1": {0.5: 0.90, 0.75: 0.82, 0.9: 0.65},
 }
-PARTS = ("layers", "pointwise", "networks", "training", "bfloat16")
-HALF = "bfloat16, "  # how the names of its rows start
+PARTS = ("layers", "pointwise", "networks", "training", "bfloat16", "int8")
+HALF, BYTES = "bfloat16, ", "int8, "  # how the names of their rows start
+INT8_LAYERS = (*LAYERS[3:], (512, 512, 3, 7), *POINTWISE, (2048, 512, 1, 7), (512, 2048, 1, 7))
 INSTRUCTION_SETS = ("avx512", "avx2", "base", "none")
 
 
@@ -73,7 +78,8 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     quiet()
     results = Results(f"speed_{instruction_set()}", report)
-    about = context("torchvision", "onnxruntime") | {
+    others = ("torchvision", "onnxruntime", *(["openvino"] if find_spec("openvino") else []))
+    about = context(*others) | {
         "instruction set": instruction_set(),
         "rounds": options.rounds,
         "freed memory": "kept" if keep_freed_memory() else "not kept",
@@ -115,6 +121,13 @@ def measure(
                 net, x = network(name)
                 net, x = net.bfloat16(), x.bfloat16()
                 yield row_of(HALF + name, {}, net, x, compact, rounds, threads)
+    if "int8" in parts:
+        for batch in batches:
+            for shape in INT8_LAYERS:
+                name, conv, x = layer(shape, batch)
+                # Trained weights are more like these than like PyTorch's uniform ones.
+                nn.init.normal_(conv.weight, std=0.05, generator=torch.Generator().manual_seed(0))
+                yield int8_row(BYTES + name, conv, x.clamp(min=0), rounds, threads)
 
 
 def row_of(
@@ -140,6 +153,29 @@ def row_of(
         times = in_turns(calls, rounds)
     row = {"name": name, "threads": threads, **speedups(times, goals)}
     return row | {"kernels": kernels, "error": error}
+
+
+def int8_row(name: str, conv: nn.Conv2d, x: Tensor, rounds: int, threads: int) -> Row:
+    """A layer in int8: dense in other libraries, and of fewer columns; also those in float32."""
+    conv.requires_grad_(False)
+    layers = {}
+    for ratio in RATIOS:
+        pruned = prune_randomly(conv, ratio)
+        assert isinstance(pruned, nn.Conv2d)
+        layers[ratio] = Int8Layer(pruned, x)
+    calls = dict(dense_int8_calls(layers[0.0], threads))
+    calls |= {f"compact {ratio}": made.call() for ratio, made in layers.items()}
+    calls |= {f"float32 {ratio}": made.float_call() for ratio, made in layers.items()}
+    times = in_turns(calls, rounds)
+    floats = {key: values for key, values in times.items() if key.startswith("float32 ")}
+    others = {key: values for key, values in times.items() if key not in floats}
+    over = {
+        str(r): statistics.median(floats[f"float32 {r}"]) / statistics.median(times[f"compact {r}"])
+        for r in RATIOS
+    }
+    row = {"name": name, "threads": threads, **speedups(others, {}), "over float32": over}
+    row["milliseconds"] |= {key: quantiles(values) for key, values in floats.items()}
+    return row | {"error": max(made.wrong() for made in layers.values())}
 
 
 def kernels_of(fast: nn.Module, x: Tensor) -> str:
@@ -262,6 +298,15 @@ def report(rows: list[Row]) -> str:
         "",
         markdown_table(head, map(cells, rows)),
     ]
+    in_bytes = [row for row in rows if "over float32" in row]
+    if in_bytes:
+        head = ["int8 over our float32", "threads", *(f"R = {ratio:g}" for ratio in RATIOS)]
+        table = [
+            [row["name"], row["threads"], *(f"{x:.2f}×" for x in row["over float32"].values())]
+            for row in in_bytes
+        ]
+        text += ["", "Dense int8 contenders saturate sums on AVX2; ours are exact."]
+        text += ["", markdown_table(head, table)]
     recorded = [row for row in rows if "kernels" in row]
     if recorded:
         head = ["kernels that ran, by layers", "threads", *(f"R = {ratio:g}" for ratio in RATIOS)]

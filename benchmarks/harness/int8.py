@@ -77,19 +77,7 @@ class Int8Layer:
     def onnx(self) -> bytes:
         """The dense layer as quantisers write it."""
         g = self.spec.geometry
-        wide = dense_weight(self.weight, self.columns, g)
-        tensors = {
-            "x_scale": torch.tensor(self.input.scale, dtype=torch.float32),
-            "x_zero": torch.tensor(self.input.zero_point, dtype=torch.uint8),
-            "w": wide,
-            "w_scale": self.scale,
-            "w_zero": torch.zeros(g.filters, dtype=torch.int8),
-            "b": (self.bias / (self.input.scale * self.scale)).round().to(torch.int32),
-            "b_scale": self.scale * self.input.scale,
-            "b_zero": torch.zeros(g.filters, dtype=torch.int32),
-            "y_scale": torch.tensor(self.output.scale, dtype=torch.float32),
-            "y_zero": torch.tensor(self.output.zero_point, dtype=torch.uint8),
-        }
+        tensors = self._onnx_tensors()
         pads = [*g.padding, *g.padding]
         dequantise, node = partial(helper.make_node, "DequantizeLinear"), helper.make_node
         nodes = [
@@ -108,17 +96,61 @@ class Int8Layer:
             [helper.make_tensor_value_info("y", TensorProto.UINT8, out)],
             [numpy_helper.from_array(t.numpy(), name) for name, t in tensors.items()],
         )
-        opset = [helper.make_opsetid("", 13)]
-        model = helper.make_model(graph, opset_imports=opset, ir_version=8)
+        model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 13)], ir_version=8)
         onnx.checker.check_model(model)
         content: bytes = model.SerializeToString()
         return content
+
+    def onnx_last(self) -> bytes:
+        """The dense layer as onnxruntime computes it inside a network: channels-last."""
+        g = self.spec.geometry
+        tensors = self._onnx_tensors()
+        names = ("x", "x_scale", "x_zero", "w", "w_scale", "w_zero", "y_scale", "y_zero", "b")
+        conv = helper.make_node(
+            "QLinearConv",
+            names,
+            ["y"],
+            domain="com.microsoft",
+            channels_last=1,
+            pads=[*g.padding, *g.padding],
+            strides=g.stride,
+        )
+        shapes = [(len(self.x), *self.x.shape[2:], g.channels)]
+        shapes.append((len(self.x), *g.out_size(*self.x.shape[2:]), g.filters))
+        ends = [
+            helper.make_tensor_value_info(name, TensorProto.UINT8, list(shape))
+            for name, shape in zip("xy", shapes, strict=True)
+        ]
+        given = [numpy_helper.from_array(tensors[name].numpy(), name) for name in names[1:]]
+        graph = helper.make_graph([conv], "layer", ends[:1], ends[1:], given)
+        opset = [helper.make_opsetid("", 13), helper.make_opsetid("com.microsoft", 1)]
+        content: bytes = helper.make_model(
+            graph, opset_imports=opset, ir_version=8
+        ).SerializeToString()
+        return content
+
+    def _onnx_tensors(self) -> dict[str, Tensor]:
+        g = self.spec.geometry
+        return {
+            "x_scale": torch.tensor(self.input.scale, dtype=torch.float32),
+            "x_zero": torch.tensor(self.input.zero_point, dtype=torch.uint8),
+            "w": dense_weight(self.weight, self.columns, g),
+            "w_scale": self.scale,
+            "w_zero": torch.zeros(g.filters, dtype=torch.int8),
+            "b": (self.bias / (self.input.scale * self.scale)).round().to(torch.int32),
+            "b_scale": self.scale * self.input.scale,
+            "b_zero": torch.zeros(g.filters, dtype=torch.int32),
+            "y_scale": torch.tensor(self.output.scale, dtype=torch.float32),
+            "y_zero": torch.tensor(self.output.zero_point, dtype=torch.uint8),
+        }
 
 
 def dense_int8_calls(layer: Int8Layer, threads: int) -> Iterator[tuple[str, Call]]:
     """The ways to run the unpruned layer in int8; OpenVINO where it is installed."""
     content = layer.onnx()
     yield "onnxruntime int8", onnx_session_call(content, layer.x, threads)
+    last = layer.x.permute(0, 2, 3, 1).contiguous()
+    yield "onnxruntime int8, channels-last", onnx_session_call(layer.onnx_last(), last, threads)
     try:
         yield "OpenVINO int8", openvino_call(content, layer.x, threads)
     except ImportError:
