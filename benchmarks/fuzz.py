@@ -5,7 +5,8 @@
     python benchmarks/fuzz.py files --seeds 5:6         # one case again
     python benchmarks/fuzz.py graphs --minutes 60 --save
 
-``layers`` compares random compact layers with float64 torch. ``graphs`` compacts random networks,
+``layers`` compares random compact layers with float64 torch. ``int8`` compares random int8 layers
+with exact sums, bit for bit, by every instruction set. ``graphs`` compacts random networks,
 compares them with the networks, and with themselves after saving and loading. ``files`` loads and
 runs damaged and crafted files in a process of limited memory, and watches what it does.
 
@@ -31,7 +32,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from fuzzing import files, graphs, layers
+from fuzzing import files, graphs, int8, layers
 from fuzzing.case import Failure, shrink
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -48,6 +49,7 @@ class Fuzzer(NamedTuple):
 
 FUZZERS = {
     "layers": Fuzzer(layers.draw, layers.check, layers.smaller),
+    "int8": Fuzzer(int8.draw, int8.check, int8.smaller),
     "graphs": Fuzzer(graphs.draw, graphs.check, graphs.smaller),
     "files": Fuzzer(files.draw, files.check, files.smaller),
 }

@@ -17,7 +17,7 @@ from spp_lightning.compaction.epilogue import ACTIVATIONS, Activation, Clamp, Ep
 from spp_lightning.compaction.geometry import Geometry, dense_weight
 from spp_lightning.compaction.layers.column_conv import ColumnConv2d
 
-__all__ = ["LayerCase", "check", "draw", "smaller"]
+__all__ = ["LayerCase", "check", "draw", "draw_geometry", "least_size", "smaller"]
 
 Layout = Literal["contiguous", "channels last", "strided", "expanded", "without batch"]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
@@ -54,8 +54,10 @@ class LayerCase:
 def draw(seed: int) -> LayerCase:
     """A random case."""
     r = random.Random(seed)
-    geometry = _draw_geometry(r)
-    size = tuple(_least(geometry, axis) + r.choice([0, 1, 3, 7, 12, 15, 16, 24]) for axis in (0, 1))
+    geometry = draw_geometry(r)
+    size = tuple(
+        least_size(geometry, axis) + r.choice([0, 1, 3, 7, 12, 15, 16, 24]) for axis in (0, 1)
+    )
     every = range(geometry.num_columns)
     share = r.choice([0.0, 0.1, 0.25, 0.5, 0.9, 1.0])
     columns = tuple(k for k in every if r.random() < share)
@@ -84,7 +86,8 @@ def draw(seed: int) -> LayerCase:
     )
 
 
-def _draw_geometry(r: random.Random) -> Geometry:
+def draw_geometry(r: random.Random) -> Geometry:
+    """A random convolution."""
     groups = r.choice([1, 1, 1, 1, 2, 3, 8])
     channels = groups * r.choice([1, 2, 3, 8, 16, 20])
     filters = groups * r.choice([1, 2, 5, 8, 15, 16, 17, 32, 40])
@@ -110,7 +113,8 @@ def _draw_post(r: random.Random, planes: tuple[int, int]) -> PlaneOp:
     return PlaneOp(pool, kernel, stride, padding, r.random() < 0.5, r.random() < 0.5)
 
 
-def _least(geometry: Geometry, axis: int) -> int:
+def least_size(geometry: Geometry, axis: int) -> int:
+    """The fewest pixels of an input along an axis."""
     reach = geometry.dilation[axis] * (geometry.kernel_size[axis] - 1) + 1
     return max(1, reach - 2 * geometry.padding[axis])
 
