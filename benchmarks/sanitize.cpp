@@ -1,7 +1,7 @@
 // Runs the CPU kernels on random shapes, every tensor in memory of its exact size, and compares with
 // loops in double precision. What the sanitizers say is the point; see sanitize.py.
 //
-//     driver CASES [ISA ...]
+//     driver CASES [ISA ...] [int8-ISA ...]
 #include <algorithm>
 #include <chrono>
 #include <cmath>
@@ -15,12 +15,11 @@
 #include <thread>
 #include <vector>
 
-#include "geometry.h"
+#include "sanitize.h"
 
 extern "C" {
 int32_t spp_set_isa(const char*);
 int32_t spp_has_pairs();
-const char* spp_error();
 int32_t spp_plan_create(const spp::Geometry*, const int32_t*, int32_t, const float*, int64_t,
                         const float*, int64_t, float, float, spp::Activation, const spp::EpilogueOp*, int32_t,
                         int32_t, void**);
@@ -42,24 +41,6 @@ void spp_move(const int64_t*, const double*, int64_t, int64_t, double*);
 
 namespace {
 
-std::mt19937 generator(1);
-
-int between(int low, int high) { return std::uniform_int_distribution<int>(low, high)(generator); }
-
-// A tensor in memory that ends where it ends, and holds no number before it is written; or none.
-template <typename Number>
-struct Tensor {
-  std::unique_ptr<Number[]> data;
-  int64_t count = 0;
-
-  Tensor() = default;
-  explicit Tensor(size_t size) : data(new Number[size]), count(static_cast<int64_t>(size)) {}
-  Number* get() const { return data.get(); }
-  Number& operator[](size_t i) const { return data[i]; }
-  explicit operator bool() const { return data != nullptr; }
-};
-using Floats = Tensor<float>;
-using Halves = Tensor<uint16_t>;
 Floats memory(size_t count) { return Floats(count); }
 
 Floats normal(size_t count) {
@@ -67,17 +48,6 @@ Floats normal(size_t count) {
   Floats out(count);
   for (size_t i = 0; i < count; ++i) out[i] = draw(generator);
   return out;
-}
-
-int failures = 0;
-
-void must(int32_t status) {
-  if (status != 0) std::printf("status %d: %s\n", status, spp_error()), ++failures;
-}
-
-// What doesn't fit is refused, and nothing is read or written.
-void must_refuse(int32_t status) {
-  if (status != 2) std::printf("status %d, but a tensor doesn't fit\n", status), ++failures;
 }
 
 // Limits of the output, or an activation.
@@ -205,14 +175,6 @@ void compare(const char* what, const Floats& got, const std::vector<double>& exp
     std::printf("%s: off by %g of %g\n", what, error, most);
     ++failures;
   }
-}
-
-std::vector<int32_t> some_columns(int all, double share) {
-  std::vector<int32_t> columns;
-  for (int k = 0; k < all; ++k)
-    if (std::uniform_real_distribution<>(0, 1)(generator) < share) columns.push_back(k);
-  columns.shrink_to_fit();
-  return columns;
 }
 
 // A layer behind another one: both at once give what one after the other does, bit for bit.
@@ -534,8 +496,12 @@ void run_update() {
 int main(int argc, char** argv) {
   const int cases = argc > 1 ? std::atoi(argv[1]) : 100;
   for (int i = 2; i < argc; ++i) {
-    if (spp_set_isa(argv[i]) != 0) continue;
     generator.seed(1);
+    if (std::strncmp(argv[i], "int8-", 5) == 0) {
+      if (run_int8(argv[i] + 5, cases)) std::printf("%s: %d shapes\n", argv[i], cases);
+      continue;
+    }
+    if (spp_set_isa(argv[i]) != 0) continue;
     for (int n = 0; n < cases; ++n) run_case(), run_between(), run_update<float>(), run_update<double>();
     std::printf("%s: %d shapes\n", argv[i], cases);
   }

@@ -3,11 +3,12 @@
     python benchmarks/sanitize.py
     python benchmarks/sanitize.py --save
 
-Builds the kernels with ``sanitize.cpp``, a driver that needs no torch, and runs it with every
-instruction set of this machine: once under AddressSanitizer and UndefinedBehaviorSanitizer, once
-under valgrind's memcheck where there is one, which sees results that depend on memory nobody wrote.
-Tensors and the kernels' own buffers have exactly the size that was asked for, in fresh memory. The
-results are compared with loops in double precision.
+Builds the kernels with a driver that needs no torch (``sanitize.cpp``, ``sanitize_int8.cpp``) and
+runs it with every instruction set of this machine: once under AddressSanitizer and
+UndefinedBehaviorSanitizer, once under valgrind's memcheck where there is one, which sees results
+that depend on memory nobody wrote. Tensors and the kernels' own buffers have exactly the size that
+was asked for, in fresh memory. The results are compared with loops in double precision, and those
+of int8 layers with exact sums.
 
 ThreadSanitizer is left out: it doesn't know libgomp's barriers and reports every one of them.
 
@@ -32,8 +33,16 @@ ROOT = Path(__file__).resolve().parents[1]
 NATIVE = ROOT / "spp_lightning" / "native"
 RESULT = ROOT / "benchmarks" / "results" / "sanitize.md"
 SETS = ("base", "avx2", "avx512")
+INT8_SETS = (
+    *("int8-base", "int8-avx2", "int8-avx_vnni", "int8-avx512_vnni"),
+    *("int8-avx_vnni_emulated", "int8-avx512_vnni_emulated"),
+)
 REDZONE = 1024  # bytes around each block: more than a tile may reach too far
-FLAGS = ["-std=gnu++17", "-g", "-fno-omit-frame-pointer", "-fno-math-errno", "-fopenmp"]
+# Int8 outputs are compared bit for bit: no fused multiply-adds that the sources don't ask for.
+FLAGS = [
+    *("-std=gnu++17", "-g", "-fno-omit-frame-pointer", "-fno-math-errno", "-fopenmp"),
+    "-ffp-contract=off",
+]
 CHECKS = {
     "address,undefined": ["-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"],
     "memcheck": ["-O1"],
@@ -46,7 +55,8 @@ def build(compiler: str, flags: list[str], program: Path) -> None:
     macros = ["-DSPP_EXACT_BUFFERS", "-DSPP_STORES_NON_TEMPORAL=1"]
     if platform.machine().lower() in ("x86_64", "amd64"):
         macros.append("-DSPP_X86=1")
-    sources = [str(ROOT / "benchmarks" / "sanitize.cpp"), *map(str, sorted(NATIVE.glob("*.cpp")))]
+    drivers = [str(ROOT / "benchmarks" / name) for name in ("sanitize.cpp", "sanitize_int8.cpp")]
+    sources = [*drivers, *map(str, sorted(NATIVE.glob("*.cpp")))]
     command = [compiler, *FLAGS, *flags, *macros, f"-I{NATIVE}", *sources, "-o", str(program)]
     subprocess.run(command, check=True)
 
@@ -91,7 +101,7 @@ def main() -> None:
             build(arguments.compiler, flags, program)
             start = time.perf_counter()
             run = subprocess.run(
-                [*before, str(program), str(shapes), *SETS],
+                [*before, str(program), str(shapes), *SETS, *INT8_SETS],
                 env=environment,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
@@ -115,7 +125,8 @@ def main() -> None:
             f" {platform.machine()}. Each shape:",
             "all kernels on 1, 2 and 3 threads, in float32 and bfloat16; a chain of it and a layer",
             "behind it; all gradients, with and without the epilogue, on 1 and 2 threads. Calls",
-            "with a tensor that is too short or too long must be refused.",
+            "with a tensor that is too short or too long must be refused. Int8 kernels, on 1, 2",
+            "and 3 threads, are compared bit for bit.",
             "",
             "| check | tools | instruction sets | shapes each | time | result |",
             "|---|---|---|---|---|---|",
