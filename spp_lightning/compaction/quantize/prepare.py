@@ -15,7 +15,13 @@ from spp_lightning.compaction.graph.fuse import fused_after
 from spp_lightning.compaction.graph.lift import make_layers
 from spp_lightning.compaction.graph.network import CompactNetwork
 from spp_lightning.compaction.graph.patterns import as_clamp
-from spp_lightning.compaction.graph.query import Node, module_of, set_module, single_user
+from spp_lightning.compaction.graph.query import (
+    Node,
+    module_of,
+    set_module,
+    single_user,
+    times_called,
+)
 from spp_lightning.compaction.graph.to_dense import calls_behind_clamp
 from spp_lightning.compaction.graph.uncompiled import graph_of
 from spp_lightning.compaction.layers.column_conv import ColumnConv2d
@@ -54,13 +60,33 @@ def prepare(network: CompactNetwork, batch: Any) -> fx.GraphModule:
     with torch.no_grad():
         ShapeProp(graph).propagate(*arguments_of(batch))
     make_layers(graph)
+    compact = _as_dense_before_norms(graph)
     fold_batch_norms(graph)
+    for name in compact:
+        conv = graph.get_submodule(name)
+        assert isinstance(conv, nn.Conv2d)
+        set_module(graph, name, ColumnConv2d.of(conv).eval())
     for node in list(graph.graph.nodes):
         if type(module_of(graph, node)) in _DROPOUTS:
             node.replace_all_uses_with(node.args[0])
             graph.graph.erase_node(node)
     graph.delete_all_unused_submodules()
     return graph
+
+
+def _as_dense_before_norms(graph: fx.GraphModule) -> list[str]:
+    """Make convolutions of compact layers with batch norms behind them; returns their names."""
+    names = []
+    for node in graph.graph.nodes:
+        if type(module_of(graph, node)) is not nn.BatchNorm2d:
+            continue
+        layer = module_of(graph, node.args[0])
+        if isinstance(layer, ColumnConv2d) and layer.epilogue.is_empty:
+            name = str(node.args[0].target)
+            if times_called(graph, name) == 1 and len(node.args[0].args) == 1:
+                set_module(graph, name, layer.to_dense())
+                names.append(name)
+    return names
 
 
 def fuse(graph: fx.GraphModule, names: Collection[str]) -> None:
@@ -74,7 +100,7 @@ def fuse(graph: fx.GraphModule, names: Collection[str]) -> None:
         names: Of the layers. Each becomes a :class:`ColumnConv2d` or a :class:`ClampedLinear`.
     """
     # Operations are split off when all are fused: nodes behind a layer have no shapes yet.
-    for change in (_fuse_dense, _fuse_linear, _split):
+    for change in (_fuse_convolution, _fuse_linear, _split):
         for node in list(graph.graph.nodes):
             if node.op == "call_module" and node.target in names:
                 change(graph, node)
@@ -82,12 +108,15 @@ def fuse(graph: fx.GraphModule, names: Collection[str]) -> None:
     graph.delete_all_unused_submodules()
 
 
-def _fuse_dense(graph: fx.GraphModule, node: Node) -> None:
-    conv = module_of(graph, node)
-    if not isinstance(conv, nn.Conv2d):
+def _fuse_convolution(graph: fx.GraphModule, node: Node) -> None:
+    layer = module_of(graph, node)
+    if isinstance(layer, nn.Conv2d):
+        layer = ColumnConv2d.of(layer)
+    elif not isinstance(layer, ColumnConv2d) or not layer.epilogue.is_empty or len(node.args) > 1:
         return
-    fused = fused_after(graph, node)
-    set_module(graph, str(node.target), ColumnConv2d.of(conv, fused.epilogue).eval())
+    fused, tensors = fused_after(graph, node), (layer.weight, layer.columns, layer.bias)
+    made = ColumnConv2d(layer.geometry, *tensors, fused.epilogue).eval()
+    set_module(graph, str(node.target), made)
     residual = () if fused.residual is None else (fused.residual,)
     with graph.graph.inserting_after(fused.end):
         call = graph.graph.call_module(str(node.target), (node.args[0], *residual))

@@ -149,6 +149,20 @@ def test_dense_networks_are_folded_and_fused():
     assert quantize_report(net, quantized, batches).snr_db > 25
 
 
+def test_networks_that_kept_their_norms_are_folded():
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        net = pruned(torchvision.models.resnet18(num_classes=10))
+        batches = [torch.randn(2, 3, 40, 40)]
+    fast = compact(net, batches[0], fold=False)
+    assert any(isinstance(x, nn.BatchNorm2d) for x in fast.modules())
+    quantized = quantize_compact(fast, batches, keep=["layer3.0.conv1"])
+    kinds = [type(x) for x in quantized.modules() if not list(x.children())]
+    assert kinds.count(QuantizedConv2d) == 19 and kinds.count(ColumnConv2d) == 1
+    assert nn.BatchNorm2d not in kinds
+    assert quantize_report(fast, quantized, batches).snr_db > 20
+
+
 def test_large_linear_layers_become_int8():
     with torch.random.fork_rng():
         torch.manual_seed(0)
