@@ -13,7 +13,9 @@ from conftest import TinyModule, make_trainer, tiny_data
 from networks import pruned
 from torch import nn
 
-from spp_lightning import ConvNet, cli
+from spp_lightning import ConvNet
+from spp_lightning.cli import compact as compact_module
+from spp_lightning.cli import main
 from spp_lightning.compaction.file.container import load_compact, save_compact
 from spp_lightning.compaction.graph.network import CompactNetwork
 from spp_lightning.compaction.kernels.cpu import library
@@ -39,7 +41,7 @@ def checkpoint(tmp_path, monkeypatch):
 
 
 def run(*words, command="compact"):
-    return CliRunner().invoke(cli.main, [command, *words])
+    return CliRunner().invoke(main, [command, *words])
 
 
 @pytest.mark.skipif(not library.is_available(), reason="needs the CPU kernels")
@@ -161,8 +163,10 @@ def test_errors(words, code, message, checkpoint, tmp_path):
 
 
 def test_fails_if_slower_or_different(checkpoint, monkeypatch):
-    monkeypatch.setattr(cli, "difference", lambda *_: float("nan"))
-    monkeypatch.setattr(cli, "measure", lambda *args: Times(args[-1], 1.0, args[-1] / 60))
+    monkeypatch.setattr(compact_module, "difference", lambda *_: float("nan"))
+    monkeypatch.setattr(
+        compact_module, "measure", lambda *args: Times(args[-1], 1.0, args[-1] / 60)
+    )
     result = run("net.pt", "-o", "net.spp", "--bench")
     assert result.exit_code == 1
     assert "differs: by nan" in result.output
@@ -174,13 +178,13 @@ def test_says_that_nothing_is_pruned(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     torch.save(TinyModule().state_dict(), "net.pt")
     traced = torch.fx.symbolic_trace(TinyModule())
-    monkeypatch.setattr(cli, "compact", lambda *_: CompactNetwork.of(traced))
+    monkeypatch.setattr(compact_module, "compact", lambda *_: CompactNetwork.of(traced))
     result = run("net.pt", "-o", "n.spp", "--model", "conftest:TinyModule", "--input-shape=3,8,8")
     assert "is this a pruned network's checkpoint?" in result.output
 
 
 def test_json_of_compact(checkpoint, monkeypatch):
-    monkeypatch.setattr(cli, "measure", lambda *args: Times(args[-1], 3.0, 2.0))
+    monkeypatch.setattr(compact_module, "measure", lambda *args: Times(args[-1], 3.0, 2.0))
     result = run("net.pt", "-o", "net.spp", "--json", "--bench", "--threads", "1")
     assert result.exit_code == 0, result.output
     report = json.loads(result.stdout)
@@ -347,7 +351,7 @@ def test_errors_of_plan(words, code, message):
 
 
 def test_help_names_everything():
-    shown = CliRunner().invoke(cli.main, ["--help"]).output
+    shown = CliRunner().invoke(main, ["--help"]).output
     assert "compact" in shown and "inspect" in shown
-    shown = CliRunner().invoke(cli.main, ["compact", "--help"]).output
+    shown = CliRunner().invoke(main, ["compact", "--help"]).output
     assert all(x in shown for x in ("CHECKPOINT", "--model", "--input-shape", "--bench", "FILE"))
