@@ -16,6 +16,7 @@ from spp_lightning.method.coupled.channels import PrunedChannels
 from spp_lightning.method.coupled.example import example_of
 from spp_lightning.method.coupled.removal import without_channels
 from spp_lightning.method.coupled.sets import channel_sets
+from spp_lightning.method.masks import computation_of
 
 pytest.importorskip("torch_pruning", reason="Torch-Pruning is not installed")
 
@@ -353,6 +354,8 @@ def test_trains_on_kept_columns():
         start = copy.deepcopy(net)
         pruner = coupled(net, prune_ratio=0.5, A=0.3, interval=2)
         pruner.compute_with(kept_columns(kernels))
+        found = [computation_of(net.get_submodule(x)) for x in ("inner", "expand", "head")]
+        assert all((x is not None) == (kernels == "compact") for x in found)
         train(net, pruner, sgd(net), range(20))
         pruner.fold()
         results.append((net.state_dict(), start))
