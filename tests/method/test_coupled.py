@@ -108,6 +108,7 @@ NETWORKS = {
     "Everything": (Everything, 16),
     "resnet18": (lambda: torchvision.models.resnet18(num_classes=10), 32),
     "mobilenet_v2": (lambda: torchvision.models.mobilenet_v2(num_classes=10), 32),
+    "regnet": (lambda: torchvision.models.regnet_y_400mf(num_classes=10), 32),  # groups, gates
     "densenet121": (lambda: torchvision.models.densenet121(num_classes=10), 32),
 }
 
@@ -380,9 +381,9 @@ class Net(nn.Module):
 REFUSED = {
     "layer norm": (lambda net, y, x: net.layer(y), nn.LayerNorm([8, 16, 16]), r"'layer' \(LayerN"),
     "group norm": (lambda net, y, x: net.layer(y), nn.GroupNorm(2, 8), r"'layer' \(GroupNorm\)"),
-    "grouped": (
-        lambda net, y, x: net.layer(y),
-        nn.Conv2d(8, 8, 3, groups=2),
+    "groups of one": (
+        lambda net, y, x: net.layer(y)[:, ::2],
+        nn.Conv2d(8, 16, 3, groups=8),
         "first \\(coupled to the grouped convolution 'layer'\\)",
     ),
     "parameter": (

@@ -58,15 +58,15 @@ def remove_channels(graph: fx.GraphModule) -> dict[str, int]:
                 smaller = convolution_like(module, count, count, count, module.bias is not None)
                 _copy(smaller, module, after, None)
                 set_module(graph, str(node.target), smaller)
-            elif type(module) is nn.Conv2d and module.groups == 1:
+            elif type(module) is nn.Conv2d:
                 before = kept.get(node.args[0])
                 if before is None:
                     before = after.new_ones(module.in_channels)
                 if bool(before.all()) and bool(after.all()):
                     continue
                 sizes = int(before.sum()), int(after.sum())
-                smaller = convolution_like(module, *sizes, 1, module.bias is not None)
-                _copy(smaller, module, after, before)
+                smaller = convolution_like(module, *sizes, module.groups, module.bias is not None)
+                _copy(smaller, module, after, before[: module.weight.shape[1]])
                 set_module(graph, str(node.target), smaller)
                 if sizes[1] < module.out_channels:
                     removed[str(node.target)] = module.out_channels - sizes[1]
@@ -90,6 +90,7 @@ def _kept_channels(graph: fx.GraphModule, flattened: dict[Node, Node]) -> dict[N
         return node
 
     cats: list[tuple[Node, list[Node]]] = []
+    grouped: list[tuple[Node, int]] = []  # tensors whose channels are those of several groups
     free: set[Node] = set()  # nodes whose output channels can be removed
     for node in nodes:
         module = module_of(graph, node)
@@ -98,8 +99,10 @@ def _kept_channels(graph: fx.GraphModule, flattened: dict[Node, Node]) -> dict[N
         if parts is not None:
             cats.append((node, parts))
             free.add(node)
-        elif once and type(module) is nn.Conv2d and module.groups == 1:
+        elif once and type(module) is nn.Conv2d and not _is_depthwise(module):
             free.add(node)
+            if module.groups > 1:
+                grouped += [(x, module.groups) for x in (node.args[0], node)]
         elif is_channelwise(graph, node) or (
             once
             and (
@@ -117,8 +120,8 @@ def _kept_channels(graph: fx.GraphModule, flattened: dict[Node, Node]) -> dict[N
         if node in parent and node not in free:
             masks[root(node)][:] = True
         if node in free and type(module) is nn.Conv2d and not _is_depthwise(module):
-            used = module.weight.detach().abs().amax((0, 2, 3)) != 0
-            masks[root(node.args[0])] |= used.cpu()
+            used = (module.weight.detach() != 0).unflatten(0, (module.groups, -1))
+            masks[root(node.args[0])] |= used.flatten(3).any(3).any(1).flatten().cpu()
         elif node in flattened:
             weight = graph.get_submodule(str(flattened[node].target)).get_parameter("weight")
             mask = masks[root(node.args[0])]
@@ -127,32 +130,45 @@ def _kept_channels(graph: fx.GraphModule, flattened: dict[Node, Node]) -> dict[N
             for operand in node.all_input_nodes:
                 if operand in parent:
                     masks[root(operand)][:] = True
-    _spread_through_cats(cats, masks, root)
+    groups = [(masks[root(node)], count) for node, count in grouped if node in parent]
+    joined = [(masks[root(node)], [masks[root(x)] for x in nodes]) for node, nodes in cats]
+    _spread(joined, groups)
     for mask in masks.values():
         if not mask.any():
             mask[0] = True  # a tensor must have a channel
-    _spread_through_cats(cats, masks, root)
+    _spread(joined, groups)
     return {node: masks[root(node)] for node in nodes}
 
 
-def _spread_through_cats(
-    cats: list[tuple[Node, list[Node]]], masks: dict[Node, Tensor], root: object
-) -> None:
-    """Keep a channel in a part if it is kept in the whole, and the other way round."""
+def _spread(cats: list[tuple[Tensor, list[Tensor]]], grouped: list[tuple[Tensor, int]]) -> None:
+    """Keep a channel wherever another one that must go with it is kept, in place.
+
+    Args:
+        cats: Which channels are kept of concatenations, and of their parts.
+        grouped: Which are kept of tensors that grouped convolutions read or write, and the number
+            of groups: each group keeps the same ones.
+    """
     changed = True
     while changed:
         changed = False
-        for node, parts in cats:
-            whole = masks[root(node)]  # type: ignore[operator]
+        for whole, parts in cats:
             start = 0
             for part in parts:
-                mask = masks[root(part)]  # type: ignore[operator]
-                view = whole[start : start + len(mask)]
-                if not torch.equal(view, mask):
-                    view |= mask
-                    mask |= view
-                    changed = True
-                start += len(mask)
+                view = whole[start : start + len(part)]
+                changed |= _unite(view, part)
+                start += len(part)
+        for mask, count in grouped:
+            rows = mask.view(count, -1)
+            changed |= _unite(rows, rows.any(0).expand_as(rows).clone())
+
+
+def _unite(first: Tensor, second: Tensor) -> bool:
+    """Let both masks keep what either does; whether that changes one."""
+    if torch.equal(first, second):
+        return False
+    first |= second
+    second |= first
+    return True
 
 
 def _is_depthwise(conv: nn.Conv2d) -> bool:

@@ -132,6 +132,9 @@ class _Walk:
             if node.type in (self._types.CONV, self._types.DEPTHWISE_CONV, self._types.LINEAR):
                 handler = graph.get_pruner_of_module(node.module)
                 self._walk(node, handler.prune_out_channels, handler.get_out_channels(node.module))
+        for number, node in enumerate(self._nodes):
+            if node.type == self._types.CONV and node.module.groups > 1:
+                self._tie_conv_groups(number, node.module)
 
     def _walk(self, node: Any, function: Any, count: int) -> None:
         """Visit all channels that depend on those that a layer writes."""
@@ -153,6 +156,18 @@ class _Walk:
                     if here is not None:
                         self._unite(self._place(node, function, here), place)
                 waiting.append((edge.target, edge.handler, new))
+
+    def _tie_conv_groups(self, number: int, conv: Any) -> None:
+        """Unite the channels of the same position in each group: the groups must stay alike."""
+        sides: tuple[tuple[Side, int], ...]
+        sides = ("in", conv.in_channels // conv.groups), ("out", conv.out_channels // conv.groups)
+        for side, size in sides:
+            for position in range(size):
+                first = number, side, position
+                if first not in self._parent:
+                    continue
+                for channel in range(position + size, size * conv.groups, size):
+                    self._unite(first, (number, side, channel))
 
     def _place(self, node: Any, function: Any, channel: int) -> _Place:
         # Where both sides have the same channels, both functions are prune_out_channels.

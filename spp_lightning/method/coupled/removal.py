@@ -125,5 +125,5 @@ def _set(layer: nn.Module, name: str, value: Tensor | None, gone: Tensor, dim: i
 
 def _removed(values: Tensor, gone: Tensor, dim: int) -> Tensor:
     kept = torch.ones(values.shape[dim], dtype=torch.bool)
-    kept[gone] = False
+    kept[gone % len(kept)] = False  # a grouped convolution's weight has the channels of one group
     return values.index_select(dim, kept.nonzero().flatten().to(values.device))

@@ -29,7 +29,8 @@ class Member:
         side: ``"in"`` if the layer reads the channels, ``"out"`` if it writes them. Norms and
             depthwise convolutions write the channels that they read.
         channels: The layer's channels of each weight group, ``(groups, width)``, int64. Where an
-            image is flattened, a linear layer reads one feature per pixel.
+            image is flattened, a linear layer reads one feature per pixel. Channels of a grouped
+            convolution go from all its groups at once.
     """
 
     name: str
@@ -130,16 +131,23 @@ def _obstacles(
     for name, module in modules.items():
         kind = type(module).__name__
         weight = module._parameters.get("weight")
-        grouped = isinstance(module, _ConvNd) and module.groups > 1
         if not (is_convolution(module) or is_linear(module) or isinstance(module, _BatchNorm)):
             found[name] = f"the layer {name!r} ({kind})"
-        elif grouped and not (is_depthwise(module) and module.in_channels == module.out_channels):
+        elif _has_groups_of_one(module):
             found[name] = f"the grouped convolution {name!r}"
         elif calls[name] > 1:
             found[name] = f"the layer {name!r}, which is called several times"
         elif weight is not None and owners[id(weight)] > 1:
             found[name] = f"the layer {name!r}, which shares its weight"
     return found
+
+
+def _has_groups_of_one(module: nn.Module) -> bool:
+    """Whether each group has one channel on one side and several on the other."""
+    if not isinstance(module, _ConvNd) or module.groups == 1:
+        return False
+    sizes = module.in_channels, module.out_channels
+    return module.groups in sizes and sizes[0] != sizes[1]
 
 
 def _writers(modules: Mapping[str, nn.Module], dependents: Dependents) -> list[str]:
