@@ -1,18 +1,16 @@
 // What stands between int8 layers: max pools of uint8, and floats rounded to uint8. Plain loops, which compilers
 // vectorise: a byte is read once and takes less than an instruction.
 #include <algorithm>
-#include <cmath>
 #include <cstring>
 #include <vector>
 
 #include "guard.h"
+#include "int8_rounding.h"
 #include "threads.h"
 
 namespace spp {
 namespace {
 
-constexpr float kRounds = 12582912.0f;  // 1.5 · 2²³: a sum with it is rounded to an integer, halves to the even one
-constexpr int32_t kRoundsBits = 0x4B400000;
 constexpr int64_t kBlock = 1 << 14;  // numbers that a thread rounds at a time
 
 // Planes of a max pool, in and out.
@@ -70,19 +68,6 @@ void max_pool(const Pool& pool, const uint8_t* in, int64_t planes, int threads, 
                out + i * pool.out_height * pool.out_width);
 }
 
-// A NaN becomes the least number.
-void round_block(const float* in, int64_t count, float inverse, int zero, uint8_t* out) {
-  const float low = static_cast<float>(-zero), high = static_cast<float>(255 - zero);
-  for (int64_t i = 0; i < count; ++i) {
-    float steps = in[i] * inverse;
-    steps = steps > low ? steps : low;
-    steps = (steps < high ? steps : high) + kRounds;
-    int32_t bits;
-    std::memcpy(&bits, &steps, sizeof bits);
-    out[i] = static_cast<uint8_t>(bits - kRoundsBits + zero);
-  }
-}
-
 }  // namespace
 }  // namespace spp
 
@@ -117,8 +102,7 @@ SPP_EXPORT Status spp_int8_max_pool(const spp::EpilogueOp* op, int64_t planes, i
 SPP_EXPORT Status spp_int8_quantize(float inverse, int32_t zero, int32_t threads, const float* in, int64_t in_count,
                                     uint8_t* out, int64_t out_count) {
   return guarded([&] {
-    check(std::isfinite(inverse) && inverse > 0, "The inverse of the scale must be finite and positive.");
-    check(zero >= 0 && zero <= 255, "The zero point must be in [0, 255].");
+    spp::check_rounding(inverse, zero);
     check(threads > 0, "Threads must be positive.");
     check_count("in", {in, in_count}, in_count);
     check_count("out", {out, out_count}, in_count);

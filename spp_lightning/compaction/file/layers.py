@@ -48,11 +48,10 @@ def describe(module: nn.Module, store: TensorStore) -> dict[str, Any]:
     if module._forward_hooks or module._forward_pre_hooks:
         raise ValueError("it has forward hooks, which can't be saved; remove them first")
     if isinstance(module, ColumnConv2d):
-        post = tuple(tuple(op) for op in module.epilogue.post)
         values: dict[str, Any] = {
             "geometry": tuple(module.geometry),
             "clamp": tuple(module.epilogue.clamp),
-            "post": post,
+            "post": tuple(tuple(op) for op in module.epilogue.post),
             "activation": module.epilogue.activation,
         }
     elif isinstance(module, ColumnLinear):
@@ -60,7 +59,7 @@ def describe(module: nn.Module, store: TensorStore) -> dict[str, Any]:
     elif isinstance(module, QuantizedConv2d):
         values = {"geometry": tuple(module.geometry), "clamp": module.clamp}
     elif isinstance(module, Quantize):
-        values = {}
+        values = {"post": tuple(tuple(op) for op in module.post)}
     else:
         values = _constructor_arguments(module)
     description = {
@@ -102,7 +101,7 @@ def rebuild(description: Any, tensors: Sequence[Tensor]) -> nn.Module:
     elif name in (QuantizedConv2d.__name__, QuantizedLinear.__name__):
         module = _quantized(_COMPACT[name], own, **values)
     elif name == Quantize.__name__:
-        module = Quantize(_scale(own, ""), **values)
+        module = Quantize(_scale(own, ""), _plane_ops(**values))
     else:
         if name not in LAYERS:
             raise ValueError(f"{name!r} isn't a layer that a file may name")
@@ -174,6 +173,11 @@ def _column_conv(
     activation: Activation,
 ) -> ColumnConv2d:
     g = _geometry(geometry)
+    epilogue = Epilogue(Clamp.of(clamp), _plane_ops(post), activation)
+    return ColumnConv2d(g, tensors["weight"], tensors["columns"], tensors.get("bias"), epilogue)
+
+
+def _plane_ops(post: tuple[tuple[Any, ...], ...]) -> tuple[PlaneOp, ...]:
     ops = tuple(PlaneOp(*op) for op in post)
     for op in ops:
         if (
@@ -187,8 +191,7 @@ def _column_conv(
         ):
             raise ValueError(f"{op} isn't an operation on planes")
         op.check()
-    epilogue = Epilogue(Clamp.of(clamp), ops, activation)
-    return ColumnConv2d(g, tensors["weight"], tensors["columns"], tensors.get("bias"), epilogue)
+    return ops
 
 
 def _geometry(numbers: tuple[Any, ...]) -> Geometry:

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from spp_lightning.compaction.epilogue import Epilogue, PlaneOp
 from spp_lightning.compaction.geometry import Geometry
 from spp_lightning.compaction.int8_spec import Int8Spec, TensorScale
 from spp_lightning.compaction.kernels.cpu import int8_planes
@@ -50,9 +51,10 @@ class Quantize(nn.Module):
 
     Args:
         to: Scale and zero point.
+        post: Pools and norms of planes that are computed before.
 
     Raises:
-        ValueError: If one is out of range.
+        ValueError: If one is out of range, or ``post`` isn't a tuple of operations.
 
     >>> Quantize(TensorScale(0.25, 8))(torch.tensor([-9.0, 0.0, 0.3, 99.0]))
     tensor([  0,   8,   9, 255], dtype=torch.uint8)
@@ -61,17 +63,25 @@ class Quantize(nn.Module):
     scale: Tensor
     zero_point: Tensor
 
-    def __init__(self, to: TensorScale) -> None:
+    def __init__(self, to: TensorScale, post: tuple[PlaneOp, ...] = ()) -> None:
         super().__init__()
         to.check("to")
+        Epilogue(post=post).check()
+        self.post = post
         self.register_buffer("scale", torch.tensor(to.scale, dtype=torch.float32))
         self.register_buffer("zero_point", torch.tensor(to.zero_point, dtype=torch.uint8))
         self._numbers: _Numbers | None = None
 
     def forward(self, x: Tensor) -> Tensor:
-        """Real numbers of any shape to uint8."""
+        """Real numbers to uint8: of any shape, or ``(B, C, H, W)`` where there are operations."""
         x = x.detach()
-        if not is_unwatched(x, torch.float32) or self.scale.is_inference():
+        if (
+            not is_unwatched(x, torch.float32)
+            or self.scale.is_inference()
+            or (self.post and x.dim() != 4)
+        ):
+            for op in self.post:
+                x = op(x)
             return quantize(x, self.scale, self.zero_point)
         tensors, found = (self.scale, self.zero_point), self._numbers
         versions = (tensors[0]._version, tensors[1]._version)
@@ -79,7 +89,12 @@ class Quantize(nn.Module):
             inverse = float(self.scale.reciprocal())
             found = _Numbers(tensors, versions, inverse, int(self.zero_point))
             self._numbers = found
-        return int8_planes.quantize(x, found.inverse, found.zero_point)
+        if not self.post:
+            return int8_planes.quantize(x, found.inverse, found.zero_point)
+        return int8_planes.post_and_quantize(x, self.post, found.inverse, found.zero_point)
+
+    def extra_repr(self) -> str:  # noqa: D102
+        return ", ".join(op.kind for op in self.post)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_numbers": None}

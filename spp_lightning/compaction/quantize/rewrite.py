@@ -67,6 +67,7 @@ def rewrite(
                 continue
             _quantize(graph, root, scale, None if domain.is_inner else domain.readers)
     _replace_pools(graph)
+    _join_post(graph)
     graph.graph.lint()
     graph.delete_all_unused_submodules()
 
@@ -89,6 +90,27 @@ def _replace_pools(graph: fx.GraphModule) -> None:
             node.replace_all_uses_with(call)
             graph.graph.erase_node(node)
             small.add(call)
+
+
+def _join_post(graph: fx.GraphModule) -> None:
+    """Let quantisations compute the pools and norms that only they read."""
+    for node in list(graph.graph.nodes):
+        layer, source, post = module_of(graph, node), node, []
+        if not isinstance(layer, Quantize):
+            continue
+        while (op := as_plane_op(graph, source.args[0])) is not None:
+            if len(source.args[0].users) > 1:
+                break
+            post.append(op)
+            source = source.args[0]
+        if not post:
+            continue
+        scale = TensorScale(float(layer.scale), int(layer.zero_point))
+        set_module(graph, str(node.target), Quantize(scale, tuple(reversed(post))).eval())
+        passed, node.args = node.args[0], (source.args[0],)
+        for _ in post:
+            passed, gone = passed.args[0], passed
+            graph.graph.erase_node(gone)
 
 
 def _quantize(

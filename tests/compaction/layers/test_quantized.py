@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from spp_lightning.compaction.epilogue import PlaneOp
 from spp_lightning.compaction.geometry import Geometry
 from spp_lightning.compaction.int8_spec import Int8Spec, TensorScale
 from spp_lightning.compaction.layers import unwatched
@@ -155,6 +156,37 @@ def test_max_pools_of_uint8(pool, size):
         assert torch.equal(max_pool_uint8(x.byte(), *pool), found)
     finally:
         torch.set_num_threads(threads)
+
+
+POST = {
+    "maximum, norm": (
+        PlaneOp("max_pool", (3, 3), (2, 2), (0, 0), True),
+        PlaneOp("local_response_norm", (3, 3), alpha=5e-2),
+    ),
+    "padding counts": (PlaneOp("avg_pool", (3, 3), (2, 2), (1, 1), True),),
+    "padding does not": (PlaneOp("avg_pool", (5, 2), (3, 3), (2, 1), True, False),),
+    "larger planes": (
+        PlaneOp("avg_pool", (2, 2), (1, 1), (1, 1)),
+        PlaneOp("max_pool", (2, 4), (1, 1), (1, 2)),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", POST)
+def test_pools_and_norms_before_rounding(name, monkeypatch):
+    x = torch.randn(2, 3, 17, 14, generator=torch.Generator().manual_seed(0)) * 3
+    layer = Quantize(TensorScale(0.03, 90), POST[name])
+    found = layer(x)
+    monkeypatch.setattr(unwatched, "is_available", lambda: False)
+    assert torch.equal(layer(x), found)
+    y = x.double()
+    for op in POST[name]:
+        y = op(y)
+    steps = (y / 0.03 + 90).clamp(0, 255)
+    assert (found.double() - steps).abs().max() < 0.501
+    if name == "maximum, norm":
+        with pytest.raises((ValueError, RuntimeError)):
+            layer(x[:, :, :1, :1])
 
 
 def test_max_pools_that_do_not_fit_are_refused():

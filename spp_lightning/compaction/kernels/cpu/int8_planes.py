@@ -1,17 +1,18 @@
-"""What stands between int8 layers: max pools of uint8, and floats rounded to uint8."""
+"""What stands between int8 layers: pools, norms, and floats rounded to uint8."""
 
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from spp_lightning.compaction.epilogue import KINDS, PlaneOp
+from spp_lightning.compaction.epilogue import KINDS, Epilogue, PlaneOp
 from spp_lightning.compaction.kernels.cpu.library import NativeEpilogueOp, library
 
-__all__ = ["max_pool", "quantize"]
+__all__ = ["max_pool", "post_and_quantize", "quantize"]
 
 
 def max_pool(x: Tensor, op: PlaneOp) -> Tensor:
@@ -30,6 +31,32 @@ def max_pool(x: Tensor, op: PlaneOp) -> Tensor:
     native, threads = _native_op(op), torch.get_num_threads()
     library().spp_int8_max_pool(
         *(ctypes.byref(native), batch * channels, height, width, threads),
+        *(x.data_ptr(), x.numel(), out.data_ptr(), out.numel()),
+    )
+    return out
+
+
+def post_and_quantize(
+    x: Tensor, post: Sequence[PlaneOp], inverse: float, zero_point: int
+) -> Tensor:
+    """Pools and norms of planes, then rounded to uint8.
+
+    Args:
+        x: Planes, float32 ``(B, C, H, W)``, contiguous, on the CPU.
+        post: The operations, in order.
+        inverse: 1 over the real units per step, as float32.
+        zero_point: The number that stands for 0.
+
+    Raises:
+        ValueError: If the planes are smaller than a window.
+    """
+    batch, channels, height, width = x.shape
+    size = Epilogue(post=tuple(post)).out_size(height, width)
+    out = torch.empty(batch, channels, *size, dtype=torch.uint8)
+    native = (NativeEpilogueOp * len(post))(*(_native_op(op) for op in post))
+    library().spp_int8_post(
+        *(native, len(post), batch * channels, height, width),
+        *(inverse, zero_point, torch.get_num_threads()),
         *(x.data_ptr(), x.numel(), out.data_ptr(), out.numel()),
     )
     return out

@@ -141,6 +141,10 @@ _ARGUMENTS = {
     "spp_int8_create": (_POINTER, _POINTER, _NUMBER, *3 * _TENSOR, _POINTER, _POINTER),
     "spp_int8_forward": (_POINTER, _POINTER, *3 * _TENSOR),
     "spp_int8_max_pool": (_POINTER, _COUNT, *3 * (_NUMBER,), *2 * _TENSOR),
+    "spp_int8_post": (
+        *(_POINTER, _NUMBER, _COUNT, _NUMBER, _NUMBER, ctypes.c_float, _NUMBER, _NUMBER),
+        *2 * _TENSOR,
+    ),
     "spp_int8_quantize": (ctypes.c_float, _NUMBER, _NUMBER, *2 * _TENSOR),
 }
 # By status, from 1 on; 0 is success.
