@@ -141,7 +141,11 @@ INT8 = ["net.pt", "-o", "net.spp", "--int8", "--calibrate"]
         (["net.pt", "-o", "net.spp", "--int8"], 2, "--int8 and --calibrate belong together"),
         (["net.pt", "-o", "net.spp", "--keep", "ip1"], 2, "give --int8"),
         ([*INT8, "wrong"], 1, "`batches[0]` (=(2,), torch.float32) must be an input of `net`"),
-        ([*INT8, "text.pt"], 1, "text.pt can't be read as a file that torch.save has written"),
+        (
+            [*INT8, "text.pt"],
+            1,
+            "text.pt can't be read as inputs of --calibrate, a file that torch.save",
+        ),
         ([*INT8, "net.pt"], 1, "net.pt must hold a tensor of inputs, got OrderedDict"),
         ([*INT8, "empty"], 1, "must hold files *.pt, but holds none"),
         ([*INT8, "folder", "--keep", "none*"], 1, "`keep` (=['none*']) must name layers"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from fuzzing.case import Failure
 from fuzzing.layers import draw_geometry, least_size
+from fuzzing.shrink import smaller_case
 from spp_lightning.compaction.geometry import Geometry
 from spp_lightning.compaction.int8_spec import Int8Spec, TensorScale
 from spp_lightning.compaction.kernels.cpu.int8 import Int8Handle, instruction_set
@@ -162,7 +163,6 @@ def _tensors(scale: TensorScale) -> tuple[Tensor, Tensor]:
 
 def smaller(case: Int8Case) -> Iterator[Int8Case]:
     """Cases with one thing less."""
-    g = case.geometry
     simple = {
         "residual": None,
         "output": None,
@@ -173,21 +173,4 @@ def smaller(case: Int8Case) -> Iterator[Int8Case]:
         "threads": 1,
         "batch": 1,
     }
-    for name, value in simple.items():
-        if getattr(case, name) != value:
-            yield replace(case, **{name: value})  # type: ignore[arg-type]
-    half = len(case.columns) // 2
-    for columns in (case.columns[:half], case.columns[half:], case.columns[1:], case.columns[:-1]):
-        if columns != case.columns:
-            yield replace(case, columns=columns)
-    for axis in (0, 1):
-        for less in (case.size[axis] // 2, case.size[axis] - 1):
-            size = tuple(less if i == axis else case.size[i] for i in (0, 1))
-            if less >= 1:
-                yield replace(case, size=(size[0], size[1]))
-    for name, value in (("stride", (1, 1)), ("dilation", (1, 1)), ("padding", (0, 0))):
-        if getattr(g, name) != value:
-            yield replace(case, geometry=g._replace(**{name: value}))  # type: ignore[arg-type]
-    filters = g.groups * max(1, g.filters // g.groups // 2)
-    if filters < g.filters:
-        yield replace(case, geometry=g._replace(filters=filters))
+    yield from smaller_case(case, simple)

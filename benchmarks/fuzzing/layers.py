@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fuzzing.case import Failure, any_kernel
+from fuzzing.shrink import smaller_case
 from spp_lightning.compaction.epilogue import ACTIVATIONS, Activation, Clamp, Epilogue, PlaneOp
 from spp_lightning.compaction.geometry import Geometry, dense_weight
 from spp_lightning.compaction.layers.column_conv import ColumnConv2d
@@ -315,31 +316,10 @@ def smaller(case: LayerCase) -> Iterator[LayerCase]:
         "backward": False,
         "batch": 1,
     }
-    for name, value in simple.items():
-        if getattr(case, name) != value:
-            yield replace(case, **{name: value})  # type: ignore[arg-type]
-    half = len(case.columns) // 2
-    for columns in (case.columns[:half], case.columns[half:], case.columns[1:], case.columns[:-1]):
-        if columns != case.columns:
-            yield replace(case, columns=columns)
-    for axis in (0, 1):
-        for less in (case.size[axis] // 2, case.size[axis] - 1):
-            size = tuple(less if i == axis else case.size[i] for i in (0, 1))
-            if less >= 1:
-                yield replace(case, size=(size[0], size[1]))
-    for name, value in (("stride", (1, 1)), ("dilation", (1, 1)), ("padding", (0, 0))):
-        if getattr(g, name) != value:
-            yield replace(case, geometry=g._replace(**{name: value}))  # type: ignore[arg-type]
+    yield from smaller_case(case, simple)
     if g.is_depthwise:
         half = g.channels // 2
         kept = tuple(k for k in case.columns if k < half * g.taps)
         yield replace(
             case, geometry=g._replace(channels=half, filters=half, groups=half), columns=kept
         )
-    filters = g.groups * max(1, g.filters // g.groups // 2)
-    if filters < g.filters:
-        yield replace(case, geometry=g._replace(filters=filters))
-    if g.groups == 1 and g.channels > 1:
-        channels = g.channels // 2
-        kept = tuple(k for k in case.columns if k < channels * g.taps)
-        yield replace(case, geometry=g._replace(channels=channels), columns=kept)

@@ -12,9 +12,9 @@ import click
 import torch
 from torch import Tensor, nn
 
-from spp_lightning.cli.networks import default_shape, load
+from spp_lightning.cli.networks import default_shape, load, saved
 from spp_lightning.cli.options import as_json_option, input_shape_option
-from spp_lightning.compaction.file.container import load_compact, save_compact, why
+from spp_lightning.compaction.file.container import load_compact, save_compact
 from spp_lightning.compaction.graph.to_dense import to_dense
 from spp_lightning.compaction.layers.column_conv import ColumnConv2d
 from spp_lightning.compaction.macs import count_macs
@@ -188,13 +188,7 @@ def _calibration(path: Path) -> list[Tensor]:
         raise click.ClickException(f"--calibrate (={path}) must hold files *.pt, but holds none.")
     batches: list[Tensor] = []
     for file in files:
-        try:
-            content = torch.load(file, map_location="cpu", weights_only=True)
-        except Exception as error:  # torch raises a different one for every way a file can be bad
-            raise click.ClickException(
-                f"--calibrate: {file} can't be read as a file that torch.save has written:"
-                f" {why(error)}"
-            ) from error
+        content = saved(file, "inputs of --calibrate")
         if not isinstance(content, Tensor):
             raise click.ClickException(
                 f"--calibrate: {file} must hold a tensor of inputs, got {type(content).__name__}."

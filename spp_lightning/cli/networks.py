@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from spp_lightning.compaction.file.container import why
 
-__all__ = ["default_shape", "find", "load", "made"]
+__all__ = ["default_shape", "find", "load", "made", "saved"]
 
 _TOLD = 600  # characters of what torch says about a checkpoint of another network
 
@@ -37,6 +37,24 @@ def made(model_name: str) -> nn.Module:
     return model
 
 
+def saved(file: Path, what: str) -> Any:
+    """What ``torch.save`` has written to a file.
+
+    Args:
+        file: The file.
+        what: What it is to hold, for the error.
+
+    Raises:
+        click.ClickException: If it can't be read, or holds more than tensors and plain values.
+    """
+    try:
+        return torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises a different one for every way a file can be bad
+        raise click.ClickException(
+            f"{file} can't be read as {what}, a file that torch.save has written: {why(error)}"
+        ) from error
+
+
 def load(checkpoint: Path, model_name: str) -> nn.Module:
     """The network that ``MODULE:CLASS`` makes, with the weights of a checkpoint.
 
@@ -49,14 +67,7 @@ def load(checkpoint: Path, model_name: str) -> nn.Module:
     """
     from lightning.pytorch import LightningModule  # slow to import, and `inspect` needs none
 
-    make = find(model_name)
-    try:
-        content = torch.load(checkpoint, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises a different one for every way a file can be bad
-        raise click.ClickException(
-            f"{checkpoint} can't be read as a checkpoint, a file that torch.save has written:"
-            f" {why(error)}"
-        ) from error
+    make, content = find(model_name), saved(checkpoint, "a checkpoint")
     if not isinstance(content, dict):
         raise click.ClickException(
             f"{checkpoint} must hold a checkpoint or a state dict, got {type(content).__name__}."

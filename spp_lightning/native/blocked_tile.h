@@ -54,15 +54,20 @@ inline __attribute__((always_inline)) void store_tile(Vector (&sum)[kRows][kPixe
   }
 }
 
+template <int kRows, int kPixels>
+inline __attribute__((always_inline)) void start_sums(const BlockedTile& tile, Vector (&sum)[kRows][kPixels]) {
+#pragma GCC unroll 4
+  for (int v = 0; v < kRows; ++v)
+#pragma GCC unroll 14
+    for (int p = 0; p < kPixels; ++p) sum[v][p] = load(tile.bias + v * kLanes);
+}
+
 // The input's pixels are kPitch floats apart.
 template <int kPitch, int kBlocks, int kPixels>
 void blocked_tile(const BlockedTile& tile) {
   constexpr int kRows = kBlocks * kBlockVectors;
   Vector sum[kRows][kPixels];
-#pragma GCC unroll 4
-  for (int v = 0; v < kRows; ++v)
-#pragma GCC unroll 14
-    for (int p = 0; p < kPixels; ++p) sum[v][p] = load(tile.bias + v * kLanes);
+  start_sums<kRows, kPixels>(tile, sum);
   for (int k = 0; k < tile.count; ++k) {
     const Tap tap = tile.taps[k];
     const float *x = tile.pixels + tap.pixel, *weight = tile.weight + tap.weight;
@@ -86,10 +91,7 @@ template <int kStride, int kPixels>
 void depthwise_tile(const BlockedTile& tile) {
   const int64_t step = kStride > 0 ? kStride * kChannelBlock : tile.step;
   Vector sum[kBlockVectors][kPixels];
-#pragma GCC unroll 4
-  for (int v = 0; v < kBlockVectors; ++v)
-#pragma GCC unroll 14
-    for (int p = 0; p < kPixels; ++p) sum[v][p] = load(tile.bias + v * kLanes);
+  start_sums<kBlockVectors, kPixels>(tile, sum);
   for (int k = 0; k < tile.count; ++k) {
     const Tap tap = tile.taps[k];
     const float *x = tile.pixels + tap.pixel, *weight = tile.weight + tap.weight;
