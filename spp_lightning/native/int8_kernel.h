@@ -5,6 +5,8 @@
 // exact, so that neither their order nor the instruction set matters; the epilogue rounds each operation once.
 #pragma once
 
+#include <type_traits>
+
 #include "int8_panel.h"
 #include "int8_plan.h"
 #include "spread.h"
@@ -294,7 +296,7 @@ class Int8Convolution {
 };
 
 // Phases: source planes, if the layer reads them, and the convolution.
-inline void forward_int8(const Int8Pass& pass) {
+inline void forward_images(const Int8Pass& pass) {
   const Int8Plan& plan = *pass.plan;
   const Geometry& g = plan.geometry;
   Shapes s = shapes_of(plan, pass);
@@ -325,6 +327,49 @@ inline void forward_int8(const Int8Pass& pass) {
     Int8Convolution(plan, pass, s, image).run(threads);
   };
   spread_images(pass.batch, pass.threads, {s.copied ? kReadPhase : 0, 1}, shared, own, run, [] {});
+}
+
+// [a][b][pixels] to [b][a][pixels].
+template <typename Number>
+void swap_axes(const Number* from, int64_t a, int64_t b, int64_t pixels, Number* to) {
+  for (int64_t i = 0; i < a; ++i)
+    for (int64_t j = 0; j < b; ++j)
+      for (int64_t p = 0; p < pixels; ++p) to[(j * a + i) * pixels + p] = from[(i * b + j) * pixels + p];
+}
+
+// Small images of a layer that reads in place, such as those of a linear layer, as one image: their pixels fill vectors.
+inline void forward_joined(const Int8Pass& pass) {
+  thread_local Buffer input_buffer, residual_buffer, output_buffer;
+  const Geometry& g = pass.plan->geometry;
+  const int64_t pixels = int64_t{pass.height} * pass.width, all = pass.batch * pixels;
+  Int8Pass joined = pass;
+  joined.batch = joined.height = joined.conv_height = 1;
+  joined.width = joined.conv_width = static_cast<int32_t>(all);
+  uint8_t* input = input_buffer.get<uint8_t>(all * g.channels);
+  swap_axes(pass.input, pass.batch, g.channels, pixels, input);
+  joined.input = input;
+  if (pass.residual != nullptr) {
+    uint8_t* residual = residual_buffer.get<uint8_t>(all * g.filters);
+    swap_axes(pass.residual, pass.batch, g.filters, pixels, residual);
+    joined.residual = residual;
+  }
+  const auto run = [&](auto* output) {
+    using Number = std::remove_pointer_t<decltype(output)>;
+    Number* made = output_buffer.get<Number>(all * g.filters);
+    joined.output = made;
+    forward_images(joined);
+    swap_axes<Number>(made, g.filters, pass.batch, pixels, output);
+  };
+  if (pass.plan->scales.is_quantised) run(static_cast<uint8_t*>(pass.output));
+  else run(static_cast<float*>(pass.output));
+}
+
+inline void forward_int8(const Int8Pass& pass) {
+  const int64_t pixels = int64_t{pass.height} * pass.width;
+  const bool joins = pass.plan->reads_in_place() && pass.batch > 1 && pixels < 2 * kLanes;
+  const int64_t most = std::max(pass.plan->geometry.channels, pass.plan->geometry.filters) * pass.batch * pixels;
+  if (joins && most <= std::numeric_limits<int32_t>::max()) forward_joined(pass);
+  else forward_images(pass);
 }
 
 constexpr Int8Kernel int8_kernel(const char* name) {

@@ -7,9 +7,11 @@
 namespace spp {
 namespace {
 
+// A large layer would take seconds otherwise.
 constexpr int kCandidates = 64;  // columns that are tried as partners of one
+constexpr int kFilters = 256;    // filters that decide
 
-// Columns whose products are summed in int16, and the sums of their weights by sign, one per filter.
+// Columns whose products are summed in int16, and the sums of their weights by sign, one per filter that decides.
 struct Lane {
   std::vector<int32_t> columns;
   std::array<std::vector<int16_t>, 2> sums;
@@ -57,10 +59,11 @@ std::vector<Lane> pair_up(std::vector<Lane> lanes) {
 }  // namespace
 
 std::vector<int32_t> order_columns(const int8_t* weight, int filters, int64_t stride, int columns, int steps_at_once) {
+  const int every = (filters + kFilters - 1) / kFilters;
   std::vector<Lane> lanes(columns);
   for (int k = 0; k < columns; ++k) {
     lanes[k].columns = {k};
-    for (int f = 0; f < filters; ++f) {
+    for (int f = 0; f < filters; f += every) {
       const int w = weight[f * stride + k];
       lanes[k].sums[0].push_back(static_cast<int16_t>(w > 0 ? w : 0));
       lanes[k].sums[1].push_back(static_cast<int16_t>(w < 0 ? -w : 0));

@@ -238,3 +238,29 @@ def test_at_most_32_input_shapes_stay_prepared():
     for width in range(1, 41):
         handle.run(torch.zeros(1, 2, 3, width, dtype=torch.uint8))
     assert handle.num_prepared == 32
+
+
+@pytest.mark.parametrize("quantised", [True, False], ids=["uint8", "float32"])
+def test_small_images_that_are_computed_as_one_are_those_alone(isa, quantised):
+    geometry, size = Geometry(12, 7, (1, 1)), (1, 3)
+    output = TensorScale(0.2, 9) if quantised else None
+    spec = Int8Spec(geometry, TensorScale(0.1, 3), output, TensorScale(0.3, 200))
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randint(-127, 128, (7, 12), generator=generator).to(torch.int8)
+    columns = torch.arange(12, dtype=torch.int32)
+    handle = int8.Int8Handle(weight, columns, torch.rand(7, generator=generator), None, spec)
+    x = torch.randint(0, 256, (9, 12, *size), generator=generator).to(torch.uint8)
+    residual = torch.randint(0, 256, (9, 7, *size), generator=generator).to(torch.uint8)
+    alone = [handle.run(x[i : i + 1], residual[i : i + 1]) for i in range(9)]
+    assert torch.equal(handle.run(x, residual), torch.cat(alone))
+
+
+def test_sums_of_int16_do_not_saturate(isa):
+    # All weights and pixels of one sign are the worst: no order of the columns helps.
+    for weight in (-128, 127):
+        spec = Int8Spec(Geometry(23, 2, (1, 1)), TensorScale(1.0))
+        weights = torch.full((2, 23), weight, dtype=torch.int8)
+        columns = torch.arange(23, dtype=torch.int32)
+        handle = int8.Int8Handle(weights, columns, torch.ones(2), None, spec)
+        x = torch.full((1, 23, 5, 7), 255, dtype=torch.uint8)
+        assert (handle.run(x) == 23 * 255 * weight).all()
