@@ -74,6 +74,13 @@ class Int8Layer:
         expected = (t.double().round() + self.output.zero_point).clamp(0, 255).to(torch.uint8)
         return float((self.handle.run(self.x) != expected).double().mean())
 
+    def steps_off(self, call: Call) -> tuple[int, float]:
+        """How far a dense way in NCHW is off: the most steps, and the share off by more than 1."""
+        result = call()
+        (found,) = result.values() if hasattr(result, "values") else result
+        off = (torch.from_numpy(found).int() - self.handle.run(self.x).int()).abs()
+        return int(off.max()), float((off > 1).double().mean())
+
     def onnx(self) -> bytes:
         """The dense layer as quantisers write it."""
         g = self.spec.geometry
