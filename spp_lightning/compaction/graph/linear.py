@@ -113,17 +113,8 @@ def replace_linears(graph: fx.GraphModule, tune: bool = False) -> dict[str, Deci
         The decisions by name of the layers that have pruned columns.
     """
     decisions: dict[str, Decision] = {}
-    for node in graph.graph.nodes:
-        linear, name, shape = module_of(graph, node), str(node.target), shape_of(node)
-        if type(linear) is not nn.Linear or shape is None or name in decisions:
-            continue
+    for name, (linear, tokens) in _pruned_linears(graph).items():
         layer = ColumnLinear.of(linear)
-        if len(layer.columns) == linear.in_features:
-            continue
-        reads = [x for x in graph.graph.nodes if x.op == "call_module" and x.target == node.target]
-        if times_called(graph, name) > len(reads):  # a tensor of it is read by itself
-            continue
-        tokens = math.prod(shape[:-1])
         decision = _measure(linear, layer, tokens) if tune else decide_linear(layer, tokens)
         decisions[name] = decision
         note_decision(decision, linear, layer)
@@ -131,6 +122,19 @@ def replace_linears(graph: fx.GraphModule, tune: bool = False) -> dict[str, Deci
             set_module(graph, name, layer)
     graph.recompile()
     return decisions
+
+
+def _pruned_linears(graph: fx.GraphModule) -> dict[str, tuple[nn.Linear, int]]:
+    """The linear layers with pruned columns, and how many tokens each reads, by name."""
+    found: dict[str, tuple[nn.Linear, int]] = {}
+    for node in graph.graph.nodes:
+        linear, name, shape = module_of(graph, node), str(node.target), shape_of(node)
+        if type(linear) is not nn.Linear or shape is None or bool(linear.weight.any(0).all()):
+            continue
+        calls = sum(x.op == "call_module" and x.target == node.target for x in graph.graph.nodes)
+        if times_called(graph, name) == calls:  # else a tensor of it is read by itself
+            found.setdefault(name, (linear, math.prod(shape[:-1])))
+    return found
 
 
 def decide_linear(layer: ColumnLinear, tokens: int) -> Decision:
