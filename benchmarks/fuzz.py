@@ -7,8 +7,10 @@
 
 ``layers`` compares random compact layers with float64 torch. ``int8`` compares random int8 layers
 with exact sums, bit for bit, by every instruction set. ``graphs`` compacts random networks,
-compares them with the networks, and with themselves after saving and loading. ``files`` loads and
-runs damaged and crafted files in a process of limited memory, and watches what it does.
+compares them with the networks, and with themselves after saving and loading. ``quantized``
+quantises such networks, and compares them with the float ones, and with their copies, bit for bit.
+``files`` loads and runs damaged and crafted files in a process of limited memory, and watches what
+it does.
 
 A seed makes the same case on every machine. Of a case that fails, a small one that fails, too, is
 printed, and the command exits with 1. ``--save`` writes the counts to
@@ -32,7 +34,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from fuzzing import files, graphs, int8, layers
+from fuzzing import files, graphs, int8, layers, quantized
 from fuzzing.case import Failure, shrink
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -51,6 +53,7 @@ FUZZERS = {
     "layers": Fuzzer(layers.draw, layers.check, layers.smaller),
     "int8": Fuzzer(int8.draw, int8.check, int8.smaller),
     "graphs": Fuzzer(graphs.draw, graphs.check, graphs.smaller),
+    "quantized": Fuzzer(quantized.draw, quantized.check, quantized.smaller),
     "files": Fuzzer(files.draw, files.check, files.smaller),
 }
 

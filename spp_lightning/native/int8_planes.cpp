@@ -87,10 +87,10 @@ SPP_EXPORT Status spp_int8_max_pool(const spp::EpilogueOp* op, int64_t planes, i
     const auto size = [&](int axis, int length) {
       check(op->kernel[axis] <= kMostWindow && op->stride[axis] <= kMostWindow && length <= kMostWindow,
             "Planes, windows and strides must be at most 2^24 wide and high.");
-      check(length + 2 * op->padding[axis] >= op->kernel[axis], "The planes must be at least as large as a window.");
       return spp::pool_size(length, op->kernel[axis], op->stride[axis], op->padding[axis], op->ceil_mode);
     };
     const spp::Pool pool{*op, height, width, size(0, height), size(1, width)};
+    check(pool.out_height > 0 && pool.out_width > 0, "The planes must be at least as large as a window.");
     check(int64_t{height} * width < int64_t{1} << 31, "A plane must have fewer than 2^31 numbers.");
     check_count("in", {in, in_count}, planes * height * width);
     check_count("out", {out, out_count}, planes * pool.out_height * pool.out_width);

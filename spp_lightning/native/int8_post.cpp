@@ -136,7 +136,7 @@ void run_planes(const Post& post, const float* in, int64_t planes, int64_t out_p
 
 constexpr int32_t kMostWindow = 1 << 15;
 
-// Checks that windows fit into the planes before them.
+// Checks that there are windows in the planes before them; in ceil mode a window may be larger than a plane.
 Room check_planes(const EpilogueOp* ops, int count, int& height, int& width) {
   Room room{int64_t{height} * width, 0};
   for (const EpilogueOp* op = ops; op < ops + count; ++op) {
@@ -144,10 +144,10 @@ Room check_planes(const EpilogueOp* ops, int count, int& height, int& width) {
     for (int axis : {0, 1}) {
       check(op->kernel[axis] <= kMostWindow && op->stride[axis] <= kMostWindow && size[axis] <= kMostWindow,
             "Planes, windows and strides must be at most 2^15 wide and high.");
-      check(size[axis] + 2 * op->padding[axis] >= op->kernel[axis], "The planes must be at least as large as a window.");
     }
     room.row = std::max(room.row, int64_t{width} + 2 * (op->kernel[1] + op->stride[1]));
     size_after(*op, height, width);
+    check(height > 0 && width > 0, "The planes must be at least as large as a window.");
     room.pixels = std::max(room.pixels, int64_t{height} * width);
   }
   return room;

@@ -139,6 +139,7 @@ POOLS = [
     *(((2, 2), (2, 2), (0, 0), False), ((3, 3), (2, 2), (1, 1), False)),
     *(((3, 3), (1, 1), (1, 1), False), ((3, 2), (2, 3), (1, 0), True)),
     *(((5, 1), (3, 1), (2, 0), True), ((1, 9), (1, 4), (0, 4), True)),
+    ((6, 3), (2, 2), (0, 0), True),  # higher than some of the planes
 ]
 
 
@@ -165,6 +166,7 @@ POST = {
     ),
     "padding counts": (PlaneOp("avg_pool", (3, 3), (2, 2), (1, 1), True),),
     "padding does not": (PlaneOp("avg_pool", (5, 2), (3, 3), (2, 1), True, False),),
+    "a window larger than the planes": (PlaneOp("avg_pool", (18, 15), (2, 2), (0, 0), True),),
     "larger planes": (
         PlaneOp("avg_pool", (2, 2), (1, 1), (1, 1)),
         PlaneOp("max_pool", (2, 4), (1, 1), (1, 2)),
