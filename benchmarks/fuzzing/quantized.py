@@ -22,7 +22,7 @@ from spp_lightning.compaction.quantize.report import quantize_report
 
 __all__ = ["check", "draw", "smaller"]
 
-_MOST_ERROR = 0.3  # relative, of a layer: random weights and inputs of all sizes stay far below
+_MOST_ERROR = 1.0  # relative, of a layer: sums of a few random numbers may cancel out
 
 
 def check(case: GraphCase) -> str:

@@ -25,6 +25,7 @@ def test_a_hundred_seeds(kind):
         "layers": {"held": 95},  # a batch of 0 has no image without a batch
         "int8": {"held": 100},
         "graphs": {"as a whole": 80},
+        "quantized": {"quantised": 50},
         "files": {"refused": 50, "ran": 3, "failed when it ran": 10},
     }
     assert said.total() == 100 and all(said[word] >= n for word, n in least[kind].items()), said

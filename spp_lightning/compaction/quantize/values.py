@@ -74,7 +74,7 @@ def domains(graph: fx.GraphModule, names: Collection[str]) -> list[Domain]:
         if not readers:
             continue
         inner = all(
-            _is_layer(user, names) or user in group or _asks(user)
+            _is_layer(user, names) or node in moved(graph, user) or _asks(user)
             for node in group
             for user in node.users
         )

@@ -136,6 +136,26 @@ def test_values_between_layers_are_uint8():
     assert quantized.get_submodule("stem").spec.output == left.input
 
 
+class Beside(nn.Module):
+    """A value that is concatenated with what a float operation makes of it."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(6, 4, 1)
+
+    def forward(self, x):
+        return self.conv(torch.cat([torch.sigmoid(x), x], 1))
+
+
+def test_float_operations_read_float_numbers():
+    torch.manual_seed(0)
+    net = CompactNetwork.of(fx.symbolic_trace(Beside()))
+    batches = [torch.randn(2, 3, 8, 8)]
+    quantized = quantize_compact(net, batches)
+    assert quantize_report(net, quantized, batches).snr_db > 30
+    assert sum(isinstance(x, Quantize) for x in quantized.modules()) == 1
+
+
 def test_dense_networks_are_folded_and_fused():
     with torch.random.fork_rng():
         torch.manual_seed(0)
