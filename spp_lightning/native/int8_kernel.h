@@ -1,8 +1,8 @@
 // The int8 kernel: vectors along the pixels of NCHW planes of uint8, sums of int32.
 //
 // As in the pixel-vectorised kernel of floats, the pixels of a tile under the kept columns are packed into a panel once,
-// and read for all filters. The columns are taken in twos or fours, as the product instructions want them. The sums are
-// exact, so that neither their order nor the instruction set matters; the epilogue rounds each operation once.
+// and read for all filters. A step takes four columns, which are bytes of one word. The sums are exact, so that neither
+// their order nor the instruction set matters; the epilogue rounds each operation once.
 #pragma once
 
 #include <type_traits>
@@ -37,7 +37,7 @@ struct Int8Task {
 // kAtOnce: steps whose products meet in int16, or 1.
 template <int kFilters, int kV, int kAtOnce>
 SPP_INLINE void add_steps(const int32_t* weight, const int32_t* panel, int steps, Sums (&sum)[kFilters][kV]) {
-  for (int k = 0; k < steps; k += kAtOnce, weight += kAtOnce * kTileFilters8, panel += kAtOnce * kTile) {
+  for (int k = 0; k < steps; k += kAtOnce, weight += kAtOnce * kInt8TileFilters, panel += kAtOnce * kTile) {
 #pragma GCC unroll 8
     for (int r = 0; r < kFilters; ++r) {
       const Sums w = broadcast(weight[r]);
@@ -48,7 +48,7 @@ SPP_INLINE void add_steps(const int32_t* weight, const int32_t* panel, int steps
           sum[r][v] = add_products(sum[r][v], x, w);
         else
           sum[r][v] = add_two_products(sum[r][v], x, w, load(panel + kTile + v * kLanes),
-                                       broadcast(weight[kTileFilters8 + r]));
+                                       broadcast(weight[kInt8TileFilters + r]));
       }
     }
   }
@@ -59,7 +59,7 @@ SPP_INLINE void add_steps(const int32_t* weight, const int32_t* panel, int steps
 template <int kFilters, int kV, int kAtOnce>
 void sum_filters(const Int8Task& task, int first, int last) {
   const int32_t* weight = task.weight;
-  for (int f = 0; f < task.filters; f += kFilters, weight += task.steps * kTileFilters8)
+  for (int f = 0; f < task.filters; f += kFilters, weight += task.steps * kInt8TileFilters)
     for (int part = first; part < last; ++part) {
       int32_t* sums = task.sums + f * kTile + part * kPart;
       Sums sum[kFilters][kV];
@@ -80,13 +80,13 @@ using SumFilters = void (*)(const Int8Task&, int first, int last);
 
 // By filters and vectors of pixels, both counted from 1.
 struct SumFunctions {
-  SumFilters by_size[kTileFilters8 * kVectors];
+  SumFilters by_size[kInt8TileFilters * kVectors];
 };
 template <int kAtOnce, size_t... i>
 constexpr SumFunctions sum_functions(std::index_sequence<i...>) {
   return {{sum_filters<i / kVectors + 1, i % kVectors + 1, kAtOnce>...}};
 }
-constexpr auto kSizes = std::make_index_sequence<kTileFilters8 * kVectors>();
+constexpr auto kSizes = std::make_index_sequence<kInt8TileFilters * kVectors>();
 constexpr SumFunctions kSumOne = sum_functions<1>(kSizes), kSumTwo = sum_functions<kSumsInInt16 ? 2 : 1>(kSizes);
 
 // All pixels of a tile: whole parts, and one of fewer vectors. `filters` are computed together.
@@ -164,10 +164,12 @@ void finish_filters(const Int8Task& task, const OutputScale& of) {
                                        kBytes ? bytes + p : nullptr, kBytes ? nullptr : floats + p);
     if (whole == pixels) continue;
     const int rest = pixels - whole;
+    int32_t last_sums[kPackPixels] = {};
     uint8_t last_residual[kPackPixels] = {}, last_bytes[kPackPixels];
     float last_floats[kPackPixels];
+    std::memcpy(last_sums, sums + whole, sizeof(int32_t) * rest);
     if constexpr (kResidual) std::memcpy(last_residual, residual + whole, rest);
-    finish_pixels<kBytes, kResidual>(sums + whole, multiplier, bias, scale, last_residual, last_bytes, last_floats);
+    finish_pixels<kBytes, kResidual>(last_sums, multiplier, bias, scale, last_residual, last_bytes, last_floats);
     if constexpr (kBytes) std::memcpy(bytes + whole, last_bytes, rest);
     else std::memcpy(floats + whole, last_floats, sizeof(float) * rest);
   }
@@ -199,7 +201,7 @@ class Int8Convolution {
         width_(s.copied ? config.conv_width : static_cast<int>(s.conv_plane)), source_width_(s.copied ? s.width : 0) {
     thread_local Buffer panel_buffer, sums_buffer, offset_buffer;
     panel_ = panel_buffer.get<int32_t>(kPanelSteps * kTile + kRunSlack);
-    sums_ = sums_buffer.get<int32_t>(static_cast<size_t>(plan.filter_tiles()) * kTileFilters8 * kTile);
+    sums_ = sums_buffer.get<int32_t>(static_cast<size_t>(plan.filter_tiles()) * kInt8TileFilters * kTile);
     const std::vector<int32_t>& order = plan.weights.order;
     offset_ = offset_buffer.get<int64_t>(order.size());
     for (size_t k = 0; k < order.size(); ++k) {
@@ -236,11 +238,13 @@ class Int8Convolution {
     int done = 0;
     do {  // once, even without columns
       task.steps = std::min(kPanelSteps, where.steps - done);
+      // Lanes without a pixel are computed, too; let them be the same every time.
+      if (tile.count < kTile) std::fill_n(panel_, task.steps * kTile, 0);
       pack({image_.base, image_.end, offset + static_cast<size_t>(done) * kColumnsOfStep, task.steps}, tile, panel_);
       task.first = done == 0;
       task.last = done + task.steps == where.steps;
       for (int block = first; block < last; ++block) run_block(group, block, weight, excess, begin, task);
-      weight += static_cast<size_t>(plan_.filter_tiles()) * kTileFilters8 * task.steps;
+      weight += static_cast<size_t>(plan_.filter_tiles()) * kInt8TileFilters * task.steps;
       excess += plan_.filter_blocks();
       done += task.steps;
     } while (done < where.steps);
@@ -248,16 +252,16 @@ class Int8Convolution {
 
   // A block of filters at a panel; behind the last panel, the epilogue.
   void run_block(int group, int block, const int32_t* weight, const int32_t* excess, int begin, Int8Task task) const {
-    constexpr int kBlockFilters = kTilesOfBlock * kTileFilters8;
+    constexpr int kBlockFilters = kTilesOfBlock * kInt8TileFilters;
     const int first = block * kBlockFilters, filter = group * plan_.group_filters() + first;
-    const int count = std::min(kBlockFilters, plan_.group_filters() - first), rest = count % kTileFilters8;
+    const int count = std::min(kBlockFilters, plan_.group_filters() - first), rest = count % kInt8TileFilters;
     // Between panels the sums of all filters wait; those of one panel may take one place in turn.
     int32_t* sums = sums_ + (task.first && task.last ? 0 : first * kTile);
     task.weight = weight + static_cast<size_t>(first) * task.steps;
     task.offset = plan_.offset.data() + filter;
     task.sums = sums;
     task.filters = count - rest;
-    if (task.filters > 0) sum_pixels(task, kTileFilters8);
+    if (task.filters > 0) sum_pixels(task, kInt8TileFilters);
     if (rest > 0) {
       task.weight += static_cast<size_t>(task.filters) * task.steps;
       task.offset += task.filters;
@@ -313,6 +317,7 @@ inline void forward_images(const Int8Pass& pass) {
     const uint8_t* input = pass.input + number * g.channels * s.input_plane;
     if (phase == kReadPhase) {
       const int count = static_cast<int>(plan.sources.size());
+      if (threads.index == 0) std::memset(copies + source_bytes - kRunSlack, 0, kRunSlack);
       for (int i = threads.begin(count); i < threads.end(count); ++i)
         copy_plane(g, plan.sources[i], input + plan.sources[i].channel * s.input_plane, pass.height, pass.width, s,
                    plan.scales.input_zero, copies + i * s.source_plane);
@@ -373,7 +378,7 @@ inline void forward_int8(const Int8Pass& pass) {
 }
 
 constexpr Int8Kernel int8_kernel(const char* name) {
-  return {name, kTileFilters8, kPanelSteps, kSumsInInt16, forward_int8};
+  return {name, kInt8TileFilters, kPanelSteps, kSumsInInt16, forward_int8};
 }
 
 }  // namespace SPP_ISA

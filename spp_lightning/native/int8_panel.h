@@ -12,11 +12,11 @@ namespace SPP_ISA {
 // The sums of a part of a tile fill the registers: filters by vectors of pixels. A tile has one or two parts, so that
 // filters are begun and finished less often.
 #if SPP_LANES == 16
-constexpr int kTileFilters8 = 8, kVectors = 3, kParts = 1;
+constexpr int kInt8TileFilters = 8, kVectors = 3, kParts = 1;
 #elif SPP_LANES == 8
-constexpr int kTileFilters8 = 6, kVectors = 2, kParts = 2;
+constexpr int kInt8TileFilters = 6, kVectors = 2, kParts = 2;
 #else
-constexpr int kTileFilters8 = 3, kVectors = 4, kParts = 2;
+constexpr int kInt8TileFilters = 3, kVectors = 4, kParts = 2;
 #endif
 constexpr int kPart = kLanes * kVectors, kTile = kPart * kParts;  // pixels
 static_assert(kTile % kPackPixels == 0, "A tile is finished by 16 pixels at a time.");

@@ -54,6 +54,11 @@ SPP_INLINE Floats broadcast(float x) { return x - Floats{}; }
 SPP_INLINE Sums load(const int32_t* p) { return *reinterpret_cast<const Sums*>(p); }
 SPP_INLINE void store(int32_t* p, Sums x) { *reinterpret_cast<Sums*>(p) = x; }
 
+// No part of the unrolled loops, which would be long.
+__attribute__((noinline)) inline void add_emulated(Sums& sum, const Sums& pixels, const Sums& weights) {
+  for (int i = 0; i < 4; ++i) sum += (pixels >> (8 * i) & 255) * (weights << (24 - 8 * i) >> 24);
+}
+
 // sum + Σ pixels · weights over the columns of a step.
 SPP_INLINE Sums add_products(Sums sum, Sums pixels, Sums weights) {
 #ifdef SPP_INT8_AVX512
@@ -71,7 +76,7 @@ SPP_INLINE Sums add_products(Sums sum, Sums pixels, Sums weights) {
   const __m128i odd = _mm_madd_epi16(_mm_srli_epi16(x, 8), _mm_srai_epi16(w, 8));
   return sum + reinterpret_cast<Sums>(even) + reinterpret_cast<Sums>(odd);
 #else
-  for (int i = 0; i < 4; ++i) sum += (pixels >> (8 * i) & 255) * (weights << (24 - 8 * i) >> 24);
+  add_emulated(sum, pixels, weights);
   return sum;
 #endif
 }
