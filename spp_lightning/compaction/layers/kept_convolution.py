@@ -65,8 +65,8 @@ class KeptConvolution:
         dtype = _dtype_of_output(x, weight)
         if dtype is None or x.dim() != 4 or x.shape[1] != g.channels or not x.numel():
             return None
-        columns = self._columns(layer, weight)
-        if columns is None:
+        numbers = self._kept.of(layer)
+        if numbers is None:
             return None
         spec = ConvSpec(g, epilogue)
         try:
@@ -74,21 +74,19 @@ class KeptConvolution:
             spec.out_size(*x.shape[2:])
         except ValueError:  # too small an input: torch says so
             return None
-        num_columns = len(columns.numbers)
         passes = 1 + torch.is_grad_enabled() * (x.requires_grad + weight.requires_grad)
         # An epilogue's output is left as the next layer of this kind reads it.
         last = epilogue.is_empty and (_is_channels_last(x) or _is_channels_last(weight))
-        choice = spec, num_columns, tuple(x.shape), passes, last
+        choice = spec, len(numbers), tuple(x.shape), passes, last
         if self.if_it_pays and not training_cost.pays(*choice):
             return None
         note_positions(layer, math.prod(size))
+        columns = self._columns(numbers, weight)
         y: Tensor = _Convolution.apply(x.contiguous(), weight, bias, columns, spec)
         return y.to(dtype, memory_format=torch.channels_last if last else torch.preserve_format)
 
-    def _columns(self, layer: nn.Module, weight: Tensor) -> Columns | None:
-        numbers, g = self._kept.of(layer), self.geometry
-        if numbers is None:
-            return None
+    def _columns(self, numbers: Tensor, weight: Tensor) -> Columns:
+        g = self.geometry
         last = g.groups == 1 and _is_channels_last(weight)
         known = self._known
         if known is None or known.kept is not numbers or known.channels_last != last:

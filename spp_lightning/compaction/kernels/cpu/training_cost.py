@@ -12,7 +12,7 @@ model compares one thread's times.
 from __future__ import annotations
 
 import math
-from functools import cache
+from functools import cache, lru_cache
 from typing import NamedTuple
 
 import torch
@@ -78,8 +78,20 @@ def pays(
     """
     if instruction_set() not in ("avx2", "avx512"):
         return False
-    kept, dense = step_us(spec, num_columns, shape, passes, channels_last)
-    return kept < dense
+    return num_columns < _columns_that_do_not_pay(spec, shape, passes, channels_last)
+
+
+@lru_cache(maxsize=1024)
+def _columns_that_do_not_pay(
+    spec: ConvSpec, shape: tuple[int, ...], passes: int, channels_last: bool
+) -> int:
+    """The least number of kept columns of which a step isn't faster; every step asks for it."""
+    low, high = 0, spec.geometry.num_columns + 1
+    while low < high:  # a step takes the longer, the more columns are kept
+        middle = (low + high) // 2
+        kept, dense = step_us(spec, middle, shape, passes, channels_last)
+        low, high = (middle + 1, high) if kept < dense else (low, middle)
+    return low
 
 
 def step_us(
