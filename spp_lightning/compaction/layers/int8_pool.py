@@ -27,6 +27,7 @@ def max_pool_uint8(
               [13, 15]]]], dtype=torch.uint8)
     """
     op = PlaneOp("max_pool", kernel_size, stride, padding, ceil_mode)
+    x = x.contiguous()  # torch's pool of uint8 in channels-last takes at most 255 numbers per image
     if x.dim() == 4 and is_unwatched(x, torch.uint8):
         return int8_planes.max_pool(x, op)
     return op(x)

@@ -151,6 +151,8 @@ def test_max_pools_of_uint8(pool, size):
     expected = F.max_pool2d(x.float(), kernel, stride, padding, ceil_mode=ceil_mode)
     found = max_pool_uint8(x.byte(), *pool)
     assert found.dtype == torch.uint8 and torch.equal(found.float(), expected)
+    last = x.byte().contiguous(memory_format=torch.channels_last)
+    assert torch.equal(max_pool_uint8(last, *pool), found)
     threads = torch.get_num_threads()
     try:
         torch.set_num_threads(2)
