@@ -136,16 +136,21 @@ def report(mode: str, **variables: str) -> dict[str, str]:
 
 
 def load_kernels() -> typing.Any:
-    """Import the kernels' package, anew, from this checkout.
+    """Import the kernels' package, anew, from this checkout, or as it is installed without one.
 
     The packages that it is in are left empty: they would import Lightning, which takes longer than
     the tests.
     """
     for name in [name for name in sys.modules if name.startswith(PACKAGE)]:
         del sys.modules[name]
+    root = ROOT
+    if not (root / "spp_lightning").is_dir():
+        installed = importlib.util.find_spec("spp_lightning")
+        assert installed is not None and installed.origin is not None
+        root = Path(installed.origin).parents[1]
     for name in ("spp_lightning", "spp_lightning.compaction"):
         package = sys.modules[name] = types.ModuleType(name)
-        package.__path__ = [str(ROOT.joinpath(*name.split(".")))]
+        package.__path__ = [str(root.joinpath(*name.split(".")))]
     return importlib.import_module(PACKAGE)
 
 
