@@ -6,6 +6,7 @@ of their own, and each is reported by a test of its own. A second process compil
 a GPU, since the interpreter takes things that the compiler doesn't.
 """
 
+import functools
 import importlib
 import importlib.util
 import json
@@ -135,6 +136,16 @@ def report(mode: str, **variables: str) -> dict[str, str]:
     return json.loads(run.stdout.splitlines()[-1])
 
 
+@functools.cache
+def source() -> Path:
+    """The folder that holds the package: of this checkout, or where it is installed without one."""
+    if (ROOT / "spp_lightning").is_dir():
+        return ROOT
+    installed = importlib.util.find_spec("spp_lightning")
+    assert installed is not None and installed.origin is not None
+    return Path(installed.origin).parents[1]
+
+
 def load_kernels() -> typing.Any:
     """Import the kernels' package, anew, from this checkout, or as it is installed without one.
 
@@ -143,14 +154,10 @@ def load_kernels() -> typing.Any:
     """
     for name in [name for name in sys.modules if name.startswith(PACKAGE)]:
         del sys.modules[name]
-    root = ROOT
-    if not (root / "spp_lightning").is_dir():
-        installed = importlib.util.find_spec("spp_lightning")
-        assert installed is not None and installed.origin is not None
-        root = Path(installed.origin).parents[1]
+    source()  # before the package is replaced
     for name in ("spp_lightning", "spp_lightning.compaction"):
         package = sys.modules[name] = types.ModuleType(name)
-        package.__path__ = [str(root.joinpath(*name.split(".")))]
+        package.__path__ = [str(source().joinpath(*name.split(".")))]
     return importlib.import_module(PACKAGE)
 
 
