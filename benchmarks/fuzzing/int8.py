@@ -109,7 +109,7 @@ def check(case: Int8Case) -> None:
         for kernel in KERNELS:
             try:
                 library().spp_int8_set_isa(kernel.encode())
-            except NotImplementedError:
+            except NotImplementedError:  # this processor has no such instructions
                 continue
             found = Int8Handle(*tensors, case.spec).run(x, residual)
             if found.dtype != expected.dtype or not torch.equal(found, expected):

@@ -26,6 +26,10 @@ class Spread(NamedTuple):
     places: Tensor
     groups: Tensor
 
+    def to(self, device: torch.device) -> Spread:
+        """The same on a device."""
+        return Spread(self.size, self.places.to(device), self.groups.to(device))
+
 
 class MaskBuffers:
     """Masks that follow from the pruning probabilities, in buffers that keep their place.
@@ -48,7 +52,7 @@ class MaskBuffers:
     def __init__(
         self, num_groups: int, masking: Masking, spread: Spread | None, device: torch.device
     ) -> None:
-        self._spread = spread
+        self._spread = None if spread is None else spread.to(device)
         self._generator = torch.Generator(device)
         self.alive = torch.ones(num_groups, dtype=torch.bool, device=device)
         self.expected = torch.ones(num_groups, dtype=torch.float32, device=device)
@@ -79,13 +83,12 @@ class MaskBuffers:
         if self._spread is None:
             self.layer_expected, self.layer_sampled = self.expected, self.sampled
         else:
+            self._spread = self._spread.to(device)
             self.layer_expected = self.layer_expected.to(device)
             self.layer_sampled = self.layer_expected if scaled else self.layer_sampled.to(device)
         self._generator = torch.Generator(device)
 
     def _fill(self, layers: Tensor, groups: Tensor) -> None:
         if self._spread is not None:
-            size, places, numbers = self._spread
-            places, numbers = places.to(groups.device), numbers.to(groups.device)
-            self._spread = Spread(size, places, numbers)
+            _, places, numbers = self._spread
             layers.index_copy_(0, places, groups.index_select(0, numbers))

@@ -10,8 +10,8 @@
 namespace spp {
 namespace SPP_ISA {
 
-// Whether large outputs are written by non-temporal stores, which need no line of the cache. With fewer lanes a
-// tile ends in the middle of a line, where they are slower; tests define this as 1 for all instruction sets.
+// Whether large outputs are written by non-temporal stores, which need no line of the cache. Not with fewer
+// lanes, where a pixel-vectorised tile ends in the middle of a line. Tests define this as 1 for all instruction sets.
 #ifndef SPP_STORES_NON_TEMPORAL
 #define SPP_STORES_NON_TEMPORAL (SPP_LANES == 16)
 #endif

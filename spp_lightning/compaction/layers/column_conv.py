@@ -18,6 +18,7 @@ from spp_lightning.compaction.kernels.cpu.config import KernelConfig
 from spp_lightning.compaction.kernels.cpu.handle import Handle
 from spp_lightning.compaction.kernels.cpu.library import is_available
 from spp_lightning.compaction.kernels.cpu.registry import handle_for
+from spp_lightning.compaction.layers.conv_shape import ConvShape
 from spp_lightning.compaction.layers.operator import column_conv2d
 from spp_lightning.compaction.spec import ConvSpec
 
@@ -32,7 +33,7 @@ _num_function_modes = torch._C._len_torch_function_stack
 _transform = torch._C._functorch.peek_interpreter_stack
 
 
-class ColumnConv2d(nn.Module):
+class ColumnConv2d(ConvShape, nn.Module):
     """A convolution without its pruned columns, together with its epilogue.
 
     Computes ``epilogue(conv(x) + residual)``. It trains like any layer; pruned columns stay pruned.
@@ -140,41 +141,6 @@ class ColumnConv2d(nn.Module):
     def spec(self) -> ConvSpec:
         """The convolution and its epilogue: all of the layer but its tensors."""
         return ConvSpec(self.geometry, self.epilogue)
-
-    @property
-    def in_channels(self) -> int:
-        """Input channels, as of an ``nn.Conv2d``, like those below."""
-        return self.geometry.channels
-
-    @property
-    def out_channels(self) -> int:
-        """Output channels."""
-        return self.geometry.filters
-
-    @property
-    def kernel_size(self) -> tuple[int, int]:
-        """Height and width of the kernel."""
-        return self.geometry.kernel_size
-
-    @property
-    def stride(self) -> tuple[int, int]:
-        """Input pixels between two outputs."""
-        return self.geometry.stride
-
-    @property
-    def padding(self) -> tuple[int, int]:
-        """Zeros on each side."""
-        return self.geometry.padding
-
-    @property
-    def dilation(self) -> tuple[int, int]:
-        """Distance of the kernel's elements."""
-        return self.geometry.dilation
-
-    @property
-    def groups(self) -> int:
-        """Convolution groups."""
-        return self.geometry.groups
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """Compute the convolution and its epilogue.

@@ -14,6 +14,7 @@ from spp_lightning.compaction.int8_spec import Int8Spec, TensorScale
 from spp_lightning.compaction.kernels.cpu import int8_planes
 from spp_lightning.compaction.kernels.cpu.checks import check_columns
 from spp_lightning.compaction.kernels.cpu.int8 import Int8Handle
+from spp_lightning.compaction.layers.conv_shape import ConvShape
 from spp_lightning.compaction.layers.int8_reference import (
     convolve,
     dequantize,
@@ -100,7 +101,7 @@ class Quantize(nn.Module):
         return {**self.__dict__, "_numbers": None}
 
 
-class QuantizedConv2d(nn.Module):
+class QuantizedConv2d(ConvShape, nn.Module):
     """A convolution without its pruned columns, in int8.
 
     Computes ``clamp(conv(x) + residual)``. The input and the residual are uint8. The output is
@@ -187,26 +188,6 @@ class QuantizedConv2d(nn.Module):
             if scale is not None and zero_point is not None:
                 scales[name] = TensorScale(float(scale), int(zero_point))
         return Int8Spec(self.geometry, clamp=self.clamp, **scales)  # type: ignore[arg-type]
-
-    @property
-    def in_channels(self) -> int:
-        """Input channels, as of an ``nn.Conv2d``, like those below."""
-        return self.geometry.channels
-
-    @property
-    def out_channels(self) -> int:
-        """Output channels."""
-        return self.geometry.filters
-
-    @property
-    def kernel_size(self) -> tuple[int, int]:
-        """Height and width of the kernel."""
-        return self.geometry.kernel_size
-
-    @property
-    def groups(self) -> int:
-        """Convolution groups."""
-        return self.geometry.groups
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """Compute the convolution and its epilogue.
