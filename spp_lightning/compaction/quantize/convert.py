@@ -50,8 +50,8 @@ def quantized(
 def _rounded(weight: Tensor, columns: Tensor, geometry: Geometry) -> tuple[Tensor, Tensor]:
     """Weights as int8 and the filters' scales; a row has a filter of every convolution group.
 
-    The largest weight of a filter is 127 steps. With 8 bits, smaller steps lose more at the ends
-    than they gain, whatever the distribution of some hundred weights.
+    The largest weight of a filter is 127 steps. Smaller steps, which limit it, were not compared on
+    trained networks.
     """
     g = geometry
     numbers = torch.zeros_like(weight, dtype=torch.int8)

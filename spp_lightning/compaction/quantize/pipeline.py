@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -85,21 +85,20 @@ def quantize_compact(
     assert isinstance(net, CompactNetwork)
     graph = prepare(net, given[0])
     reasons = float_reasons(graph, _checked_patterns(graph, keep))
-    network, errors = _quantized(graph, reasons, given, method)
-    if max_error is None or not any(error > max_error for error in errors.values()):
-        return network
-    reasons |= {
-        name: f"its error, {error:.3f}, is above `max_error` (={max_error})"
-        for name, error in errors.items()
-        if error > max_error
-    }
-    return _quantized(prepare(net, given[0]), reasons, given, method)[0]
+    network, above = _quantized(graph, reasons, given, method, max_error)
+    if above:
+        network, _ = _quantized(prepare(net, given[0]), reasons | above, given, method, None)
+    return network
 
 
 def _quantized(
-    graph: fx.GraphModule, reasons: dict[str, str], batches: Sequence[Any], method: Method
-) -> tuple[CompactNetwork, dict[str, float]]:
-    """The int8 network of a prepared graph, and the error of each of its int8 layers."""
+    graph: fx.GraphModule,
+    reasons: dict[str, str],
+    batches: Sequence[Any],
+    method: Method,
+    max_error: float | None,
+) -> tuple[CompactNetwork, dict[str, str]]:
+    """The int8 network of a prepared graph, and why some of its int8 layers should stay float32."""
     names = [name for name, reason in reasons.items() if not reason]
     if not names:
         told = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
@@ -117,10 +116,23 @@ def _quantized(
             raise ValueError(f"`batches` must give finite numbers; {value} is not finite for them.")
     scales = {domain: numbers.scale(method) for domain, numbers in zip(found, ranges, strict=True)}
     layers = int8_layers(graph, names, scales)
-    noises = layer_noise(graph, batches, layers)
+    above = {} if max_error is None else _above(graph, batches, layers, max_error)
     rewrite(graph, layers, scales)
-    network = CompactNetwork.of(graph).requires_grad_(False)
-    return network, {name: noise.error for name, noise in noises.items()}
+    return CompactNetwork.of(graph).requires_grad_(False), above
+
+
+def _above(
+    graph: fx.GraphModule,
+    batches: Sequence[Any],
+    layers: Mapping[str, QuantizedConv2d],
+    max_error: float,
+) -> dict[str, str]:
+    """The layers whose error is above a limit, and what is said of them."""
+    return {
+        name: f"its error, {noise.error:.3f}, is above `max_error` (={max_error})"
+        for name, noise in layer_noise(graph, batches, layers).items()
+        if noise.error > max_error
+    }
 
 
 def checked_batches(name: str, net: nn.Module, batches: Iterable[Any]) -> list[Any]:
