@@ -16,6 +16,7 @@ from reproduction.rows import (
     DEFAULT,
     METHODS,
     PLAIN_L1,
+    RECIPES,
     SPEEDUPS,
     Configuration,
     by_worth,
@@ -38,6 +39,7 @@ def report(schedule: Schedule, results: Results, charts: list[str]) -> str:
         "comparison": ("Is SPP better than what is simpler?", _comparison),
         "beyond": ("Beyond the paper: 10×", _beyond),
         "causes": ("Why the drop is larger than the paper's: one cause at a time", _causes),
+        "recipes": ("What to add to SPP, and to what is simpler", _recipes),
     }
     parts = [f"# The appendix on the {schedule.name} schedule", _context(schedule, results)]
     parts += ["## Baseline", _baselines(results)]
@@ -261,6 +263,21 @@ def _causes(results: Results) -> str:
         *(_worth(results, speedup) for speedup in (4, 10)),
     ]
     return "\n\n".join(parts)
+
+
+def _recipes(results: Results) -> str:
+    rows = [
+        (
+            *(name, f"{row.weight_decay:g}", _show(results.accuracy(row), 2)),
+            *(_show(results.drop(row), 2), str(len(results.of(row)))),
+        )
+        for name, row in RECIPES.items()
+        if results.of(row)
+    ]
+    head = ("row", "weight decay", "accuracy, %", "drop to baseline", "seeds")
+    return (
+        f"{_table(head, rows)}\n\nOf {len(RECIPES)} rows {len(RECIPES) - len(rows)} are {MISSING}."
+    )
 
 
 def _worth(results: Results, speedup: float) -> str:
