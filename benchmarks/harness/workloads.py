@@ -28,6 +28,7 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "ConvNet, batch 1": (ConvNet, (1, 3, 32, 32)),
     "ResNet-18, batch 1": (torchvision.models.resnet18, (1, *IMAGENET)),
     "ResNet-50, batch 1": (torchvision.models.resnet50, (1, *IMAGENET)),
+    "ResNet-50, batch 8": (torchvision.models.resnet50, (8, *IMAGENET)),
     "VGG-16 convolutions, batch 1": (lambda: torchvision.models.vgg16().features, (1, *IMAGENET)),
 }
 
