@@ -36,24 +36,31 @@ IMAGES = 4  # to calibrate with
 
 
 class Images(CalibrationDataReader):  # type: ignore[misc]  # onnxruntime has no types
-    """Random images, one at a time."""
+    """Images in batches of one size."""
 
-    def __init__(self, images: Tensor) -> None:
-        self.left = iter(images.split(1))
+    def __init__(self, images: Tensor, batch: int) -> None:
+        self.left = iter(images.split(batch))
 
     def get_next(self) -> dict[str, object] | None:
-        """The next one as an input of the model."""
-        image = next(self.left, None)
-        return None if image is None else {"x": image.numpy()}
+        """The next batch as an input of the model."""
+        images = next(self.left, None)
+        return None if images is None else {"x": images.numpy()}
 
 
-def dense_int8(net: nn.Module, images: Tensor) -> bytes:
-    """The network as an ONNX file that onnxruntime's quantiser made int8."""
+def dense_int8(net: nn.Module, images: Tensor, batch: int = 1) -> bytes:
+    """The network as an ONNX file that onnxruntime's quantiser made int8.
+
+    Args:
+        net: The network.
+        images: What it is calibrated on, ``(a multiple of batch, C, H, W)``.
+        batch: Images that the model takes at once.
+    """
     with tempfile.TemporaryDirectory() as folder:
         given, ready, made = (Path(folder, f"{name}.onnx") for name in ("float", "ready", "int8"))
-        given.write_bytes(onnx_bytes(net, images[:1]))
+        given.write_bytes(onnx_bytes(net, images[:batch]))
         quant_pre_process(given, ready, skip_symbolic_shape=True)
-        quantize_static(ready, made, Images(images), QuantFormat.QDQ, per_channel=True)
+        batches = Images(images, batch)
+        quantize_static(ready, made, batches, QuantFormat.QDQ, per_channel=True)
         return made.read_bytes()
 
 

@@ -16,35 +16,60 @@ __all__ = ["CLASSIFIERS", "ResNet20", "data_for"]
 
 
 class Block(nn.Module):
-    """Two 3×3 convolutions beside a shortcut, which subsamples and pads with zeros."""
+    """Two 3×3 convolutions beside a shortcut.
 
-    def __init__(self, channels: int, filters: int, stride: int) -> None:
+    Where the shapes differ, the shortcut subsamples and pads with zeros, or is a 1×1 convolution.
+    """
+
+    def __init__(self, channels: int, filters: int, stride: int, projects: bool) -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(channels, filters, 3, stride, 1, bias=False)
         self.norm1 = nn.BatchNorm2d(filters)
         self.conv2 = nn.Conv2d(filters, filters, 3, 1, 1, bias=False)
         self.norm2 = nn.BatchNorm2d(filters)
         self.stride, self.more = stride, filters - channels
+        self.shortcut: nn.Module | None = None
+        if projects and stride > 1:
+            convolution = nn.Conv2d(channels, filters, 1, stride, bias=False)
+            self.shortcut = nn.Sequential(convolution, nn.BatchNorm2d(filters))
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.norm2(self.conv2(F.relu(self.norm1(self.conv1(x)))))
-        if self.stride > 1:
+        if self.shortcut is not None:
+            x = self.shortcut(x)
+        elif self.stride > 1:
             x = F.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, 0, self.more))
         return F.relu(x + y)
 
 
 class ResNet20(LightningModule):
-    """The network of 20 layers for CIFAR-10 of He et al., 2016."""
+    """The network of 20 layers for CIFAR-10 of He et al., 2016.
 
-    def __init__(self, lr: float = 0.1, steps: int = 2000) -> None:
+    Args:
+        lr: Learning rate at the beginning. It falls to a fiftieth in a straight line.
+        steps: In so many steps.
+        width: Factor of the numbers of channels.
+        projects: Whether shortcuts between two sizes are 1×1 convolutions.
+        weight_decay: Weight decay of all parameters.
+    """
+
+    def __init__(
+        self,
+        lr: float = 0.1,
+        steps: int = 2000,
+        width: float = 1.0,
+        projects: bool = False,
+        weight_decay: float = 1e-4,
+    ) -> None:
         super().__init__()
-        self.lr, self.steps = lr, steps
-        sizes = [(16, 16, 1)] * 3 + [(16, 32, 2)] + [(32, 32, 1)] * 2 + [(32, 64, 2)]
-        sizes += [(64, 64, 1)] * 2
-        self.conv = nn.Conv2d(3, 16, 3, 1, 1, bias=False)
-        self.norm = nn.BatchNorm2d(16)
-        self.blocks = nn.Sequential(*(Block(*size) for size in sizes))
-        self.head = nn.Linear(64, 10)
+        self.lr, self.weight_decay = lr, weight_decay
+        self.steps: int = steps
+        a, b, c = (round(width * channels) for channels in (16, 32, 64))
+        sizes = [(a, a, 1)] * 3 + [(a, b, 2)] + [(b, b, 1)] * 2 + [(b, c, 2)] + [(c, c, 1)] * 2
+        self.conv = nn.Conv2d(3, a, 3, 1, 1, bias=False)
+        self.norm = nn.BatchNorm2d(a)
+        self.blocks = nn.Sequential(*(Block(*size, projects) for size in sizes))
+        self.head = nn.Linear(c, 10)
         self.example_input_array = torch.zeros(1, 3, 32, 32)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -59,7 +84,7 @@ class ResNet20(LightningModule):
         self.log("val_acc", right.float().mean(), batch_size=len(right))
 
     def configure_optimizers(self) -> Any:  # noqa: D102
-        optimizer = torch.optim.SGD(self.parameters(), self.lr, 0.9, weight_decay=1e-4)
+        optimizer = torch.optim.SGD(self.parameters(), self.lr, 0.9, weight_decay=self.weight_decay)
         schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.02, self.steps)
         return {
             "optimizer": optimizer,
