@@ -194,16 +194,19 @@ CAUSES = _causes()
 # Ways to train on, all with an eighth of the baseline's weight decay: what is added to SPP, and
 # what of it simpler methods can have as well.
 DECAY = 0.0005
+SCALED: dict[str, Any] = {"masking": "scale"}
+DISTILLED: dict[str, Any] = {"distillation": 0.7}
 ADDED: dict[str, dict[str, Any]] = {
     "": {},
-    ", scaled by 1 - p": {"masking": "scale"},
-    ", penalties in the place of masks": {"masking": "penalize"},
+    ", scaled by 1 - p": SCALED,
+    ", scaled and distilled": SCALED | DISTILLED,
+    ", distilled": DISTILLED,
+    ", scaled, zero crossing nearer to R": SCALED | {"crossing": 0.2},
     ", zero crossing nearer to R": {"crossing": 0.2},
+    ", penalties in the place of masks": {"masking": "penalize"},
     ", twice the learning rate in retraining": {"retraining_lr": 2.0},
     ", half as many pruning iterations": {"interval": 90},
     ", twice as many pruning iterations": {"interval": 360},
-    ", distilled": {"distillation": 0.7},
-    ", scaled and distilled": {"masking": "scale", "distillation": 0.7},
 }
 ADDED_TO_OTHERS = ("", ", distilled")
 
@@ -211,10 +214,16 @@ ADDED_TO_OTHERS = ("", ", distilled")
 def _recipes() -> dict[str, Configuration]:
     rows = {}
     for speedup in (10, 4, 2):
+        added = dict(ADDED)
+        if speedup in CONV1:
+            shares = CONV1[speedup]["more of conv1 kept"]
+            kept = {"ratios": tuple(zip(LAYERS, shares, strict=True))}
+            added[", more of conv1 kept"] = kept
+            added[", scaled, distilled, more of conv1 kept"] = SCALED | DISTILLED | kept
         for method in ("SPP", "gradual L1 columns", "one-shot L1 columns"):
             plain = replace(METHODS[method], speedup=speedup)
             rows[f"{method}, {speedup}×, weight decay 0.004"] = plain
-            for what, options in ADDED.items():
+            for what, options in added.items():
                 if method == "SPP" or what in ADDED_TO_OTHERS:
                     row = replace(plain, weight_decay=DECAY, **options)
                     rows[f"{method}, {speedup}×{what}"] = row
@@ -252,10 +261,11 @@ def by_worth(tables: Sequence[str]) -> list[Configuration]:
     for name in ("SPP", "gradual L1 columns", "one-shot L1 columns"):
         plain = [replace(METHODS[name], speedup=speedup) for speedup in (4, 10)]
         first += [*plain, *(replace(row, weight_decay=DECAY) for row in plain)]
-    first.append(CONTROL)
     first += [replace(DEFAULT, speedup=speedup) for speedup in (2, 6, 8)]
     criterion = [row for row in ALL_TABLES["table1"] if row.criterion == "l2"]
-    ordered = [*first, *ALL_TABLES["figure1"], *ALL_TABLES["table3"], *ALL_TABLES["table2"]]
+    ordered = [*first, *RECIPES.values(), CONTROL]
+    for name in ("figure1", "table3", "table2"):
+        ordered += ALL_TABLES[name]
     ordered += [*criterion, *(row for rows in ALL_TABLES.values() for row in rows)]
     wanted = {BASELINE, CONTROL, *(row for table in tables for row in ALL_TABLES[table])}
     return [row for row in dict.fromkeys(ordered) if row in wanted]
