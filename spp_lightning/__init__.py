@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from spp_lightning.models.convnet import ConvNet
     from spp_lightning.planning.solve import plan
     from spp_lightning.training.callback import SPPCallback
+    from spp_lightning.training.distillation import DistillationCallback, distillation_loss
     from spp_lightning.training.launcher import launcher_options
     from spp_lightning.training.staged import StagedSPPCallback
 
@@ -32,12 +33,14 @@ __all__ = [
     "ColumnConv2d",
     "ConvNet",
     "DigitsDataModule",
+    "DistillationCallback",
     "SPPCallback",
     "SPPPruner",
     "StagedSPPCallback",
     "compact",
     "compact_report",
     "count_macs",
+    "distillation_loss",
     "export_onnx",
     "kept_columns",
     "launcher_options",
@@ -57,12 +60,14 @@ _HOMES = {
     "ColumnConv2d": "compaction.layers.column_conv",
     "ConvNet": "models.convnet",
     "DigitsDataModule": "data.digits",
+    "DistillationCallback": "training.distillation",
     "SPPCallback": "training.callback",
     "SPPPruner": "method.pruner",
     "StagedSPPCallback": "training.staged",
     "compact": "compaction.pipeline",
     "compact_report": "compaction.report",
     "count_macs": "compaction.macs",
+    "distillation_loss": "training.distillation",
     "export_onnx": "export.onnx",
     "kept_columns": "compaction.layers.kept",
     "launcher_options": "training.launcher",

@@ -34,7 +34,14 @@ from reproduction.rows import BASELINE, Configuration
 from reproduction.schedules import PRECISIONS, SCHEDULES, Precision, Schedule
 from reproduction.simpler import ColumnMasks, FilterMasks, MagnitudeMasks, Masks, convolutions
 from reproduction.variants import Importance, Penalize, StraightThrough
-from spp_lightning import CIFAR10DataModule, ConvNet, SPPCallback, SPPPruner, count_macs
+from spp_lightning import (
+    CIFAR10DataModule,
+    ConvNet,
+    DistillationCallback,
+    SPPCallback,
+    SPPPruner,
+    count_macs,
+)
 from spp_lightning.data.arrays import Records
 
 __all__ = ["SAY_EVERY", "Run", "context", "penalty_ceiling"]
@@ -179,13 +186,8 @@ class Run:
         row = self.configuration
         if row == BASELINE:
             return ConvNet(milestones=milestones)
-        teacher = self.baseline.final if row.distillation else None
         return ConvNet(
-            milestones=milestones,
-            weights=self.baseline.final,
-            weight_decay=row.weight_decay,
-            teacher=teacher,
-            distillation=row.distillation,
+            milestones=milestones, weights=self.baseline.final, weight_decay=row.weight_decay
         )
 
     def _callbacks(self, net: ConvNet, kept_columns: bool) -> list[Callback]:
@@ -193,6 +195,8 @@ class Run:
         row = self.configuration
         pruning = self._pruning(net, kept_columns)
         callbacks = [*pruning]
+        if row.distillation:
+            callbacks.append(DistillationCallback(share=row.distillation))
         over = partial(all_over, pruning)
         if (row.pruning_lr, row.retraining_lr) != (1, 1):
             until = self.schedule.milestones(self.steps)[0]

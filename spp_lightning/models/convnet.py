@@ -23,8 +23,6 @@ from spp_lightning.compaction.layers.kept import with_epilogue
 
 __all__ = ["ConvNet"]
 
-TEMPERATURE = 4.0  # of the softmax in distillation
-
 # What follows each convolution. A max pool and a ReLU may change places.
 _MAX, _AVG = (PlaneOp(kind, (3, 3), (2, 2), ceil_mode=True) for kind in ("max_pool", "avg_pool"))
 _NORM = PlaneOp("local_response_norm", (3, 3), alpha=LRN_ALPHA)
@@ -51,20 +49,14 @@ class ConvNet(LightningModule):
         milestones: Optimizer steps at which the learning rate is multiplied by ``gamma``.
         gamma: Factor of the learning rate at each milestone.
         weights: Checkpoint of a ConvNet to start from: Lightning's, or a plain state dict.
-        teacher: Checkpoint of a ConvNet to distil from, such as the network before pruning. The
-            teacher is no part of this network or of its checkpoints.
-        distillation: Weight of the teacher in the training loss, in [0, 1].
         channels_last: Whether weights and activations are in channels-last memory format, which is
             faster on CPUs and on GPUs with tensor cores. Shapes and results are the same.
 
     Raises:
-        FileNotFoundError: If there is no file ``weights`` or ``teacher``.
-        ValueError: If ``weights`` or ``teacher`` holds another network, or ``distillation`` is
-            outside [0, 1].
+        FileNotFoundError: If there is no file ``weights``.
+        ValueError: If ``weights`` holds another network.
 
     Source: Caffe's ``cifar10_full``, which the SPP paper prunes (Wang et al., BMVC 2018).
-    Distillation: Hinton, Vinyals, Dean, Distilling the knowledge in a neural network, 2015, at a
-    temperature of 4.
 
     >>> net = ConvNet()
     >>> net(torch.zeros(2, 3, 32, 32)).shape
@@ -82,15 +74,11 @@ class ConvNet(LightningModule):
         milestones: Sequence[int] = (60_000, 65_000),
         gamma: float = 0.1,
         weights: str | Path | None = None,
-        teacher: str | Path | None = None,
-        distillation: float = 0.7,
         channels_last: bool = True,
     ) -> None:
         super().__init__()
-        if not 0 <= distillation <= 1:
-            raise ValueError(f"`distillation` must be in [0, 1], got {distillation!r}.")
-        # Checkpoints hold the weights: they must load where these files don't exist.
-        self.save_hyperparameters(ignore=["weights", "teacher"])
+        # Checkpoints hold the weights: they must load where this file doesn't exist.
+        self.save_hyperparameters(ignore=["weights"])
         self.channels_last = channels_last
         self.conv1 = nn.Conv2d(3, 32, 5, padding=2)
         self.conv2 = nn.Conv2d(32, 32, 5, padding=2)
@@ -101,12 +89,7 @@ class ConvNet(LightningModule):
         self.test_acc = MulticlassAccuracy(num_classes, average="micro")
         self.example_input_array = torch.zeros(1, 3, 32, 32)
         if weights is not None:
-            self.load_state_dict(_read_weights(Path(weights), self, "weights"))
-        self._teacher: list[ConvNet] = []  # in a list, so that it is no submodule
-        if teacher is not None:
-            net = ConvNet(num_classes, channels_last=channels_last)
-            net.load_state_dict(_read_weights(Path(teacher), net, "teacher"))
-            self._teacher.append(net.eval().requires_grad_(False))
+            self.load_state_dict(_read_weights(Path(weights), self))
         if channels_last:
             self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
@@ -134,17 +117,9 @@ class ConvNet(LightningModule):
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:  # noqa: D102
         images, labels = batch
-        logits = self(images)
-        loss = F.cross_entropy(logits, labels)
-        for teacher in self._teacher:
-            share = self.hparams["distillation"]
-            loss = (1 - share) * loss + share * _distance(logits, teacher(images))
+        loss = F.cross_entropy(self(images), labels)
         self.log("train_loss", loss)
         return loss
-
-    def on_fit_start(self) -> None:  # noqa: D102
-        for teacher in self._teacher:
-            teacher.to(self.device)
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:  # noqa: D102
         self._evaluate(batch, "val", self.val_acc)
@@ -198,25 +173,16 @@ def _after_3(y: Tensor) -> Tensor:
     return F.avg_pool2d(F.relu(y), 3, 2, ceil_mode=True)
 
 
-def _distance(logits: Tensor, answers: Tensor) -> Tensor:
-    """Kullback-Leibler divergence from the teacher, scaled to the size of a cross-entropy."""
-    soft, target = (F.log_softmax(x.float() / TEMPERATURE, 1) for x in (logits, answers))
-    divergence = F.kl_div(soft, target, reduction="batchmean", log_target=True)
-    return TEMPERATURE**2 * divergence
-
-
-def _read_weights(path: Path, net: nn.Module, argument: str) -> dict[str, Tensor]:
+def _read_weights(path: Path, net: nn.Module) -> dict[str, Tensor]:
     if not path.is_file():
         raise FileNotFoundError(
-            f"`{argument}` must be a checkpoint file, but {path.absolute()} isn't a file. First"
-            f" train the network to prune, then set `{argument}` to its checkpoint."
+            f"`weights` must be a checkpoint file, but {path.absolute()} isn't a file. First"
+            " train the network to prune, then set `weights` to its checkpoint."
         )
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises many kinds of errors for bad files
-        raise ValueError(
-            f"`{argument}` (={path}) can't be read as a checkpoint: {error}"
-        ) from error
+        raise ValueError(f"`weights` (={path}) can't be read as a checkpoint: {error}") from error
     state = content.get("state_dict", content) if isinstance(content, dict) else {}
     expected = {name: value.shape for name, value in net.state_dict().items()}
     found = {name: getattr(value, "shape", None) for name, value in state.items()}
@@ -225,7 +191,7 @@ def _read_weights(path: Path, net: nn.Module, argument: str) -> dict[str, Tensor
             name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name)
         )
         raise ValueError(
-            f"`{argument}` (={path}) must hold this network, but these entries are missing,"
+            f"`weights` (={path}) must hold this network, but these entries are missing,"
             f" unknown or of another shape: {', '.join(wrong)}."
         )
     return dict(state)
