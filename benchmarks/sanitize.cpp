@@ -35,6 +35,7 @@ int32_t spp_backward(const void*, const spp::KernelConfig*, const float*, int64_
                      const float*, int64_t, int32_t, float*, int64_t, float*, int64_t, float*, int64_t);
 int32_t spp_ascending_order(const void*, int32_t, const double*, int64_t, int64_t*);
 int32_t spp_gate(const spp::Gate*, const float*, int64_t, int64_t, int64_t, int32_t, float*, int64_t);
+int32_t spp_plane_means(const float*, int64_t, int64_t, int64_t, int32_t, float*, int64_t);
 int32_t spp_norm(const spp::Norm*, const spp::NormPart*, int32_t, int64_t, int64_t, int32_t, float*, int64_t);
 void spp_move(const int64_t*, const double*, int64_t, int64_t, double*);
 }
@@ -454,6 +455,9 @@ void run_between() {
     must_refuse(spp_gate(&gate, x.get(), x.count, batch, pixels + 1, threads, gated.get(), gated.count));
     must(spp_norm(&norm, parts, head < channels ? 2 : 1, images, pixels, threads, normed.get(), normed.count));
     must_refuse(spp_norm(&norm, parts, 1, images, pixels + 1, threads, normed.get(), normed.count));
+    const Floats means = memory(batch * channels);
+    must(spp_plane_means(x.get(), x.count, means.count, pixels, threads, means.get(), means.count));
+    must_refuse(spp_plane_means(x.get(), x.count, means.count, pixels + 1, threads, means.get(), means.count));
     for (int64_t i = 0; i < gated.count; ++i)  // a sigmoid is between 0 and 1
       if (!(std::abs(gated[i]) <= std::abs(x[i]))) std::printf("a gate: %g of %g\n", gated[i], x[i]), ++failures;
     for (int64_t i = 0; i < normed.count; ++i)

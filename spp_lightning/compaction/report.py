@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from spp_lightning.compaction.geometry import Geometry, kept_columns
 from spp_lightning.compaction.graph.linear import decide_linear
 from spp_lightning.compaction.graph.network import CompactNetwork
-from spp_lightning.compaction.graph.replace import decide, decision_of
+from spp_lightning.compaction.graph.replace import IN_GATE, decide, decision_of
 from spp_lightning.compaction.kernels.cpu.int8 import instruction_set as int8_instruction_set
+from spp_lightning.compaction.kernels.cpu.library import is_available
 from spp_lightning.compaction.layers.column_conv import ColumnConv2d
 from spp_lightning.compaction.layers.column_linear import ColumnLinear
 from spp_lightning.compaction.layers.quantized import QuantizedConv2d
@@ -124,13 +125,21 @@ def compact_report(network: nn.Module, example_input: Any) -> CompactReport:
     if not layers:
         raise ValueError("`network` must have convolutions; this one has none.")
     seen = _inputs_of(network, layers, example_input)
-    rows = tuple(_row(layers[module], module, *inputs) for module, inputs in seen.items())
-    parts, opaque = [], []
+    parts, opaque, gates = [], [], list[tuple[str, ...]]()
     for name, module in network.named_modules():
         if isinstance(module, CompactNetwork):
             parts += [name] if name else []
             opaque += [f"{name}.{inner}".lstrip(".") for inner in module.opaque_layers]
-    return CompactReport(rows, tuple(_chains(layers, seen)), tuple(parts), tuple(opaque))
+            for gate in module.gated_layers:
+                if all(_runs_in_gate(*seen.get(module.get_submodule(inner), ())) for inner in gate):
+                    gates.append(tuple(f"{name}.{inner}".lstrip(".") for inner in gate))
+    gated = {name for gate in gates for name in gate}
+    rows = tuple(
+        _row_in_gate(row) if row.name in gated else row
+        for row in (_row(layers[module], module, *inputs) for module, inputs in seen.items())
+    )
+    chains = (*_chains(layers, seen), *gates)
+    return CompactReport(rows, chains, tuple(parts), tuple(opaque))
 
 
 _Inputs = dict[nn.Module, tuple[Tensor, bool]]  # the first argument, and whether there is another
@@ -198,6 +207,14 @@ def _row(name: str, module: nn.Module, x: Tensor, residual: bool) -> LayerReport
     elif decided is not None and decided.is_compact:
         reason = "several calls share it"
     return LayerReport(name, kept, every, "dense", threads, us, us, reason)
+
+
+def _runs_in_gate(x: Tensor | None = None, residual: bool = False) -> bool:
+    return x is not None and x.is_cpu and x.dtype == torch.float32 and is_available()
+
+
+def _row_in_gate(row: LayerReport) -> LayerReport:
+    return row._replace(kernel="gate", us=None, reason=IN_GATE)
 
 
 def _chains(layers: dict[nn.Module, str], seen: _Inputs) -> list[tuple[str, ...]]:

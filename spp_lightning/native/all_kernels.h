@@ -12,7 +12,7 @@ namespace spp {
 namespace SPP_ISA {
 
 constexpr Kernels kAllKernels = {forward_pixels, forward_winograd, make_chain, linear_batch, backward,
-                                  gate, norm_parts};
+                                  gate, norm_parts, plane_means};
 
 }  // namespace SPP_ISA
 }  // namespace spp

@@ -2,23 +2,11 @@
 #pragma once
 
 #include "activation.h"
-#include "linear.h"
+#include "means_kernel.h"
 #include "memory.h"
-#include "threads.h"
 
 namespace spp {
 namespace SPP_ISA {
-
-inline float mean_of_plane(const float* in, int64_t pixels) {
-  Vector sums[4] = {};
-  int64_t i = 0;
-  for (; i + 4 * kLanes <= pixels; i += 4 * kLanes)
-#pragma GCC unroll 4
-    for (int v = 0; v < 4; ++v) sums[v] += load(in + i + v * kLanes);
-  float total = 0;
-  for (; i < pixels; ++i) total += in[i];
-  return (sum_lanes((sums[0] + sums[1]) + (sums[2] + sums[3])) + total) / static_cast<float>(pixels);
-}
 
 // The outputs of one of the two layers; `out` has room for whole vectors.
 inline void gate_layer(const GateLayer& layer, const float* in, float* out) {
@@ -44,8 +32,7 @@ inline void gate(const Gate& of, const float* x, int64_t batch, int64_t pixels, 
   float* squeezed = squeezed_buffer.get<float>(of.reduce.filters + kLanes);
   float* factors = factors_buffer.get<float>(channels + kLanes);
   for (int64_t image = 0; image < batch; ++image, x += channels * pixels, out += channels * pixels) {
-#pragma omp parallel for num_threads(threads) if (threads > 1)
-    for (int c = 0; c < channels; ++c) means[c] = mean_of_plane(x + c * pixels, pixels);
+    plane_means(x, channels, pixels, threads, means);
     gate_layer(of.reduce, means, squeezed);
     gate_layer(of.expand, squeezed, factors);
 #pragma omp parallel for num_threads(threads) if (threads > 1)

@@ -241,3 +241,14 @@ SPP_EXPORT Status spp_norm(const spp::Norm* norm, const spp::NormPart* parts, in
     spp::chosen.kernels->norm_parts(*norm, parts, count, batch, pixels, threads, out);
   });
 }
+
+// The mean of each plane.
+SPP_EXPORT Status spp_plane_means(const float* x, int64_t x_count, int64_t planes, int64_t pixels, int32_t threads,
+                                  float* out, int64_t out_count) {
+  return guarded([&] {
+    check(planes >= 0 && pixels > 0 && threads > 0, "Pixels and threads must be positive, and planes at least 0.");
+    check_count("x", {x, x_count}, planes * pixels);
+    check_count("out", {out, out_count}, planes);
+    spp::chosen.kernels->plane_means(x, planes, pixels, threads, out);
+  });
+}

@@ -43,6 +43,7 @@ struct Kernels {
   void (*gate)(const Gate&, const float* x, int64_t batch, int64_t pixels, int threads, float* out);
   void (*norm_parts)(const Norm&, const NormPart* parts, int count, int64_t batch, int64_t pixels,
                      int threads, float* out);
+  void (*plane_means)(const float* x, int64_t planes, int64_t pixels, int threads, float* out);
 };
 
 extern const Kernels kBaseKernels;

@@ -1,4 +1,4 @@
-"""Which steps between convolutions one call can compute: gates, and norms of concatenations."""
+"""Which steps between convolutions one call can compute: gates, norms, and global pools."""
 
 from __future__ import annotations
 
@@ -7,14 +7,23 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn import functional as F
 
 from spp_lightning.compaction.epilogue import Clamp
 from spp_lightning.compaction.graph.steps import Step, Value, users_of
 from spp_lightning.compaction.layers.column_conv import ColumnConv2d
 
-__all__ = ["Gate", "NormedParts", "find_gates", "find_norms", "pooled"]
+__all__ = [
+    "Call",
+    "Gate",
+    "GlobalPool",
+    "NormedParts",
+    "averages_planes",
+    "find_calls",
+    "find_gates",
+    "multiplies",
+]
 
 
 class Gate(NamedTuple):
@@ -56,20 +65,49 @@ class NormedParts(NamedTuple):
     replaced: tuple[int, ...]
 
 
+class GlobalPool(NamedTuple):
+    """A global average pool that is no part of a gate.
+
+    Attributes:
+        x: What is pooled.
+        result: Position of the pool's step.
+        keeps: Whether the result is ``(B, C, 1, 1)``, or ``(B, C)``.
+    """
+
+    x: Value
+    result: int
+    keeps: bool
+
+    @property
+    def replaced(self) -> tuple[int, ...]:
+        """Positions of the steps that the call replaces."""
+        return (self.result,)
+
+
+Call = Gate | NormedParts | GlobalPool
+
 _LayerOf = Callable[[str], nn.Module]
 
 
-def find_gates(steps: Sequence[Step], layer_of: _LayerOf) -> tuple[Gate, ...]:
-    """The gates of a network.
+def find_calls(steps: Sequence[Step], layer_of: _LayerOf) -> tuple[Call, ...]:
+    """The calls between the layers of a network.
 
     Args:
         steps: The network.
         layer_of: The layer of a name.
     """
+    gates = find_gates(steps, layer_of)
+    pools = {gate.pool for gate in gates}
+    others = [pool for pool in _find_pools(steps, layer_of) if pool.result not in pools]
+    return (*gates, *_find_norms(steps, layer_of), *others)
+
+
+def find_gates(steps: Sequence[Step], layer_of: _LayerOf) -> tuple[Gate, ...]:
+    """The gates of a network; the arguments are those of `find_calls`."""
     users, found = users_of(steps), []
     for pool, step in enumerate(steps):
         x = step.args[0] if step.args else None
-        if not isinstance(x, Value) or not _pools_all(step, layer_of):
+        if not isinstance(x, Value) or not averages_planes(step, layer_of):
             continue
         reduce = _only_user(users, pool)
         expand = None if reduce is None else _only_user(users, reduce)
@@ -80,13 +118,13 @@ def find_gates(steps: Sequence[Step], layer_of: _LayerOf) -> tuple[Gate, ...]:
         layers = all(
             _is_pointwise(steps[i], layer_of) and steps[i].args == args for i, args in reads.items()
         )
-        if layers and _multiplies(steps[result], x, Value(expand)):
+        if layers and multiplies(steps[result], x, Value(expand)):
             found.append(Gate(x, pool, (reduce, expand), result))
     return tuple(found)
 
 
-def find_norms(steps: Sequence[Step], layer_of: _LayerOf) -> tuple[NormedParts, ...]:
-    """The batch norms that are followed by a clamp; the arguments are those of `find_gates`."""
+def _find_norms(steps: Sequence[Step], layer_of: _LayerOf) -> tuple[NormedParts, ...]:
+    """The batch norms that are followed by a clamp."""
     users, found = users_of(steps), []
     for norm, step in enumerate(steps):
         plain = step.kind == "layer" and len(step.args) == 1 and not step.kwargs
@@ -105,31 +143,47 @@ def find_norms(steps: Sequence[Step], layer_of: _LayerOf) -> tuple[NormedParts, 
     return tuple(found)
 
 
-def pooled(x: Tensor) -> Tensor:
-    """The mean of every plane, ``(B, C, 1, 1)``."""
-    return F.adaptive_avg_pool2d(x, 1)
+def _find_pools(steps: Sequence[Step], layer_of: _LayerOf) -> tuple[GlobalPool, ...]:
+    """The global average pools."""
+    return tuple(
+        GlobalPool(step.args[0], position, keeps)
+        for position, step in enumerate(steps)
+        for keeps in (True, False)
+        if averages_planes(step, layer_of, keeps) and step.args and isinstance(step.args[0], Value)
+    )
 
 
 def _only_user(users: list[list[int]], position: int) -> int | None:
     return users[position][0] if len(users[position]) == 1 else None
 
 
-def _pools_all(step: Step, layer_of: _LayerOf) -> bool:
+def averages_planes(step: Step, layer_of: _LayerOf, keeps: bool = True) -> bool:
+    """Whether a step computes the mean of each plane.
+
+    Args:
+        step: The step.
+        layer_of: The layer of a name.
+        keeps: Whether the result must be ``(B, C, 1, 1)``, or ``(B, C)``.
+    """
+    if step.target in ("mean", torch.mean) and step.kind in ("method", "function"):
+        given: dict[str, Any] = dict(
+            zip(("input", "dim", "keepdim"), step.args, strict=False), **step.kwargs
+        )
+        dims = given.get("dim")
+        if not isinstance(dims, (tuple, list)) or not all(type(d) is int for d in dims):
+            return False
+        planes = sorted(dims) in ([2, 3], [-2, -1])
+        plain = given.keys() <= {"input", "dim", "keepdim"}
+        return planes and plain and given.get("keepdim", False) is keeps
+    if not keeps:
+        return False
     if step.kind == "layer":
         module = layer_of(str(step.target))
         ones = type(module) is nn.AdaptiveAvgPool2d and module.output_size in (1, (1, 1))
         return ones and len(step.args) == 1 and not step.kwargs
-    given: dict[str, Any]
     if step.kind == "function" and step.target is F.adaptive_avg_pool2d:
         given = dict(zip(("input", "output_size"), step.args, strict=False), **step.kwargs)
         return given.get("output_size") in (1, (1, 1), [1, 1])
-    if step.target in ("mean", torch.mean) and step.kind in ("method", "function"):
-        given = dict(zip(("input", "dim", "keepdim"), step.args, strict=False), **step.kwargs)
-        dims = given.get("dim")
-        planes = isinstance(dims, (tuple, list)) and sorted(dims) in ([2, 3], [-2, -1])
-        return (
-            planes and given.get("keepdim") is True and given.keys() <= {"input", "dim", "keepdim"}
-        )
     return False
 
 
@@ -142,7 +196,8 @@ def _is_pointwise(step: Step, layer_of: _LayerOf) -> bool:
     return plain and not module.epilogue.post
 
 
-def _multiplies(step: Step, x: Value, by: Value) -> bool:
+def multiplies(step: Step, x: Value, by: Value) -> bool:
+    """Whether a step computes the product of two results."""
     functions = (operator.mul, torch.mul, torch.multiply)
     is_product = step.target in (functions if step.kind == "function" else ("mul",))
     return is_product and not step.kwargs and step.args in ((x, by), (by, x))

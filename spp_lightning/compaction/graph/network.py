@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, fx, nn
 
-from spp_lightning.compaction.graph.between import Gate, NormedParts, find_gates, find_norms
+from spp_lightning.compaction.graph.between import Call, Gate, find_calls
 from spp_lightning.compaction.graph.join import Row, join
 from spp_lightning.compaction.graph.program import REQUIRED, Program, compile_steps
 from spp_lightning.compaction.graph.query import is_opaque
@@ -52,7 +52,7 @@ class CompactNetwork(nn.Module):
     # Defaults of the class: what is an attribute of the class isn't free as a name.
     compact_steps: tuple[Step, ...] = ()
     _rows: tuple[Row, ...] = ()
-    _between: tuple[Gate | NormedParts, ...] = ()
+    _between: tuple[Call, ...] = ()
     _program: Program = compile_steps([Step("output", "output", "output", (None,))])
 
     def __init__(
@@ -71,10 +71,7 @@ class CompactNetwork(nn.Module):
 
     def _set_steps(self, steps: Sequence[Step]) -> None:
         self.compact_steps = tuple(steps)
-        self._between = (
-            *find_gates(self.compact_steps, self.get_submodule),
-            *find_norms(self.compact_steps, self.get_submodule),
-        )
+        self._between = find_calls(self.compact_steps, self.get_submodule)
         others = {position for call in self._between for position in call.replaced}
         self._rows = join(self.compact_steps, self.get_submodule, others)
         self._program = compile_steps(self.compact_steps, self._rows, self._between)
@@ -98,6 +95,12 @@ class CompactNetwork(nn.Module):
             [str(self.compact_steps[i].target) for i in (*row.layers, row.linear) if i is not None]
             for row in self._rows
         ]
+
+    @property
+    def gated_layers(self) -> list[list[str]]:
+        """Names of the two layers of each gate, which one call computes."""
+        gates = [call for call in self._between if isinstance(call, Gate)]
+        return [[str(self.compact_steps[i].target) for i in gate.layers] for gate in gates]
 
     @property
     def opaque_layers(self) -> list[str]:

@@ -10,10 +10,10 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 from spp_lightning.compaction.epilogue import Clamp
-from spp_lightning.compaction.graph.between import Gate, NormedParts, pooled
+from spp_lightning.compaction.graph.between import Call, Gate, GlobalPool
 from spp_lightning.compaction.graph.join import Row
 from spp_lightning.compaction.graph.steps import Step, Value, values_in
-from spp_lightning.compaction.layers.between import channel_gate, concat_norm
+from spp_lightning.compaction.layers.between import channel_gate, channel_means, concat_norm
 from spp_lightning.compaction.layers.chain import column_chain
 
 __all__ = ["REQUIRED", "Instruction", "Program", "compile_steps", "find"]
@@ -64,7 +64,7 @@ class Program(NamedTuple):
 
 
 def compile_steps(
-    steps: Sequence[Step], rows: Sequence[Row] = (), between: Sequence[Gate | NormedParts] = ()
+    steps: Sequence[Step], rows: Sequence[Row] = (), between: Sequence[Call] = ()
 ) -> Program:
     """The program of a network.
 
@@ -97,6 +97,7 @@ def _function(network: nn.Module, target: Any, args: Sequence[Any], kwargs: Any)
 
 
 _SELF = (Tensor, torch.Size, fx.Proxy)
+_NOBODY = nn.Module()  # in the place of a network, for calls that don't read it
 
 
 def _method(network: nn.Module, target: str, args: Sequence[Any], kwargs: Any) -> Any:
@@ -131,17 +132,36 @@ def _row(network: nn.Module, target: _Joined, args: Sequence[Any], kwargs: Any) 
     return column_chain(*args, *modules)
 
 
-class _GateCall(NamedTuple):
-    """What the call of a gate calls: the pool, None where it is a function, and two layers."""
+_Pool = tuple[str, ...] | Callable[[Tensor], Tensor]  # path of a module, or what calls a function
 
-    pool: tuple[str, ...] | None
+
+def _pool_of(network: nn.Module, pool: _Pool) -> Callable[[Tensor], Tensor]:
+    return find(network, pool) if isinstance(pool, tuple) else pool  # type: ignore[no-any-return]
+
+
+class _GateCall(NamedTuple):
+    """What the call of a gate calls: the pool, and two layers."""
+
+    pool: _Pool
     layers: tuple[tuple[str, ...], tuple[str, ...]]
 
 
 def _gate(network: nn.Module, target: _GateCall, args: Sequence[Any], kwargs: Any) -> Tensor:
-    pool = pooled if target.pool is None else find(network, target.pool)
-    reduce, expand = (find(network, path) for path in target.layers)
-    return channel_gate(args[0], pool, reduce, expand)
+    pool, (reduce, expand) = target
+    return channel_gate(
+        args[0], _pool_of(network, pool), find(network, reduce), find(network, expand)
+    )
+
+
+class _PoolCall(NamedTuple):
+    """What the call of a global pool calls, and whether the result is ``(B, C, 1, 1)``."""
+
+    pool: _Pool
+    keeps: bool
+
+
+def _pool(network: nn.Module, target: _PoolCall, args: Sequence[Any], kwargs: Any) -> Tensor:
+    return channel_means(args[0], _pool_of(network, target.pool), target.keeps)
 
 
 class _NormCall(NamedTuple):
@@ -190,9 +210,7 @@ def _dict(keys: tuple[Any, ...], *parts: Any) -> dict[Any, Any]:
 class _Compiler:
     """Gives every value a slot: inputs first, then constants and results."""
 
-    def __init__(
-        self, steps: Sequence[Step], rows: Sequence[Row], between: Sequence[Gate | NormedParts]
-    ) -> None:
+    def __init__(self, steps: Sequence[Step], rows: Sequence[Row], between: Sequence[Call]) -> None:
         self._steps = steps
         self._inputs = [i for i, step in enumerate(steps) if step.kind == "input"]
         self._slots = {position: slot for slot, position in enumerate(self._inputs)}
@@ -234,15 +252,25 @@ class _Compiler:
     def _path(self, position: int) -> tuple[str, ...]:
         return tuple(str(self._steps[position].target).split("."))
 
-    def _add_between(self, call: Gate | NormedParts) -> int:
-        def module(position: int) -> tuple[str, ...] | None:
-            return self._path(position) if self._steps[position].kind == "layer" else None
-
+    def _add_between(self, call: Call) -> int:
         if isinstance(call, Gate):
             layers = (self._path(call.layers[0]), self._path(call.layers[1]))
-            return self._add(_gate, _GateCall(module(call.pool), layers), [self._slot_of(call.x)])
-        target = _NormCall(self._path(call.norm), module(call.result), call.clamp)
-        return self._add(_norm, target, [self._slot_of(x) for x in call.parts])
+            target = _GateCall(self._pool(call.pool), layers)
+            return self._add(_gate, target, [self._slot_of(call.x)])
+        if isinstance(call, GlobalPool):
+            pool = _PoolCall(self._pool(call.result), call.keeps)
+            return self._add(_pool, pool, [self._slot_of(call.x)])
+        is_module = self._steps[call.result].kind == "layer"
+        activation = self._path(call.result) if is_module else None
+        norm = _NormCall(self._path(call.norm), activation, call.clamp)
+        return self._add(_norm, norm, [self._slot_of(x) for x in call.parts])
+
+    def _pool(self, position: int) -> _Pool:
+        step = self._steps[position]
+        if step.kind == "layer":
+            return self._path(position)
+        run: Run = _method if step.kind == "method" else _function
+        return lambda x: run(_NOBODY, step.target, (x, *step.args[1:]), step.kwargs)
 
     def _add_row(self, row: Row) -> None:
         path = self._path

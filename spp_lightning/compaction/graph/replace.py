@@ -11,6 +11,7 @@ from torch import Tensor, fx, nn
 
 from spp_lightning.compaction.geometry import Geometry
 from spp_lightning.compaction.graph.fuse import fused_after
+from spp_lightning.compaction.graph.gates import gate_layers
 from spp_lightning.compaction.graph.network import CompactNetwork
 from spp_lightning.compaction.graph.query import module_of, set_module, shape_of, times_called
 from spp_lightning.compaction.kernels.cpu import cost
@@ -20,6 +21,7 @@ from spp_lightning.compaction.spec import ConvSpec
 from spp_lightning.compaction.timing import interleaved_ms
 
 __all__ = [
+    "IN_GATE",
     "Decision",
     "decide",
     "decision_of",
@@ -28,6 +30,8 @@ __all__ = [
     "replace_convolutions",
     "replace_one_by_one",
 ]
+
+IN_GATE = "part of a gate, which is one call"  # a reason
 
 _DECISION = "_compact_decision"  # a layer's attribute
 
@@ -114,6 +118,7 @@ def replace_convolutions(graph: fx.GraphModule, tune: bool = False) -> dict[str,
         The decisions by name of the layers for which there was a choice.
     """
     order = {node: i for i, node in enumerate(graph.graph.nodes)}
+    gates = gate_layers(graph)
     decisions: dict[str, Decision] = {}
     for node in list(graph.graph.nodes):
         conv, name = module_of(graph, node), str(node.target)
@@ -125,10 +130,13 @@ def replace_convolutions(graph: fx.GraphModule, tune: bool = False) -> dict[str,
         layer = ColumnConv2d.of(conv, fused.epilogue).train(conv.training)
         shape, residual = shape_of(node.args[0]), fused.residual is not None
         assert shape is not None
-        if tune:
+        in_gate = name in gates and _runs_gates(conv.weight)
+        if tune and not in_gate:
             decision = _measure(conv, layer, shape, residual)
         else:
             decision = decide(layer.spec, len(layer.columns), shape, conv.weight, residual)
+        if in_gate:
+            decision = decision._replace(is_compact=True, reason=IN_GATE)
         decisions[name] = decision
         note_decision(decision, conv, layer)
         if not decision.is_compact:
@@ -166,6 +174,10 @@ def _replaceable(module: nn.Module | None, name: str) -> TypeGuard[nn.Conv2d]:
             )
         return False
     return True
+
+
+def _runs_gates(weight: Tensor) -> bool:
+    return weight.is_cpu and weight.dtype == torch.float32 and is_available()
 
 
 def _is_pruned(conv: nn.Conv2d) -> bool:

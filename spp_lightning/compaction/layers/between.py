@@ -9,12 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from spp_lightning.compaction.epilogue import Clamp
-from spp_lightning.compaction.kernels.cpu.between import Gate, Norm
+from spp_lightning.compaction.kernels.cpu.between import Gate, Norm, plane_means
 from spp_lightning.compaction.kernels.cpu.library import is_available
 from spp_lightning.compaction.layers.chain import is_hooked, is_readable, is_untouched
 from spp_lightning.compaction.layers.column_conv import ColumnConv2d
 
-__all__ = ["channel_gate", "concat_norm"]
+__all__ = ["channel_gate", "channel_means", "concat_norm"]
 
 
 def channel_gate(x: Tensor, pool: Callable[[Tensor], Tensor], *layers: ColumnConv2d) -> Tensor:
@@ -36,7 +36,7 @@ def channel_gate(x: Tensor, pool: Callable[[Tensor], Tensor], *layers: ColumnCon
         and reduce._takes_directly(x)
         and x.dtype == torch.float32
         and x.numel()
-        and (not isinstance(pool, nn.Module) or is_untouched(pool, nn.AdaptiveAvgPool2d))
+        and _is_own_pool(pool)
         and is_untouched(expand, ColumnConv2d)
     ):
         prepared = _gate_of(reduce, expand)
@@ -46,22 +46,47 @@ def channel_gate(x: Tensor, pool: Callable[[Tensor], Tensor], *layers: ColumnCon
     return gated
 
 
-_gates: WeakKeyDictionary[nn.Module, Gate] = WeakKeyDictionary()  # by the first layer
-
-
 def _gate_of(reduce: ColumnConv2d, expand: ColumnConv2d) -> Gate | None:
     """The two layers as a gate, if the kernels may read their tensors."""
     first, second = reduce._tensors(), expand._tensors()
     tensors = (*first, *second)
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors):
         return None
-    found = _gates.get(reduce)
+    found: Gate | None = reduce._gate
     if found is not None and found.holds(tensors):
         return found
     if not all(x is None or x.dtype == torch.int32 or is_readable(x) for x in tensors):
         return None
-    made = _gates[reduce] = Gate((*first, reduce.epilogue), (*second, expand.epilogue))
+    made = reduce._gate = Gate((*first, reduce.epilogue), (*second, expand.epilogue))
     return made
+
+
+def channel_means(x: Tensor, pool: Callable[[Tensor], Tensor], keep: bool) -> Tensor:
+    """A global average pool.
+
+    Args:
+        x: Input, ``(B, C, H, W)``.
+        pool: What computes it.
+        keep: Whether the result is ``(B, C, 1, 1)``, or ``(B, C)``.
+
+    Returns:
+        ``pool(x)``, the same up to rounding whether the kernels compute it.
+    """
+    if (
+        not torch.compiler.is_compiling()
+        and is_available()
+        and not is_hooked()
+        and _is_own_pool(pool)
+        and _is_plain_image(x)
+        and _is_unwatched()
+    ):
+        return plane_means(x, keep)
+    return pool(x)
+
+
+def _is_own_pool(pool: Callable[[Tensor], Tensor]) -> bool:
+    """Whether a pool is a function, or a module that nobody wants to see."""
+    return not isinstance(pool, nn.Module) or is_untouched(pool, nn.AdaptiveAvgPool2d)
 
 
 def concat_norm(

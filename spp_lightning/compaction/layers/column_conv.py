@@ -110,6 +110,7 @@ class ColumnConv2d(ConvShape, nn.Module):
         self.register_buffer("columns", columns.clone())
         self._handle: Handle | None = None
         self._chain: Any = None  # of this layer and those behind it
+        self._gate: Any = None  # of this layer and the one behind it
 
     @classmethod
     def of(
@@ -263,7 +264,7 @@ class ColumnConv2d(ConvShape, nn.Module):
             return handle.config_for(x.shape, x.dtype, torch.get_num_threads())
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_handle": None, "_chain": None}
+        return {**self.__dict__, "_handle": None, "_chain": None, "_gate": None}
 
     def _needs_grad(self, x: Tensor, residual: Tensor | None) -> bool:
         return (

@@ -1,4 +1,4 @@
-"""Gates and norms between convolutions: one call computes what several modules do."""
+"""Gates, norms and global pools: one call computes what several modules do."""
 
 import copy
 import math
@@ -6,11 +6,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import torchvision
 from cases import SENTINEL, guarded, intact
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from networks import pruned
-from torch import nn
+from torch import fx, nn
 from torch.nn import functional as F
 
 from spp_lightning import compact
@@ -22,9 +23,10 @@ from spp_lightning.compaction import (
     to_dense,
 )
 from spp_lightning.compaction.epilogue import ACTIVATIONS, Clamp, Epilogue
+from spp_lightning.compaction.graph.network import CompactNetwork
 from spp_lightning.compaction.kernels.cpu import between
 from spp_lightning.compaction.kernels.cpu.library import is_available
-from spp_lightning.compaction.layers.between import channel_gate, concat_norm
+from spp_lightning.compaction.layers.between import channel_gate, channel_means, concat_norm
 
 pytestmark = pytest.mark.skipif(not is_available(), reason="built without the kernels")
 
@@ -55,6 +57,21 @@ def layer(channels, filters, activation, share, generator):
     return ColumnConv2d.of(conv, Epilogue(limits, activation=activation)).requires_grad_(False)
 
 
+def in_several_calls(x):
+    pytest.fail("in several calls")
+
+
+def with_threads(call):
+    """What a call returns with one, two and three threads: the same bits."""
+    before, found = torch.get_num_threads(), []
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        found.append(call())
+    torch.set_num_threads(before)
+    assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
+    return found[0]
+
+
 @settings(deadline=None, max_examples=100, derandomize=True)
 @given(
     SHAPES,
@@ -71,12 +88,10 @@ def check_gate(shape, channels, squeezed, activation, share):
     x = guarded(torch.randn(batch, channels, height, width, generator=generator), math.nan)
     exact, (first, second) = x.double(), (copy.deepcopy(y).double() for y in (reduce, expand))
     expected = exact * second(first(exact.mean((2, 3), keepdim=True)))
-    before = torch.get_num_threads()
-    for threads in (1, 2, 3):
-        torch.set_num_threads(threads)
-        found = channel_gate(x, lambda x: pytest.fail("in several calls"), reduce, expand)
-        torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5)
-    torch.set_num_threads(before)
+    found = with_threads(lambda: channel_gate(x, in_several_calls, reduce, expand))
+    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5)
+    alone = channel_gate(x[-1:].clone(), in_several_calls, reduce, expand)
+    assert torch.equal(alone, found[-1:])
 
 
 def test_gates(monkeypatch, isa):
@@ -117,6 +132,23 @@ def check_norm(shape, channels, affine, clamp):
 def test_norms(monkeypatch, isa):
     made = inside(monkeypatch)
     check_norm()
+    assert made and all(intact(y) for y in made)
+
+
+@settings(deadline=None, max_examples=100, derandomize=True)
+@given(st.integers(1, 3), st.integers(1, 20), st.integers(1, 15), st.integers(1, 15), st.booleans())
+def check_means(batch, channels, height, width, keep):
+    generator = torch.Generator().manual_seed(height * width)
+    x = guarded(torch.randn(batch, channels, height, width, generator=generator), math.nan)
+    found = with_threads(lambda: channel_means(x, in_several_calls, keep))
+    expected = x.double().mean((2, 3), keepdim=keep)
+    torch.testing.assert_close(found.double(), expected, rtol=1e-6, atol=1e-6)
+    assert torch.equal(channel_means(x[-1:].clone(), in_several_calls, keep), found[-1:])
+
+
+def test_means(monkeypatch, isa):
+    made = inside(monkeypatch)
+    check_means()
     assert made and all(intact(y) for y in made)
 
 
@@ -220,3 +252,73 @@ def test_gradients_types_and_compilers(net):
         torch.testing.assert_close(exported(x), expected, rtol=1e-4, atol=1e-5)
         found = fast.double()(x.double())
         torch.testing.assert_close(found.float(), expected, rtol=1e-4, atol=1e-5)
+
+
+class Squeezed(nn.Module):
+    """A gate as timm writes it, and a classifier behind a mean."""
+
+    def __init__(self, also_returns_means=False):
+        super().__init__()
+        self.stem = nn.Conv2d(3, 64, 3, padding=1)
+        self.fc1, self.fc2 = nn.Conv2d(64, 512, 1), nn.Conv2d(512, 64, 1)
+        self.act, self.gate = nn.SiLU(), nn.Sigmoid()
+        self.head = nn.Linear(64, 10)
+        self.also_returns_means = also_returns_means
+
+    def forward(self, x):
+        x = F.relu(self.stem(x))
+        means = x.mean((2, 3), keepdim=True)
+        x = x * self.gate(self.fc2(self.act(self.fc1(means))))
+        y = self.head(x.mean((2, 3)))
+        return (y, means) if self.also_returns_means else y
+
+
+@pytest.mark.parametrize("ratio", [0, 0.75])
+def test_gates_of_unpruned_layers(ratio, tmp_path):
+    torch.manual_seed(0)
+    net, x = pruned(Squeezed(), ratio).requires_grad_(False), torch.randn(2, 3, 16, 16)
+    fast = compact(net, x)
+    assert calls(fast)[1:] == ["_gate", "_pool", "_layer"]
+    torch.testing.assert_close(fast(x), net(x), rtol=1e-4, atol=1e-5)
+    save_compact(fast, tmp_path / "net.spp")
+    loaded = load_compact(tmp_path / "net.spp")
+    assert calls(loaded) == calls(fast) and torch.equal(loaded(x), fast(x))
+    report = compact_report(loaded, x)
+    assert report.chains == (("fc1", "fc2"),)
+    assert [row.name for row in report.layers if row.kernel == "gate"] == ["fc1", "fc2"]
+
+
+def test_a_pool_that_others_read_is_no_part_of_a_gate():
+    net, x = pruned(Squeezed(also_returns_means=True)), torch.randn(2, 3, 16, 16)
+    fast = compact(net.requires_grad_(False), x)
+    assert "_gate" not in calls(fast) and calls(fast).count("_pool") == 2
+    for ours, theirs in zip(fast(x), net(x), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+def test_mobilenet_has_nine_gates_and_a_pool():
+    torch.manual_seed(0)
+    net = torchvision.models.mobilenet_v3_small(num_classes=10).eval().requires_grad_(False)
+    x = torch.randn(1, 3, 224, 224)
+    fast = compact(net, x)
+    made = calls(fast)
+    assert made.count("_gate") == 9 and made.count("_pool") == 1 and len(made) <= 35
+    pools = [name for name, layer in fast.named_modules() if type(layer) is nn.AdaptiveAvgPool2d]
+    assert len(pools) == 10  # the modules are there, for hooks and gradients
+    torch.testing.assert_close(fast(x), net(x), rtol=1e-3, atol=1e-4)
+
+
+def test_pools_of_other_shapes_and_types():
+    class Pools(nn.Module):
+        def forward(self, x):
+            return x.mean((-2, -1)), F.adaptive_avg_pool2d(x, (1, 1)), torch.mean(x, (2, 3), True)
+
+    x = torch.randn(2, 4, 5, 6)
+    fast = CompactNetwork.of(fx.symbolic_trace(Pools()))
+    assert calls(fast)[:3] == ["_pool"] * 3
+    for y in (x, x.double(), x.bfloat16(), x.transpose(2, 3), x.requires_grad_(), x[:0]):
+        for ours, theirs in zip(fast(y), Pools()(y), strict=True):
+            torch.testing.assert_close(ours, theirs)
+            assert ours.shape == theirs.shape and ours.requires_grad == theirs.requires_grad
+    with pytest.raises(IndexError):
+        fast(x[0])  # as torch

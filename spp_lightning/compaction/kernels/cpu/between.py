@@ -1,9 +1,10 @@
-"""What stands between convolutions and is no part of one: gates, and norms of concatenations."""
+"""What stands between convolutions and is no part of one: gates, norms, and global pools."""
 
 from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
+from operator import is_
 
 import torch
 from torch import Tensor
@@ -16,7 +17,7 @@ from spp_lightning.compaction.kernels.cpu.library import (
     library,
 )
 
-__all__ = ["Gate", "GateLayer", "Norm"]
+__all__ = ["Gate", "GateLayer", "Norm", "plane_means"]
 
 GateLayer = tuple[Tensor, Tensor, Tensor | None, Epilogue]  # weight, columns, bias, epilogue
 
@@ -29,16 +30,16 @@ class _Prepared:
 
     def __init__(self, tensors: Sequence[Tensor | None]) -> None:
         self._tensors = tuple(tensors)
-        self._places = _places_of(tensors)
+        self._places = [(x, x.data_ptr(), x.shape) for x in tensors if x is not None]
 
     def holds(self, tensors: Sequence[Tensor | None]) -> bool:
-        """Whether it reads these tensors, at the place where they are now."""
-        same = all(ours is given for ours, given in zip(self._tensors, tensors, strict=True))
-        return same and self._places == _places_of(tensors)
-
-
-def _places_of(tensors: Sequence[Tensor | None]) -> list[tuple[int, tuple[int, ...]]]:
-    return [(x.data_ptr(), x.shape) for x in tensors if x is not None]
+        """Whether it reads these tensors, as many as it was made of, where they are now."""
+        if not all(map(is_, self._tensors, tensors)):
+            return False
+        for x, place, shape in self._places:  # a loop: `all` takes longer
+            if x.data_ptr() != place or x.shape != shape:
+                return False
+        return True
 
 
 class Gate(_Prepared):
@@ -118,3 +119,20 @@ class Norm(_Prepared):
             *(out.data_ptr(), out.numel()),
         )
         return out
+
+
+def plane_means(x: Tensor, keep: bool) -> Tensor:
+    """The mean of every plane of images.
+
+    Args:
+        x: Images, ``(B, C, H, W)``, float32, contiguous, on the CPU; not empty.
+        keep: Whether the result is ``(B, C, 1, 1)``, or ``(B, C)``.
+    """
+    batch, channels, height, width = x.shape
+    shape = (batch, channels, 1, 1) if keep else (batch, channels)
+    out, planes = torch.empty(*shape, dtype=torch.float32), batch * channels
+    library().spp_plane_means(
+        *(x.data_ptr(), x.numel(), planes, height * width, torch.get_num_threads()),
+        *(out.data_ptr(), planes),
+    )
+    return out
