@@ -77,8 +77,8 @@ def channel_means(x: Tensor, pool: Callable[[Tensor], Tensor], keep: bool) -> Te
         and is_available()
         and not is_hooked()
         and _is_own_pool(pool)
+        and _is_unwatched()  # before sizes are read, which are tensors when torch.jit traces
         and _is_plain_image(x)
-        and _is_unwatched()
     ):
         return plane_means(x, keep)
     return pool(x)
@@ -109,8 +109,8 @@ def concat_norm(
         and is_available()
         and not is_hooked()
         and (not isinstance(activation, nn.Module) or is_untouched(activation, type(activation)))
-        and all(_is_plain_image(x) for x in parts)
         and _is_unwatched()
+        and all(_is_plain_image(x) for x in parts)
     ):
         prepared = _norm_of(norm, clamp)
         if prepared is not None:
