@@ -37,6 +37,7 @@ int32_t spp_ascending_order(const void*, int32_t, const double*, int64_t, int64_
 int32_t spp_gate(const spp::Gate*, const float*, int64_t, int64_t, int64_t, int32_t, float*, int64_t);
 int32_t spp_plane_means(const float*, int64_t, int64_t, int64_t, int32_t, float*, int64_t);
 int32_t spp_norm(const spp::Norm*, const spp::NormPart*, int32_t, int64_t, int64_t, int32_t, float*, int64_t);
+int32_t spp_pool(const spp::EpilogueOp*, int64_t, int32_t, int32_t, int32_t, const float*, int64_t, float*, int64_t);
 void spp_move(const int64_t*, const double*, int64_t, int64_t, double*);
 }
 
@@ -462,6 +463,31 @@ void run_between() {
       if (!(std::abs(gated[i]) <= std::abs(x[i]))) std::printf("a gate: %g of %g\n", gated[i], x[i]), ++failures;
     for (int64_t i = 0; i < normed.count; ++i)
       if (!(normed[i] >= 0)) std::printf("a norm: %g\n", normed[i]), ++failures;
+  }
+}
+
+// A pool behind no convolution.
+void run_pool() {
+  spp::EpilogueOp op{};
+  op.kind = between(0, 1) ? spp::EpilogueKind::kMaxPool : spp::EpilogueKind::kAveragePool;
+  op.ceil_mode = between(0, 1), op.count_include_pad = between(0, 1);
+  int size[2];
+  for (int d = 0; d < 2; ++d) {
+    op.kernel[d] = between(1, 5), op.stride[d] = between(1, 4), op.padding[d] = between(0, op.kernel[d] / 2);
+    size[d] = std::max(1, op.kernel[d] - 2 * op.padding[d]) + between(0, 40);
+  }
+  Planes in = planes(between(1, 5), size[0], size[1]);
+  const Floats x = normal(in.values.size());
+  std::copy_n(x.get(), x.count, in.values.begin());
+  const std::vector<double> expected = apply(op, in).values;
+  for (int threads = 1; threads <= 3; ++threads) {
+    const Floats out = memory(expected.size());
+    const auto run = [&](int64_t outputs) {
+      return spp_pool(&op, in.count, size[0], size[1], threads, x.get(), x.count, out.get(), outputs);
+    };
+    must_refuse(run(out.count + 1));
+    must(run(out.count));
+    compare("pool", out, expected, std::vector<double>(expected.size(), 1));
   }
 }
 

@@ -6,13 +6,14 @@
 #include "gate_kernel.h"
 #include "norm_kernel.h"
 #include "pixel_kernel.h"
+#include "pool_kernel.h"
 #include "winograd_kernel.h"
 
 namespace spp {
 namespace SPP_ISA {
 
 constexpr Kernels kAllKernels = {forward_pixels, forward_winograd, make_chain, linear_batch, backward,
-                                  gate, norm_parts, plane_means};
+                                  gate, norm_parts, plane_means, pool_planes};
 
 }  // namespace SPP_ISA
 }  // namespace spp

@@ -63,6 +63,23 @@ void check_epilogue(const EpilogueOp* ops, int32_t count) {
   }
 }
 
+PoolSize check_pool(const EpilogueOp& op, int64_t planes, int32_t height, int32_t width, int32_t threads) {
+  constexpr int32_t kMostWindow = 1 << 24;
+  check_epilogue(&op, 1);
+  check(op.kind != EpilogueKind::kLocalResponseNorm, "The operation must be a pool.");
+  check(planes >= 0 && planes < int64_t{1} << 40 && height > 0 && width > 0 && threads > 0,
+        "Height, width and threads must be positive, and the planes at least 0.");
+  check(int64_t{height} * width < int64_t{1} << 31, "A plane must have fewer than 2^31 numbers.");
+  const auto size = [&](int axis, int32_t length) {
+    check(op.kernel[axis] <= kMostWindow && op.stride[axis] <= kMostWindow && length <= kMostWindow,
+          "Planes, windows and strides must be at most 2^24 wide and high.");
+    return pool_size(length, op.kernel[axis], op.stride[axis], op.padding[axis], op.ceil_mode);
+  };
+  const PoolSize out{size(0, height), size(1, width)};
+  check(out.height > 0 && out.width > 0, "The planes must be at least as large as a window.");
+  return out;
+}
+
 void check_sizes(const Geometry& g, const KernelConfig& config) {
   check(config.batch >= 0 && config.height > 0 && config.width > 0 && config.threads > 0,
         "Height, width and threads must be positive, and the batch at least 0.");

@@ -42,6 +42,12 @@ void check_geometry(const Geometry& g, const int32_t* columns, int32_t num_colum
 void check_clamp(float low, float high, Activation activation);
 void check_epilogue(const EpilogueOp* ops, int32_t count);
 
+// Height and width that a pool leaves of planes, once they and the pool have been checked.
+struct PoolSize {
+  int32_t height, width;
+};
+PoolSize check_pool(const EpilogueOp& op, int64_t planes, int32_t height, int32_t width, int32_t threads);
+
 // That a convolution makes outputs of this shape of inputs of this shape.
 void check_sizes(const Geometry& g, const KernelConfig& config);
 // That a plan can compute inputs of this shape by this kernel.

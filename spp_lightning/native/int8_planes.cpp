@@ -71,8 +71,6 @@ void max_pool(const Pool& pool, const uint8_t* in, int64_t planes, int threads, 
 }  // namespace
 }  // namespace spp
 
-constexpr int32_t kMostWindow = 1 << 24;
-
 using spp::check, spp::check_count, spp::deref, spp::guarded, spp::Status;
 
 // The largest number of every window of planes of uint8.
@@ -80,20 +78,11 @@ SPP_EXPORT Status spp_int8_max_pool(const spp::EpilogueOp* op, int64_t planes, i
                                     int32_t threads, const uint8_t* in, int64_t in_count, uint8_t* out,
                                     int64_t out_count) {
   return guarded([&] {
-    spp::check_epilogue(&deref(op), 1);
-    check(op->kind == spp::EpilogueKind::kMaxPool, "The operation must be a max pool.");
-    check(planes >= 0 && planes < int64_t{1} << 40 && height > 0 && width > 0 && threads > 0,
-          "Height, width and threads must be positive, and the planes at least 0.");
-    const auto size = [&](int axis, int length) {
-      check(op->kernel[axis] <= kMostWindow && op->stride[axis] <= kMostWindow && length <= kMostWindow,
-            "Planes, windows and strides must be at most 2^24 wide and high.");
-      return spp::pool_size(length, op->kernel[axis], op->stride[axis], op->padding[axis], op->ceil_mode);
-    };
-    const spp::Pool pool{*op, height, width, size(0, height), size(1, width)};
-    check(pool.out_height > 0 && pool.out_width > 0, "The planes must be at least as large as a window.");
-    check(int64_t{height} * width < int64_t{1} << 31, "A plane must have fewer than 2^31 numbers.");
+    check(deref(op).kind == spp::EpilogueKind::kMaxPool, "The operation must be a max pool.");
+    const spp::PoolSize size = spp::check_pool(*op, planes, height, width, threads);
     check_count("in", {in, in_count}, planes * height * width);
-    check_count("out", {out, out_count}, planes * pool.out_height * pool.out_width);
+    check_count("out", {out, out_count}, planes * size.height * size.width);
+    const spp::Pool pool{*op, height, width, size.height, size.width};
     spp::max_pool(pool, in, planes, threads, out);
   });
 }

@@ -231,6 +231,17 @@ SPP_EXPORT Status spp_gate(const spp::Gate* gate, const float* x, int64_t x_coun
   });
 }
 
+// The mean or the largest number of every window of planes.
+SPP_EXPORT Status spp_pool(const spp::EpilogueOp* op, int64_t planes, int32_t height, int32_t width, int32_t threads,
+                           const float* in, int64_t in_count, float* out, int64_t out_count) {
+  return guarded([&] {
+    const spp::PoolSize size = spp::check_pool(deref(op), planes, height, width, threads);
+    check_count("in", {in, in_count}, planes * height * width);
+    check_count("out", {out, out_count}, planes * size.height * size.width);
+    spp::chosen.kernels->pool_planes(*op, in, planes, height, width, threads, out);
+  });
+}
+
 // Norms the concatenation of some tensors.
 SPP_EXPORT Status spp_norm(const spp::Norm* norm, const spp::NormPart* parts, int32_t count, int64_t batch,
                            int64_t pixels, int32_t threads, float* out, int64_t out_count) {

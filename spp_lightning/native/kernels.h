@@ -44,6 +44,8 @@ struct Kernels {
   void (*norm_parts)(const Norm&, const NormPart* parts, int count, int64_t batch, int64_t pixels,
                      int threads, float* out);
   void (*plane_means)(const float* x, int64_t planes, int64_t pixels, int threads, float* out);
+  void (*pool_planes)(const EpilogueOp&, const float* in, int64_t planes, int height, int width, int threads,
+                      float* out);
 };
 
 extern const Kernels kBaseKernels;

@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from spp_lightning.compaction.epilogue import Clamp
+from spp_lightning.compaction.graph.pools import PlanePool, find_pools
 from spp_lightning.compaction.graph.steps import Step, Value, users_of
 from spp_lightning.compaction.layers.column_conv import ColumnConv2d
 
@@ -84,7 +85,7 @@ class GlobalPool(NamedTuple):
         return (self.result,)
 
 
-Call = Gate | NormedParts | GlobalPool
+Call = Gate | NormedParts | GlobalPool | PlanePool
 
 _LayerOf = Callable[[str], nn.Module]
 
@@ -99,7 +100,7 @@ def find_calls(steps: Sequence[Step], layer_of: _LayerOf) -> tuple[Call, ...]:
     gates = find_gates(steps, layer_of)
     pools = {gate.pool for gate in gates}
     others = [pool for pool in _find_pools(steps, layer_of) if pool.result not in pools]
-    return (*gates, *_find_norms(steps, layer_of), *others)
+    return (*gates, *_find_norms(steps, layer_of), *others, *find_pools(steps, layer_of))
 
 
 def find_gates(steps: Sequence[Step], layer_of: _LayerOf) -> tuple[Gate, ...]:

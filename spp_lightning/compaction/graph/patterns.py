@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ __all__ = [
     "as_activation",
     "as_clamp",
     "as_plane_op",
+    "as_pool",
     "averages_pixels",
     "cat_operands",
     "is_channelwise",
@@ -227,6 +229,11 @@ def as_plane_op(graph: fx.GraphModule, node: Node) -> PlaneOp | None:
         given, maximum = arguments(node, (*names, "divisor_override")), False
     else:
         return None
+    return as_pool(given, maximum)
+
+
+def as_pool(given: Mapping[str, Any], maximum: bool) -> PlaneOp | None:
+    """The pool of torch's arguments, by name; None if the kernels have no such pool."""
     if (
         given.get("return_indices", False)
         or _pair(given.get("dilation", 1)) != (1, 1)

@@ -9,12 +9,14 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
-from spp_lightning.compaction.epilogue import Clamp
+from spp_lightning.compaction.epilogue import Clamp, PlaneOp
 from spp_lightning.compaction.graph.between import Call, Gate, GlobalPool
 from spp_lightning.compaction.graph.join import Row
+from spp_lightning.compaction.graph.pools import PlanePool
 from spp_lightning.compaction.graph.steps import Step, Value, values_in
 from spp_lightning.compaction.layers.between import channel_gate, channel_means, concat_norm
 from spp_lightning.compaction.layers.chain import column_chain
+from spp_lightning.compaction.layers.pools import pool_planes
 
 __all__ = ["REQUIRED", "Instruction", "Program", "compile_steps", "find"]
 
@@ -164,6 +166,20 @@ def _pool(network: nn.Module, target: _PoolCall, args: Sequence[Any], kwargs: An
     return channel_means(args[0], _pool_of(network, target.pool), target.keeps)
 
 
+class _PlanePoolCall(NamedTuple):
+    """What the call of a pool calls: the module, None where it is a function, and the pool."""
+
+    module: tuple[str, ...] | None
+    op: PlaneOp
+
+
+def _plane_pool(
+    network: nn.Module, target: _PlanePoolCall, args: Sequence[Any], kwargs: Any
+) -> Tensor:
+    module = None if target.module is None else find(network, target.module)
+    return pool_planes(args[0], target.op, module)
+
+
 class _NormCall(NamedTuple):
     """What the call of a norm calls: the norm, the module that clamps, or None, and its limits."""
 
@@ -261,8 +277,11 @@ class _Compiler:
             pool = _PoolCall(self._pool(call.result), call.keeps)
             return self._add(_pool, pool, [self._slot_of(call.x)])
         is_module = self._steps[call.result].kind == "layer"
-        activation = self._path(call.result) if is_module else None
-        norm = _NormCall(self._path(call.norm), activation, call.clamp)
+        module = self._path(call.result) if is_module else None
+        if isinstance(call, PlanePool):
+            plane_pool = _PlanePoolCall(module, call.op)
+            return self._add(_plane_pool, plane_pool, [self._slot_of(call.x)])
+        norm = _NormCall(self._path(call.norm), module, call.clamp)
         return self._add(_norm, norm, [self._slot_of(x) for x in call.parts])
 
     def _pool(self, position: int) -> _Pool:

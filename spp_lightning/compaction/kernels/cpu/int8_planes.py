@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from spp_lightning.compaction.epilogue import KINDS, Epilogue, PlaneOp
+from spp_lightning.compaction.epilogue import Epilogue, PlaneOp
 from spp_lightning.compaction.kernels.cpu.library import NativeEpilogueOp, library
+from spp_lightning.compaction.kernels.cpu.pools import native_op
 
 __all__ = ["max_pool", "post_and_quantize", "quantize"]
 
@@ -28,7 +28,7 @@ def max_pool(x: Tensor, op: PlaneOp) -> Tensor:
     """
     batch, channels, height, width = x.shape
     out = torch.empty(batch, channels, *op.out_size(height, width), dtype=torch.uint8)
-    native, threads = _native_op(op), torch.get_num_threads()
+    native, threads = native_op(op), torch.get_num_threads()
     library().spp_int8_max_pool(
         *(ctypes.byref(native), batch * channels, height, width, threads),
         *(x.data_ptr(), x.numel(), out.data_ptr(), out.numel()),
@@ -53,7 +53,7 @@ def post_and_quantize(
     batch, channels, height, width = x.shape
     size = Epilogue(post=tuple(post)).out_size(height, width)
     out = torch.empty(batch, channels, *size, dtype=torch.uint8)
-    native = (NativeEpilogueOp * len(post))(*(_native_op(op) for op in post))
+    native = (NativeEpilogueOp * len(post))(*(native_op(op) for op in post))
     library().spp_int8_post(
         *(native, len(post), batch * channels, height, width),
         *(inverse, zero_point, torch.get_num_threads()),
@@ -83,12 +83,3 @@ def quantize(x: Tensor, inverse: float, zero_point: int) -> Tensor:
         *(x.data_ptr(), x.numel(), out.data_ptr(), out.numel()),
     )
     return out
-
-
-def _native_op(op: PlaneOp) -> Any:
-    pair = ctypes.c_int32 * 2
-    return NativeEpilogueOp(
-        KINDS.index(op.kind),
-        *(pair(*x) for x in (op.kernel_size, op.stride, op.padding)),
-        *(op.ceil_mode, op.count_include_pad, op.alpha),
-    )

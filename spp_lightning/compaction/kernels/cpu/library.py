@@ -137,6 +137,7 @@ _ARGUMENTS = {
     "spp_gate": (_POINTER, *_TENSOR, _COUNT, _COUNT, _NUMBER, *_TENSOR),
     "spp_norm": (_POINTER, _POINTER, _NUMBER, _COUNT, _COUNT, _NUMBER, *_TENSOR),
     "spp_plane_means": (*_TENSOR, _COUNT, _COUNT, _NUMBER, *_TENSOR),
+    "spp_pool": (_POINTER, _COUNT, *3 * (_NUMBER,), *2 * _TENSOR),
     "spp_linear": (_POINTER, *_TENSOR, _COUNT, _NUMBER, *_TENSOR),
     "spp_int8_set_isa": (ctypes.c_char_p,),
     "spp_int8_create": (_POINTER, _POINTER, _NUMBER, *3 * _TENSOR, _POINTER, _POINTER),
