@@ -532,7 +532,7 @@ int main(int argc, char** argv) {
       continue;
     }
     if (spp_set_isa(argv[i]) != 0) continue;
-    for (int n = 0; n < cases; ++n) run_case(), run_between(), run_update<float>(), run_update<double>();
+    for (int n = 0; n < cases; ++n) run_case(), run_between(), run_pool(), run_update<float>(), run_update<double>();
     std::printf("%s: %d shapes\n", argv[i], cases);
   }
   // The memory of threads that OpenMP is letting go would look leaked.
