@@ -199,14 +199,14 @@ DISTILLED: dict[str, Any] = {"distillation": 0.7}
 ADDED: dict[str, dict[str, Any]] = {
     "": {},
     ", scaled by 1 - p": SCALED,
-    ", scaled and distilled": SCALED | DISTILLED,
-    ", distilled": DISTILLED,
     ", scaled, zero crossing nearer to R": SCALED | {"crossing": 0.2},
-    ", zero crossing nearer to R": {"crossing": 0.2},
+    ", scaled, twice the learning rate in retraining": SCALED | {"retraining_lr": 2.0},
     ", penalties in the place of masks": {"masking": "penalize"},
-    ", twice the learning rate in retraining": {"retraining_lr": 2.0},
+    ", zero crossing nearer to R": {"crossing": 0.2},
     ", half as many pruning iterations": {"interval": 90},
     ", twice as many pruning iterations": {"interval": 360},
+    ", scaled and distilled": SCALED | DISTILLED,
+    ", distilled": DISTILLED,
 }
 ADDED_TO_OTHERS = ("", ", distilled")
 
@@ -218,7 +218,8 @@ def _recipes() -> dict[str, Configuration]:
         if speedup in CONV1:
             shares = CONV1[speedup]["more of conv1 kept"]
             kept = {"ratios": tuple(zip(LAYERS, shares, strict=True))}
-            added[", more of conv1 kept"] = kept
+            more = {", scaled, more of conv1 kept": SCALED | kept}
+            added = more | added | {", more of conv1 kept": kept}
             added[", scaled, distilled, more of conv1 kept"] = SCALED | DISTILLED | kept
         for method in ("SPP", "gradual L1 columns", "one-shot L1 columns"):
             plain = replace(METHODS[method], speedup=speedup)
