@@ -39,7 +39,9 @@ class PlanePool(NamedTuple):
         return (self.result,)
 
 
-def find_pools(steps: Sequence[Step], layer_of: Callable[[str], nn.Module]) -> tuple[PlanePool, ...]:
+def find_pools(
+    steps: Sequence[Step], layer_of: Callable[[str], nn.Module]
+) -> tuple[PlanePool, ...]:
     """The pools of a network.
 
     Args:
