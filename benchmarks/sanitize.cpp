@@ -259,11 +259,15 @@ void run_case() {
   const bool winograd = between(0, 3) == 0;
   if (winograd) g.channels = between(1, 20), g.filters = between(1, 70), g.groups = 1;
   else if (between(0, 4) == 0) g.channels = g.filters = g.groups = between(2, 40);  // depthwise
+  // Depthwise layers have kernels of their own for these squares.
+  const bool square = g.groups > 1 && g.groups == g.channels && g.groups == g.filters && between(0, 1);
+  const int side = 2 * between(1, 3) + 1, step = between(1, 2);
   int size[2], out[2];
   for (int d = 0; d < 2; ++d) {
     g.kernel[d] = in_place && d ? 2 * between(0, 2) + 1 : between(1, 4);
     g.stride[d] = in_place ? 1 : between(1, 3);
     g.dilation[d] = between(0, 2) ? 1 : between(2, 3);
+    if (square) g.kernel[d] = side, g.stride[d] = step, g.dilation[d] = 1;
     if (winograd) g.kernel[d] = 3, g.stride[d] = g.dilation[d] = 1;
     g.padding[d] = in_place && d ? g.dilation[d] * (g.kernel[d] / 2) : between(0, 5);
     const int reach = g.dilation[d] * (g.kernel[d] - 1) + 1;

@@ -3,6 +3,7 @@
 
 #include "backward.h"
 #include "chain.h"
+#include "depthwise_kernel.h"
 #include "gate_kernel.h"
 #include "norm_kernel.h"
 #include "pixel_kernel.h"
@@ -12,7 +13,7 @@
 namespace spp {
 namespace SPP_ISA {
 
-constexpr Kernels kAllKernels = {forward_pixels, forward_winograd, make_chain, linear_batch, backward,
+constexpr Kernels kAllKernels = {forward_pixels, forward_depthwise, forward_winograd, make_chain, linear_batch, backward,
                                   gate, norm_parts, plane_means, pool_planes};
 
 }  // namespace SPP_ISA

@@ -144,8 +144,10 @@ SPP_EXPORT Status spp_forward(const Plan* plan, const KernelConfig* config, cons
     check_count("residual", {residual, residual_count}, spp::conv_count(*plan, *config), true);
     check_count("output", {output, output_count}, spp::output_count(*plan, *config));
     const auto pairs = spp::chosen.pairs;
+    const bool depthwise = plan->is_depthwise() && !config->bfloat16;
     switch (config->kernel) {
-      case spp::Kernel::kPixelVectorised: return spp::chosen.kernels->forward_pixels(pass);
+      case spp::Kernel::kPixelVectorised:
+        return depthwise ? spp::chosen.kernels->forward_depthwise(pass) : spp::chosen.kernels->forward_pixels(pass);
       case spp::Kernel::kWinograd4:
       case spp::Kernel::kWinograd2: return spp::chosen.kernels->forward_winograd(pass);
       case spp::Kernel::kChannelBlocked: return check(false, "Run the channel-blocked kernel as a chain.");

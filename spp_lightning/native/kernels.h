@@ -36,6 +36,7 @@ class Chain {
 
 struct Kernels {
   void (*forward_pixels)(const ForwardPass&);
+  void (*forward_depthwise)(const ForwardPass&);
   void (*forward_winograd)(const ForwardPass&);
   Chain* (*make_chain)(const Plan* const*, const KernelConfig* const*, int);
   void (*linear_batch)(const Linear&, const float* x, int64_t batch, int threads, float* out);

@@ -16,6 +16,7 @@ Plan::Plan(const Geometry& g, const int32_t* numbers, int32_t num_columns, const
   if (biases != nullptr) std::copy(biases, biases + g.filters, bias.begin());
   weights = pack(weight, 1);
   if (bfloat16) pairs = pack(weight, 2);
+  if (is_depthwise()) depthwise.assign(weight, weight + num_columns);
 }
 
 // Also finds the source planes that the columns read.

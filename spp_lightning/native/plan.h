@@ -67,6 +67,7 @@ struct WinogradWeights;
 struct Plan : KeptColumns {
   TileWeights weights;
   TileWeights pairs;                 // bfloat16: two columns in the place of one; or empty
+  std::vector<float> depthwise;      // of a depthwise layer, one per column; else empty
   std::vector<float> bias;           // one per filter, and zeros
   float low, high;                   // the clamp
   Activation activation;             // without a clamp

@@ -116,6 +116,26 @@ inline void interleave(Vector a, Vector b, Vector& first, Vector& second) {
 #endif
 }
 
+// Two vectors of what lies at p: the even numbers, and the odd ones.
+inline void load_alternating(const float* p, Vector& even, Vector& odd) {
+#if SPP_LANES == 8
+  // Halves that are put together when they are loaded leave one instruction for either result.
+  const __m256 a = _mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(p)), _mm_loadu_ps(p + 8), 1);
+  const __m256 b = _mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(p + 4)), _mm_loadu_ps(p + 12), 1);
+  even = _mm256_shuffle_ps(a, b, 0x88);
+  odd = _mm256_shuffle_ps(a, b, 0xdd);
+#else
+  const Vector a = load(p), b = load(p + kLanes);
+#if SPP_LANES == 16
+  even = SPP_PICK(a, b, 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+  odd = SPP_PICK(a, b, 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
+#else
+  even = SPP_PICK(a, b, 0, 2, 4, 6);
+  odd = SPP_PICK(a, b, 1, 3, 5, 7);
+#endif
+#endif
+}
+
 // Copies `count` numbers, fewer than a vector, in pieces of constant length: no call of memcpy.
 inline void copy_few(float* out, const float* in, int count) {
 #pragma GCC unroll 4

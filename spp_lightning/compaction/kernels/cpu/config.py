@@ -17,7 +17,9 @@ class Kernel(IntEnum):
     bit for bit. Winograd's round otherwise, and so do pairs of bfloat16.
     """
 
-    PIXELS = 0  # pixel-vectorised (NCHW): the pixels under the kept columns are packed into panels
+    # Pixel-vectorised (NCHW): the pixels under the kept columns are packed into panels. Depthwise
+    # layers have a kernel of their own, which goes plane by plane.
+    PIXELS = 0
     PAIRS = 2  # the same, with products of pairs of bfloat16
     CHANNELS = 3  # channel-blocked (nChw16c): vectors of 16 filters
     WINOGRAD_4 = 4  # Winograd's minimal filtering, tiles of 4×4 outputs

@@ -43,8 +43,9 @@ _VECTORS = 3  # of pixels in one of their tiles
 _PANEL = 256  # columns of one of their panels
 _L1, _L2 = 24_000, 400_000  # bytes of weights that stay in a core's caches between two tiles
 
-# Numbers of an image between two layers of a chain beyond which it leaves the cache anyway.
-_MOST_CHAINED = 2**20
+# Numbers of an image between two layers of a chain beyond which it leaves the cache anyway. Chains
+# with a depthwise stage were faster up to twice as many.
+_MOST_CHAINED, _MOST_DEPTHWISE_CHAINED = 2**20, 2**21
 
 
 class _Times(NamedTuple):
@@ -66,6 +67,11 @@ class _Times(NamedTuple):
     transpose: float  # a vector of the output
     column: float
     row: float  # a vector of channels of a row of a depthwise layer
+    # Depthwise, pixel-vectorised.
+    stencil: float  # a product, where columns are pruned or no dense stencil is used
+    stencil_out: float  # a vector of the output
+    stencil_copy: float  # a vector of the input
+    stencil_plane: float
     # The epilogue, per vector: strided windows, windows at every pixel, and a residual.
     pool: float
     window: float
@@ -95,6 +101,10 @@ _TIMES = _Times(
     transpose=1.67,
     column=3.39,
     row=8.0,
+    stencil=0.324,
+    stencil_out=1.0,
+    stencil_copy=0.926,
+    stencil_plane=37.8,
     pool=1.9,
     window=4.9,
     residual=0.6,
@@ -136,6 +146,9 @@ _BARRIER = 1000.0  # nanoseconds until all threads have reached a point
 # threads, one call must save a tenth: the bottlenecks of ResNet-50 are faster layer by layer then,
 # and ConvNet keeps its one call.
 _CHAIN_MARGIN = 0.9
+# Chains with a depthwise stage, those of MobileNets and EfficientNet-B0, take less than their
+# layers' times together.
+_DEPTHWISE_CHAIN = 0.9
 
 # A call of a layer from Python, and of a dense one: nanoseconds without any computing.
 _PYTHON_CALL, _DENSE_CALL = 8000.0, 3000.0
@@ -274,12 +287,14 @@ def choose_chain(
         chained.append(_channel_blocked(layer, i == 0, i + 1 == len(layers)))
         shape = (shape[0], spec.geometry.filters, *spec.out_size(*shape[2:]))
         if i + 1 < len(layers):
-            groups = spec.geometry.groups
+            groups = 1 if spec.geometry.is_depthwise else spec.geometry.groups
             padded = groups * math.ceil(spec.geometry.filters / groups / CHUNK) * CHUNK
             most = max(most, padded * math.prod(shape[2:]))
-    possible &= most <= _MOST_CHAINED
+    depthwise = any(spec.geometry.is_depthwise for spec, _ in layers)
+    possible &= most <= (_MOST_DEPTHWISE_CHAINED if depthwise else _MOST_CHAINED)
+    image = sum(chained) * (_DEPTHWISE_CHAIN if depthwise else 1.0)
     times = {
-        count: _on_threads(sum(chained), first[0], count, len(layers)) + _PYTHON_CALL + _TIMES.call
+        count: _on_threads(image, first[0], count, len(layers)) + _PYTHON_CALL + _TIMES.call
         for count in dict.fromkeys((threads, 1))
     }
     count = min(times, key=times.__getitem__)
@@ -340,6 +355,8 @@ def _estimate(
         image += _planes_epilogue(layer)
     elif config.kernel == Kernel.CHANNELS:
         image = _channel_blocked(layer, True, True)
+    elif spec.geometry.is_depthwise and config.kernel == Kernel.PIXELS:
+        image = _stencils(layer) + _planes_epilogue(layer)
     else:
         image = _pixel_vectorised(layer) + _planes_epilogue(layer)
         image *= 0.5 if config.kernel == Kernel.PAIRS else 1.0
@@ -376,7 +393,7 @@ def _pixel_vectorised(layer: _Layer) -> float:
 def _channel_blocked(layer: _Layer, is_first: bool, is_last: bool) -> float:
     t, g = _TIMES, layer.spec.geometry
     if g.is_depthwise:
-        return _depthwise(layer, is_first, is_last)
+        return _depthwise_blocks(layer, is_first, is_last)
     chunks = math.ceil(g.filters / g.groups / CHUNK)
     tiles, pixels = _tiles_of_row(layer.out_width, layer.most_pixels)
     inside = _rows_inside(layer) * chunks * layer.columns  # steps of a tile, over all rows
@@ -396,7 +413,32 @@ def _channel_blocked(layer: _Layer, is_first: bool, is_last: bool) -> float:
     return time + _blocks_epilogue(layer, lanes, is_last)
 
 
-def _depthwise(layer: _Layer, is_first: bool, is_last: bool) -> float:
+def _stencils(layer: _Layer) -> float:
+    """Nanoseconds of a depthwise layer, pixel-vectorised."""
+    t, g = _TIMES, layer.spec.geometry
+    of_row = math.ceil(layer.out_width / layer.lanes)
+    outputs = g.channels * layer.out_height * of_row
+    product = t.product if _is_dense_stencil(layer, of_row) else t.stencil
+    time = (product * layer.columns / g.channels + t.stencil_out) * outputs
+    inputs = g.channels * layer.height * math.ceil(layer.width / layer.lanes)
+    return time + t.stencil_copy * inputs + t.stencil_plane * g.channels
+
+
+def _is_dense_stencil(layer: _Layer, vectors: int) -> bool:
+    """Whether all columns are computed at once: ``dense_kernels`` in ``depthwise_kernel.h``."""
+    g = layer.spec.geometry
+    side, stride = g.kernel_size[0], g.stride[0]
+    known = (side, stride) in ((3, 1), (5, 1), (7, 1), (3, 2), (5, 2)) and g.dilation[0] == 1
+    return (
+        known
+        and g.kernel_size == (side, side)
+        and layer.columns == g.num_columns
+        and (vectors > 1 or side == 3)
+    )
+
+
+def _depthwise_blocks(layer: _Layer, is_first: bool, is_last: bool) -> float:
+    """Nanoseconds of a depthwise layer, channel-blocked."""
     t, g = _TIMES, layer.spec.geometry
     lanes = math.ceil(g.channels / CHUNK) * CHUNK / layer.lanes  # vectors of a pixel
     _, pixels = _tiles_of_row(layer.out_width, layer.most_pixels)
