@@ -2,6 +2,7 @@
 #include <cstring>
 #include <memory>
 
+#include "call_list.h"
 #include "guard.h"
 #include "int8_plan.h"
 #include "interface.h"
@@ -90,12 +91,13 @@ using spp::guarded, spp::deref, spp::check, spp::check_count, spp::Status, spp::
 SPP_EXPORT const char* spp_error() { return spp::last_error().c_str(); }
 
 // Of the structures that cross this border, in turn: Geometry, EpilogueOp, KernelConfig, Linear, GateLayer, Gate,
-// Norm, NormPart, Int8Scales; -1 behind them.
+// Norm, NormPart, Int8Scales, ListedCall; -1 behind them.
 SPP_EXPORT int64_t spp_struct_size(int32_t index) {
   constexpr int64_t kSizes[] = {sizeof(spp::Geometry), sizeof(spp::EpilogueOp), sizeof(KernelConfig),
                                 sizeof(spp::Linear), sizeof(spp::GateLayer), sizeof(spp::Gate),
-                                sizeof(spp::Norm), sizeof(spp::NormPart), sizeof(spp::Int8Scales)};
-  return index >= 0 && index < 9 ? kSizes[index] : -1;
+                                sizeof(spp::Norm), sizeof(spp::NormPart), sizeof(spp::Int8Scales),
+                                sizeof(spp::ListedCall)};
+  return index >= 0 && index < 10 ? kSizes[index] : -1;
 }
 
 SPP_EXPORT const char* spp_isa() { return spp::chosen.name; }

@@ -30,3 +30,7 @@ SPP_EXPORT spp::Status spp_chain_forward(const spp::CheckedChain* chain, const v
                                          const spp::Linear* linear, void* output, int64_t output_count);
 SPP_EXPORT spp::Status spp_linear(const spp::Linear* layer, const float* x, int64_t x_count, int64_t batch,
                                   int32_t threads, float* out, int64_t out_count);
+SPP_EXPORT spp::Status spp_gate(const spp::Gate* gate, const float* x, int64_t x_count, int64_t batch, int64_t pixels,
+                                int32_t threads, float* out, int64_t out_count);
+SPP_EXPORT spp::Status spp_plane_means(const float* x, int64_t x_count, int64_t planes, int64_t pixels,
+                                       int32_t threads, float* out, int64_t out_count);

@@ -12,6 +12,7 @@ from spp_lightning.compaction.graph.join import Row, join
 from spp_lightning.compaction.graph.program import REQUIRED, Program, compile_steps
 from spp_lightning.compaction.graph.query import is_opaque
 from spp_lightning.compaction.graph.steps import Step, steps_of, text_of
+from spp_lightning.compaction.graph.stretches import join_instructions
 
 __all__ = ["CompactNetwork"]
 
@@ -74,7 +75,11 @@ class CompactNetwork(nn.Module):
         self._between = find_calls(self.compact_steps, self.get_submodule)
         others = {position for call in self._between for position in call.replaced}
         self._rows = join(self.compact_steps, self.get_submodule, others)
-        self._program = compile_steps(self.compact_steps, self._rows, self._between)
+        self._compile()
+
+    def _compile(self) -> None:
+        program = compile_steps(self.compact_steps, self._rows, self._between)
+        self._program = join_instructions(program, self.get_submodule)
 
     @classmethod
     def of(cls, graph: fx.GraphModule) -> CompactNetwork:
@@ -142,7 +147,7 @@ class CompactNetwork(nn.Module):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._program = compile_steps(self.compact_steps, self._rows, self._between)
+        self._compile()
 
     def __repr__(self) -> str:
         return f"{super().__repr__()}\n{text_of(self.compact_steps)}"

@@ -18,7 +18,18 @@ from spp_lightning.compaction.layers.between import channel_gate, channel_means,
 from spp_lightning.compaction.layers.chain import column_chain
 from spp_lightning.compaction.layers.pools import pool_planes
 
-__all__ = ["REQUIRED", "Instruction", "Program", "compile_steps", "find"]
+__all__ = [
+    "REQUIRED",
+    "Instruction",
+    "Program",
+    "compile_steps",
+    "find",
+    "picker",
+    "run_gate",
+    "run_layer",
+    "run_pool",
+    "run_row",
+]
 
 REQUIRED = object()  # default value of an input that has none
 
@@ -86,7 +97,8 @@ def find(network: nn.Module, path: tuple[str, ...]) -> Any:
     return module
 
 
-def _layer(network: nn.Module, target: tuple[str, ...], args: Sequence[Any], kwargs: Any) -> Any:
+def run_layer(network: nn.Module, target: tuple[str, ...], args: Sequence[Any], kwargs: Any) -> Any:
+    """Call the layer at a path."""
     return find(network, target)(*args, **kwargs)
 
 
@@ -123,7 +135,8 @@ class _Joined(NamedTuple):
     pick: Callable[[Any], tuple[Any, ...]] | None
 
 
-def _row(network: nn.Module, target: _Joined, args: Sequence[Any], kwargs: Any) -> Tensor:
+def run_row(network: nn.Module, target: _Joined, args: Sequence[Any], kwargs: Any) -> Tensor:
+    """Call layers in a row."""
     paths, has_linear, pick = target
     if pick is None:
         modules = tuple([find(network, path) for path in paths])
@@ -148,7 +161,8 @@ class _GateCall(NamedTuple):
     layers: tuple[tuple[str, ...], tuple[str, ...]]
 
 
-def _gate(network: nn.Module, target: _GateCall, args: Sequence[Any], kwargs: Any) -> Tensor:
+def run_gate(network: nn.Module, target: _GateCall, args: Sequence[Any], kwargs: Any) -> Tensor:
+    """Call a gate."""
     pool, (reduce, expand) = target
     return channel_gate(
         args[0], _pool_of(network, pool), find(network, reduce), find(network, expand)
@@ -162,7 +176,8 @@ class _PoolCall(NamedTuple):
     keeps: bool
 
 
-def _pool(network: nn.Module, target: _PoolCall, args: Sequence[Any], kwargs: Any) -> Tensor:
+def run_pool(network: nn.Module, target: _PoolCall, args: Sequence[Any], kwargs: Any) -> Tensor:
+    """Call a global average pool."""
     return channel_means(args[0], _pool_of(network, target.pool), target.keeps)
 
 
@@ -193,7 +208,7 @@ def _norm(network: nn.Module, target: _NormCall, args: Sequence[Any], kwargs: An
     return concat_norm(args, find(network, target.norm), relu, target.clamp)
 
 
-def _picker(keys: Sequence[Any]) -> Callable[[Any], tuple[Any, ...]]:
+def picker(keys: Sequence[Any]) -> Callable[[Any], tuple[Any, ...]]:
     """A function that reads items as a tuple: of few, several times faster than a comprehension."""
     # operator.itemgetter is as fast, but torch.compile can't trace it.
     if len(keys) == 1:
@@ -253,7 +268,7 @@ class _Compiler:
 
     def _add_step(self, position: int, step: Step) -> None:
         runs: dict[str, Run] = {
-            "layer": _layer,
+            "layer": run_layer,
             "tensor": _tensor,
             "function": _function,
             "method": _method,
@@ -271,11 +286,11 @@ class _Compiler:
     def _add_between(self, call: Call) -> int:
         if isinstance(call, Gate):
             layers = (self._path(call.layers[0]), self._path(call.layers[1]))
-            target = _GateCall(self._pool(call.pool), layers)
-            return self._add(_gate, target, [self._slot_of(call.x)])
+            target = _GateCall(self._pool_at(call.pool), layers)
+            return self._add(run_gate, target, [self._slot_of(call.x)])
         if isinstance(call, GlobalPool):
-            pool = _PoolCall(self._pool(call.result), call.keeps)
-            return self._add(_pool, pool, [self._slot_of(call.x)])
+            pool = _PoolCall(self._pool_at(call.result), call.keeps)
+            return self._add(run_pool, pool, [self._slot_of(call.x)])
         is_module = self._steps[call.result].kind == "layer"
         module = self._path(call.result) if is_module else None
         if isinstance(call, PlanePool):
@@ -284,7 +299,7 @@ class _Compiler:
         norm = _NormCall(self._path(call.norm), module, call.clamp)
         return self._add(_norm, norm, [self._slot_of(x) for x in call.parts])
 
-    def _pool(self, position: int) -> _Pool:
+    def _pool_at(self, position: int) -> _Pool:
         step = self._steps[position]
         if step.kind == "layer":
             return self._path(position)
@@ -297,16 +312,16 @@ class _Compiler:
         args = [self._slot_of(x), self._slot_of(residual[0] if residual else None)]
         paths = tuple(path(i) for i in (*row.layers, row.linear) if i is not None)
         children = all(len(path) == 1 for path in paths)
-        pick = _picker([path[0] for path in paths]) if children else None
+        pick = picker([path[0] for path in paths]) if children else None
         target = _Joined(paths, row.linear is not None, pick)
-        self._slots[row.result] = self._add(_row, target, args)
+        self._slots[row.result] = self._add(run_row, target, args)
 
     def _add(
         self, run: Run, target: Any, args: Sequence[int], kwargs: Sequence[tuple[str, int]] = ()
     ) -> int:
         out = len(self._start)
         self._start.append(None)
-        call = Instruction(run, target, tuple(args), _picker(args), tuple(kwargs), out, ())
+        call = Instruction(run, target, tuple(args), picker(args), tuple(kwargs), out, ())
         self._calls.append(call)
         return out
 

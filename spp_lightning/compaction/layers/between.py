@@ -14,7 +14,7 @@ from spp_lightning.compaction.kernels.cpu.library import is_available
 from spp_lightning.compaction.layers.chain import is_hooked, is_readable, is_untouched
 from spp_lightning.compaction.layers.column_conv import ColumnConv2d
 
-__all__ = ["channel_gate", "channel_means", "concat_norm"]
+__all__ = ["channel_gate", "channel_means", "concat_norm", "is_eager", "is_own_pool"]
 
 
 def channel_gate(x: Tensor, pool: Callable[[Tensor], Tensor], *layers: ColumnConv2d) -> Tensor:
@@ -36,7 +36,7 @@ def channel_gate(x: Tensor, pool: Callable[[Tensor], Tensor], *layers: ColumnCon
         and reduce._takes_directly(x)
         and x.dtype == torch.float32
         and x.numel()
-        and _is_own_pool(pool)
+        and is_own_pool(pool)
         and is_untouched(expand, ColumnConv2d)
     ):
         prepared = _gate_of(reduce, expand)
@@ -76,15 +76,15 @@ def channel_means(x: Tensor, pool: Callable[[Tensor], Tensor], keep: bool) -> Te
         not torch.compiler.is_compiling()
         and is_available()
         and not is_hooked()
-        and _is_own_pool(pool)
-        and _is_unwatched()  # before sizes are read, which are tensors when torch.jit traces
+        and is_own_pool(pool)
+        and is_eager()  # before sizes are read, which are tensors when torch.jit traces
         and _is_plain_image(x)
     ):
         return plane_means(x, keep)
     return pool(x)
 
 
-def _is_own_pool(pool: Callable[[Tensor], Tensor]) -> bool:
+def is_own_pool(pool: Callable[[Tensor], Tensor]) -> bool:
     """Whether a pool is a function, or a module that nobody wants to see."""
     return not isinstance(pool, nn.Module) or is_untouched(pool, nn.AdaptiveAvgPool2d)
 
@@ -109,7 +109,7 @@ def concat_norm(
         and is_available()
         and not is_hooked()
         and (not isinstance(activation, nn.Module) or is_untouched(activation, type(activation)))
-        and _is_unwatched()
+        and is_eager()
         and all(_is_plain_image(x) for x in parts)
     ):
         prepared = _norm_of(norm, clamp)
@@ -119,8 +119,8 @@ def concat_norm(
     return activation(norm(x))
 
 
-def _is_unwatched() -> bool:
-    """Whether nobody watches or transforms what torch computes."""
+def is_eager() -> bool:
+    """Whether torch computes at once, and nobody watches or transforms that."""
     return (
         not torch.is_autocast_enabled("cpu")
         and not torch._C._len_torch_dispatch_stack()

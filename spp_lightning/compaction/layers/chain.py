@@ -10,7 +10,7 @@ from spp_lightning.compaction.kernels.cpu.chain import ChainHandle, Linear, may_
 from spp_lightning.compaction.kernels.cpu.handle import Handle
 from spp_lightning.compaction.layers.column_conv import ColumnConv2d, is_plain, need_grad
 
-__all__ = ["column_chain", "is_hooked", "is_readable", "is_untouched", "tune_chain"]
+__all__ = ["column_chain", "holds", "is_hooked", "is_readable", "is_untouched", "tune_chain"]
 
 
 def column_chain(
@@ -99,7 +99,8 @@ def _chain_of(
     if is_hooked() or x.dtype != torch.float32:
         return None
     found: ChainHandle | None = layers[0]._chain
-    if found is not None and _holds(found, x, residual, layers, linear):
+    adds = residual is None or layers[-1]._adds_directly(x, residual)
+    if found is not None and adds and holds(found, layers, linear):
         return found
     handles, last, are_new = list[Handle](), layers[-1], False
     for layer in layers:
@@ -121,13 +122,7 @@ def _chain_of(
     return chain
 
 
-def _holds(
-    chain: ChainHandle,
-    x: Tensor,
-    residual: Tensor | None,
-    layers: tuple[ColumnConv2d, ...],
-    linear: nn.Module | None,
-) -> bool:
+def holds(chain: ChainHandle, layers: tuple[ColumnConv2d, ...], linear: nn.Module | None) -> bool:
     """Whether a chain is that of these layers, and they are what they were."""
     if len(layers) != len(chain.handles):
         return False
@@ -147,8 +142,6 @@ def _holds(
             or (records and need_grad(weight, bias))
         ):
             return False
-    if residual is not None and not layers[-1]._adds_directly(x, residual):
-        return False
     if chain.linear is None:
         return linear is None or _tensors_of(linear) is None
     if linear is None or not is_untouched(linear, nn.Linear):

@@ -24,6 +24,7 @@ from spp_lightning.compaction import (
 )
 from spp_lightning.compaction.epilogue import ACTIVATIONS, Clamp, Epilogue
 from spp_lightning.compaction.graph.network import CompactNetwork
+from spp_lightning.compaction.graph.stretches import run_stretch
 from spp_lightning.compaction.kernels.cpu import between
 from spp_lightning.compaction.kernels.cpu.library import is_available
 from spp_lightning.compaction.layers.between import channel_gate, channel_means, concat_norm
@@ -186,13 +187,18 @@ def net():
 
 
 def calls(fast):
-    return [call.run.__name__ for call in fast._program.instructions]
+    """The calls of a network's modules, which a stretch joins."""
+    return [
+        call.run.__name__
+        for outer in fast._program.instructions
+        for call in (outer.target.instructions if outer.run is run_stretch else (outer,))
+    ]
 
 
 def test_a_network_takes_one_call_for_each(net, tmp_path):
     x = torch.randn(2, 3, 16, 16)
     fast = compact(net, x)
-    assert calls(fast).count("_gate") == 1 and calls(fast).count("_norm") == 2
+    assert calls(fast).count("run_gate") == 1 and calls(fast).count("_norm") == 2
     torch.testing.assert_close(fast(x), net(x), rtol=1e-4, atol=1e-5)
     save_compact(fast, tmp_path / "net.spp")
     loaded = load_compact(tmp_path / "net.spp")
@@ -278,7 +284,7 @@ def test_gates_of_unpruned_layers(ratio, tmp_path):
     torch.manual_seed(0)
     net, x = pruned(Squeezed(), ratio).requires_grad_(False), torch.randn(2, 3, 16, 16)
     fast = compact(net, x)
-    assert calls(fast)[1:] == ["_gate", "_pool", "_layer"]
+    assert calls(fast)[1:] == ["run_gate", "run_pool", "run_layer"]
     torch.testing.assert_close(fast(x), net(x), rtol=1e-4, atol=1e-5)
     save_compact(fast, tmp_path / "net.spp")
     loaded = load_compact(tmp_path / "net.spp")
@@ -291,7 +297,7 @@ def test_gates_of_unpruned_layers(ratio, tmp_path):
 def test_a_pool_that_others_read_is_no_part_of_a_gate():
     net, x = pruned(Squeezed(also_returns_means=True)), torch.randn(2, 3, 16, 16)
     fast = compact(net.requires_grad_(False), x)
-    assert "_gate" not in calls(fast) and calls(fast).count("_pool") == 2
+    assert "run_gate" not in calls(fast) and calls(fast).count("run_pool") == 2
     for ours, theirs in zip(fast(x), net(x), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
 
@@ -302,7 +308,7 @@ def test_mobilenet_has_nine_gates_and_a_pool():
     x = torch.randn(1, 3, 224, 224)
     fast = compact(net, x)
     made = calls(fast)
-    assert made.count("_gate") == 9 and made.count("_pool") == 1 and len(made) <= 35
+    assert made.count("run_gate") == 9 and made.count("run_pool") == 1 and len(made) <= 35
     pools = [name for name, layer in fast.named_modules() if type(layer) is nn.AdaptiveAvgPool2d]
     assert len(pools) == 10  # the modules are there, for hooks and gradients
     torch.testing.assert_close(fast(x), net(x), rtol=1e-3, atol=1e-4)
@@ -315,7 +321,7 @@ def test_pools_of_other_shapes_and_types():
 
     x = torch.randn(2, 4, 5, 6)
     fast = CompactNetwork.of(fx.symbolic_trace(Pools()))
-    assert calls(fast)[:3] == ["_pool"] * 3
+    assert calls(fast)[:3] == ["run_pool"] * 3
     for y in (x, x.double(), x.bfloat16(), x.transpose(2, 3), x.requires_grad_(), x[:0]):
         for ours, theirs in zip(fast(y), Pools()(y), strict=True):
             torch.testing.assert_close(ours, theirs)

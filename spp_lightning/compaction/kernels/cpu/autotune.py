@@ -9,11 +9,24 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 
-__all__ = ["milliseconds"]
+__all__ = ["generation", "milliseconds", "note_choice"]
 
 _ROUNDS = 30
 _LEAST_ROUNDS = 5
 _SECONDS = 0.05  # of all rounds, where _LEAST_ROUNDS take less
+
+
+_choices = [0]
+
+
+def generation() -> int:
+    """How many choices were made: what was prepared before the last one may be out of date."""
+    return _choices[0]
+
+
+def note_choice() -> None:
+    """Note that what a layer or a chain is to use was chosen by a measurement."""
+    _choices[0] += 1
 
 
 def milliseconds(functions: Sequence[Callable[[], object]]) -> list[float]:

@@ -56,7 +56,7 @@ class Gate(_Prepared):
     def __init__(self, reduce: GateLayer, expand: GateLayer) -> None:
         super().__init__((*reduce[:3], *expand[:3]))
         self._native = NativeGate(_layer(*reduce), _layer(*expand), len(expand[0]))
-        self._address, self._run = ctypes.addressof(self._native), library().spp_gate
+        self.address, self._run = ctypes.addressof(self._native), library().spp_gate
 
     def __call__(self, x: Tensor) -> Tensor:
         """Gate images, ``(B, C, H, W)``, float32, contiguous: a new tensor of the same shape.
@@ -68,7 +68,7 @@ class Gate(_Prepared):
         out, count, threads = torch.empty_like(x), x.numel(), torch.get_num_threads()
         pixels = height * width
         # Arguments one by one: a call with unpacked tuples takes longer.
-        self._run(self._address, x.data_ptr(), count, batch, pixels, threads, out.data_ptr(), count)
+        self._run(self.address, x.data_ptr(), count, batch, pixels, threads, out.data_ptr(), count)
         return out
 
 

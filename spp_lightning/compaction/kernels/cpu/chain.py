@@ -154,17 +154,26 @@ class ChainHandle:
             ValueError: If a shape doesn't fit.
             MemoryError: If there is no memory for it.
         """
-        key = (*x.shape, torch.get_num_threads())
-        prepared = self._prepared.get(key)
-        if prepared is None:
-            threads = self.threads_for(key[:-1], key[-1])
-            made = self.prepare(x.shape, threads) if threads else PreparedChain(None)
-            prepared = self._prepared.put(key, made)
+        prepared = self.prepared_for(x.shape, torch.get_num_threads())
         if prepared.native is None:
             return self.one_by_one(x, residual)
         if residual is not None:
             check_tensor("residual", residual, prepared.conv_shape)
         return self.at_once(prepared, x, residual)
+
+    def prepared_for(self, shape: tuple[int, ...], threads: int) -> PreparedChain:
+        """What :meth:`at_once` needs for inputs of a shape; nothing if one by one is faster.
+
+        Raises:
+            ValueError: If the shape doesn't fit the layers.
+        """
+        key = (*shape, threads)
+        prepared = self._prepared.get(key)
+        if prepared is None:
+            count = self.threads_for(key[:-1], threads)
+            made = self.prepare(shape, count) if count else PreparedChain(None)
+            prepared = self._prepared.put(key, made)
+        return prepared
 
     def at_once(
         self,
@@ -233,6 +242,7 @@ class ChainHandle:
         key = (*shape, threads)
         self.tuned[key] = min(measured, key=lambda count: measured[count])
         self._prepared.pop(key)
+        autotune.note_choice()
         return measured
 
     def prepare(self, shape: Sequence[int], threads: int) -> PreparedChain:

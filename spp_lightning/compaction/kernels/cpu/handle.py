@@ -173,17 +173,26 @@ class Handle:
             ValueError: If a shape or a dtype doesn't fit.
             MemoryError: If there is no memory for it.
         """
-        key = (x.shape, x.dtype, torch.get_num_threads())
-        prepared = self._prepared.get(key)
-        if prepared is None:
-            config = self.config_for(*key)
-            prepared = self._prepared.put(key, self.prepare(x.shape, x.dtype, config))
+        prepared = self.prepared_for(x.shape, x.dtype, torch.get_num_threads())
         if residual is not None:
             check_tensor("residual", residual, prepared.conv_shape)
         # Numbers one by one are read faster than a tuple.
         out = torch.empty(*prepared.out_shape, dtype=prepared.dtype)
         self.run(prepared, x, residual, out)
         return out
+
+    def prepared_for(self, shape: Sequence[int], dtype: torch.dtype, threads: int) -> Prepared:
+        """What :meth:`run` needs for inputs of a shape, ``(B, C, H, W)``, once prepared.
+
+        Raises:
+            ValueError: If the shape doesn't fit the layer.
+        """
+        key = (shape, dtype, threads)
+        prepared = self._prepared.get(key)
+        if prepared is None:
+            made = self.prepare(shape, dtype, self.config_for(*key))
+            prepared = self._prepared.put(key, made)
+        return prepared
 
     def run(self, prepared: Prepared, x: Tensor, residual: Tensor | None, out: Tensor) -> None:
         """Run the layer as it was prepared; of shapes the numbers of elements are checked.
@@ -240,6 +249,7 @@ class Handle:
         measured = {p.config: time for p, time in zip(prepared, times, strict=True)}
         self.tuned[key] = min(measured, key=lambda config: measured[config])
         self._prepared.pop((x.shape, x.dtype, threads))
+        autotune.note_choice()
         return measured
 
     def prepare(

@@ -16,6 +16,7 @@ from typing import Any
 from spp_lightning import native
 
 __all__ = [
+    "NativeCall",
     "NativeConfig",
     "NativeEpilogueOp",
     "NativeGate",
@@ -25,6 +26,7 @@ __all__ = [
     "NativeLinear",
     "NativeNorm",
     "NativeNormPart",
+    "NativePlace",
     "instruction_set",
     "is_available",
     "library",
@@ -118,9 +120,26 @@ class NativeInt8Scales(ctypes.Structure):
     ]
 
 
+class NativePlace(ctypes.Structure):
+    """Where a tensor of a listed call lies."""
+
+    _fields_ = [(name, _COUNT) for name in ("memory", "offset", "count")]
+
+
+class NativeCall(ctypes.Structure):
+    """``ListedCall`` of ``native/call_list.h``."""
+
+    _fields_ = [
+        *(("kind", _NUMBER), ("threads", _NUMBER), ("what", _POINTER), ("with_", _POINTER)),
+        *(("batch", _COUNT), ("pixels", _COUNT)),
+        *((name, NativePlace) for name in ("input", "residual", "output")),
+    ]
+
+
 _STRUCTURES = (
     *(NativeGeometry, NativeEpilogueOp, NativeConfig, NativeLinear),
     *(NativeGateLayer, NativeGate, NativeNorm, NativeNormPart, NativeInt8Scales),
+    NativeCall,
 )
 
 # Arguments of the functions that return a status.
@@ -138,6 +157,7 @@ _ARGUMENTS = {
     "spp_norm": (_POINTER, _POINTER, _NUMBER, _COUNT, _COUNT, _NUMBER, *_TENSOR),
     "spp_plane_means": (*_TENSOR, _COUNT, _COUNT, _NUMBER, *_TENSOR),
     "spp_pool": (_POINTER, _COUNT, *3 * (_NUMBER,), *2 * _TENSOR),
+    "spp_run_calls": (_POINTER, _NUMBER, _POINTER, _NUMBER),
     "spp_linear": (_POINTER, *_TENSOR, _COUNT, _NUMBER, *_TENSOR),
     "spp_int8_set_isa": (ctypes.c_char_p,),
     "spp_int8_create": (_POINTER, _POINTER, _NUMBER, *3 * _TENSOR, _POINTER, _POINTER),

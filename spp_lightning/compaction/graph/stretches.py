@@ -1,0 +1,118 @@
+"""Instructions in a row that one call can run: compact layers, chains, gates and global pools."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from itertools import groupby
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from spp_lightning.compaction.graph.program import (
+    Instruction,
+    Program,
+    picker,
+    run_gate,
+    run_layer,
+    run_pool,
+    run_row,
+)
+from spp_lightning.compaction.layers.column_conv import ColumnConv2d
+from spp_lightning.compaction.layers.stretch import Stretch
+from spp_lightning.compaction.layers.stretch_parts import Part
+
+__all__ = ["join_instructions", "run_stretch"]
+
+_NO_KWARGS: dict[str, Any] = {}
+
+
+class _Target(NamedTuple):
+    """What the call of a stretch calls.
+
+    Attributes:
+        stretch: The one call.
+        instructions: The instructions that it stands for; they free their own results only.
+        inputs: Slots of what they read and don't make.
+    """
+
+    stretch: Stretch
+    instructions: tuple[Instruction, ...]
+    inputs: tuple[int, ...]
+
+
+def run_stretch(network: nn.Module, target: _Target, args: Sequence[Any], kwargs: Any) -> Any:
+    """Run instructions by one call, or one by one."""
+    if not torch.compiler.is_compiling():
+        y = target.stretch.run(network, args)
+        if y is not None:
+            return y
+    slots = dict(zip(target.inputs, args, strict=True))
+    for run, what, _, pick, _, out, free in target.instructions:
+        slots[out] = run(network, what, pick(slots), _NO_KWARGS)
+        for i in free:
+            del slots[i]
+    return slots[target.instructions[-1].out]
+
+
+def join_instructions(program: Program, layer_of: Callable[[str], nn.Module]) -> Program:
+    """A program with one instruction in the place of several in a row.
+
+    Args:
+        program: The program.
+        layer_of: The layer of a name.
+    """
+
+    def can_be_joined(call: Instruction) -> bool:
+        if call.run is run_layer:
+            kind = type(layer_of(".".join(call.target)))
+            return kind is ColumnConv2d and not call.kwargs and len(call.args) <= 2
+        return call.run in (run_row, run_gate, run_pool)
+
+    instructions: list[Instruction] = []
+    for joined, group in groupby(program.instructions, key=can_be_joined):
+        for calls in _cut(list(group)) if joined else [list(group)]:
+            whole = _joined(calls) if joined and len(calls) > 1 else None
+            instructions += calls if whole is None else [whole]
+    return program._replace(instructions=tuple(instructions))
+
+
+def _cut(calls: list[Instruction]) -> Iterator[list[Instruction]]:
+    """Pieces of instructions, each of which ends with a result that others read."""
+    freed, piece = {slot for call in calls for slot in call.free}, list[Instruction]()
+    for call in calls:
+        piece.append(call)
+        if call.out not in freed:
+            yield piece
+            piece = []
+    if piece:
+        yield piece
+
+
+def _joined(calls: list[Instruction]) -> Instruction | None:
+    """One instruction in the place of several; None if others read more than the last result."""
+    made = {call.out for call in calls}
+    freed = dict.fromkeys(slot for call in calls for slot in call.free)
+    last = calls[-1].out
+    if made - {*freed} != {last}:
+        return None
+    inputs = tuple(dict.fromkeys(i for call in calls for i in call.args if i not in made))
+    own = [call._replace(free=tuple(i for i in call.free if i in made)) for call in calls]
+    target = _Target(Stretch([_part(call) for call in own], inputs), tuple(own), inputs)
+    free = tuple(slot for slot in freed if slot not in made)
+    return Instruction(run_stretch, target, inputs, picker(inputs), (), last, free)
+
+
+def _part(call: Instruction) -> Part:
+    x, residual = call.args[0], call.args[1] if len(call.args) > 1 else None
+    places = (x, residual, call.out, call.free)
+    target = call.target
+    if call.run is run_layer:
+        return Part("row", (target,), None, *places)
+    if call.run is run_row:
+        layers = target.paths[:-1] if target.has_linear else target.paths
+        return Part("row", layers, target.paths[-1] if target.has_linear else None, *places)
+    pool = target.pool if isinstance(target.pool, tuple) else None
+    if call.run is run_gate:
+        return Part("gate", target.layers, pool, *places)
+    return Part("pool", (), pool, *places, target.keeps)
