@@ -15,6 +15,7 @@
 #include <thread>
 #include <vector>
 
+#include "call_list.h"
 #include "sanitize.h"
 
 extern "C" {
@@ -36,6 +37,7 @@ int32_t spp_backward(const void*, const spp::KernelConfig*, const float*, int64_
 int32_t spp_ascending_order(const void*, int32_t, const double*, int64_t, int64_t*);
 int32_t spp_gate(const spp::Gate*, const float*, int64_t, int64_t, int64_t, int32_t, float*, int64_t);
 int32_t spp_plane_means(const float*, int64_t, int64_t, int64_t, int32_t, float*, int64_t);
+int32_t spp_run_calls(const spp::ListedCall*, int32_t, const spp::Memory*, int32_t);
 int32_t spp_norm(const spp::Norm*, const spp::NormPart*, int32_t, int64_t, int64_t, int32_t, float*, int64_t);
 int32_t spp_pool(const spp::EpilogueOp*, int64_t, int32_t, int32_t, int32_t, const float*, int64_t, float*, int64_t);
 void spp_move(const int64_t*, const double*, int64_t, int64_t, double*);
@@ -436,6 +438,24 @@ void run_case() {
   spp_plan_free(plan);
 }
 
+// A gate and the mean of the planes that it makes, as one call; its results are those of the two.
+void run_list(const spp::Gate& gate, const Floats& x, int batch, int pixels, int threads, const Floats& gated) {
+  const int64_t planes = x.count / pixels;
+  const Floats middles = memory(x.count), found = memory(planes), expected = memory(planes);
+  must(spp_plane_means(gated.get(), gated.count, planes, pixels, threads, expected.get(), planes));
+  const spp::Place in{0, 0, x.count}, middle{1, 0, x.count}, out{2, 0, planes}, none{-1, 0, 0};
+  spp::ListedCall calls[] = {
+      {spp::CallKind::kGate, threads, &gate, nullptr, batch, pixels, in, none, middle},
+      {spp::CallKind::kMeans, threads, nullptr, nullptr, planes, pixels, middle, none, out}};
+  const spp::Memory memories[] = {{x.get(), x.count}, {middles.get(), x.count}, {found.get(), found.count}};
+  must(spp_run_calls(calls, 2, memories, 3));
+  for (int64_t i = 0; i < found.count; ++i)
+    if (found[i] != expected[i]) std::printf("a list of calls: %g, not %g\n", found[i], expected[i]), ++failures;
+  must_refuse(spp_run_calls(calls, 2, memories, 2));
+  calls[1].input.offset = 1;
+  must_refuse(spp_run_calls(calls, 2, memories, 3));
+}
+
 // Squeeze and excitation, and a concatenation that is normed.
 void run_between() {
   const int channels = between(1, 40), squeezed = between(1, 20), batch = between(1, 3), pixels = between(1, 50);
@@ -463,6 +483,7 @@ void run_between() {
     const Floats means = memory(batch * channels);
     must(spp_plane_means(x.get(), x.count, means.count, pixels, threads, means.get(), means.count));
     must_refuse(spp_plane_means(x.get(), x.count, means.count, pixels + 1, threads, means.get(), means.count));
+    run_list(gate, x, batch, pixels, threads, gated);
     for (int64_t i = 0; i < gated.count; ++i)  // a sigmoid is between 0 and 1
       if (!(std::abs(gated[i]) <= std::abs(x[i]))) std::printf("a gate: %g of %g\n", gated[i], x[i]), ++failures;
     for (int64_t i = 0; i < normed.count; ++i)
