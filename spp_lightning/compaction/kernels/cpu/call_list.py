@@ -17,6 +17,9 @@ __all__ = ["CallKind", "CallList", "CallListMaker"]
 
 _LINE = 16  # numbers of a line of the cache: every tensor begins with one
 _NOWHERE = (-1, 0, 0)
+# Numbers in all up to which what lies between the calls is allocated at once. One large allocation
+# takes longer than some of the size of a layer's output, which malloc keeps from call to call.
+_MOST_AT_ONCE = 2**20
 
 
 class CallKind(IntEnum):
@@ -33,18 +36,22 @@ class CallList:
     """Prepared calls for inputs of one shape; a :class:`CallListMaker` makes one.
 
     Args:
-        calls: The calls. Memory 0 holds what lies between them, the inputs follow, then the output.
-        floats: Numbers of memory 0.
+        calls: The calls. Their memories are the inputs, the output, then what lies between them.
+        between: Numbers of each memory between the calls.
         shape: Of the output.
         held: What must live as long as the list: the calls read it.
     """
 
     def __init__(
-        self, calls: Sequence[NativeCall], floats: int, shape: Sequence[int], held: Sequence[object]
+        self,
+        calls: Sequence[NativeCall],
+        between: Sequence[int],
+        shape: Sequence[int],
+        held: Sequence[object],
     ) -> None:
         self._native = (NativeCall * len(calls))(*calls)
         self._address, self._count = ctypes.addressof(self._native), len(calls)
-        self._floats, self._shape, self._held = floats, tuple(shape), tuple(held)
+        self._between, self._shape, self._held = tuple(between), tuple(shape), tuple(held)
         self._run = library().spp_run_calls
 
     def __call__(self, inputs: Sequence[Tensor]) -> Tensor:
@@ -61,12 +68,11 @@ class CallList:
             MemoryError: If there is no memory for it.
         """
         out = torch.empty(*self._shape, dtype=torch.float32)
-        between = torch.empty(self._floats, dtype=torch.float32)
+        between = [torch.empty(count, dtype=torch.float32) for count in self._between]
         # As Memory lies in memory: address, number of elements.
-        numbers = [between.data_ptr(), self._floats]
-        for x in inputs:
+        numbers: list[int] = []
+        for x in (*inputs, out, *between):
             numbers += (x.data_ptr(), x.numel())
-        numbers += (out.data_ptr(), out.numel())
         memories = (ctypes.c_int64 * len(numbers))(*numbers)
         self._run(self._address, self._count, ctypes.addressof(memories), len(numbers) // 2)
         return out
@@ -83,12 +89,12 @@ class CallListMaker:
     def __init__(self, shapes: Mapping[Hashable, tuple[int, ...]], output: Hashable) -> None:
         self.shapes = dict(shapes)
         self._places: dict[Hashable, tuple[int, int, int]] = {
-            name: (1 + position, 0, math.prod(shape))
+            name: (position, 0, math.prod(shape))
             for position, (name, shape) in enumerate(shapes.items())
         }
-        self._output, self._memory = output, 1 + len(shapes)
-        self._room = _Room()
-        self._calls: list[NativeCall] = []
+        self._output, self._memory = output, len(shapes)
+        self._blocks = _Blocks()
+        self._calls: list[tuple[Any, ...]] = []
         self._held: list[object] = []
 
     def add(
@@ -125,48 +131,69 @@ class CallListMaker:
         if out == self._output:
             self._places[out] = (self._memory, 0, count)
         else:
-            self._places[out] = (0, self._room.take(count), count)
+            self._places[out] = (self._memory + 1 + self._blocks.take(count), 0, count)
         self.shapes[out] = tuple(shape)
         added = _NOWHERE if residual is None else self._places[residual]
-        places = (NativePlace(*place) for place in (self._places[x], added, self._places[out]))
-        self._calls.append(NativeCall(kind, threads, what, with_, batch, pixels, *places))
+        numbers = (kind, threads, what, with_, batch, pixels)
+        self._calls.append((*numbers, self._places[x], added, self._places[out]))
         self._held.append(held)
 
     def free(self, name: Hashable) -> None:
         """Let later calls write where a tensor lies; inputs are left as they are."""
-        memory, offset, _ = self._places[name]
-        if memory == 0:
-            self._room.free(offset)
+        memory = self._places[name][0]
+        if memory > self._memory:
+            self._blocks.free(memory - self._memory - 1)
 
     def made(self) -> CallList:
         """The list."""
-        return CallList(self._calls, self._room.most, self.shapes[self._output], self._held)
+        sizes, first = self._blocks.sizes, self._memory + 1
+        offsets = [0] * len(sizes)
+        if sizes and sum(sizes) <= _MOST_AT_ONCE:
+            offsets, sizes = [sum(sizes[:i]) for i in range(len(sizes))], [sum(sizes)]
+
+        def native(memory: int, offset: int, count: int) -> NativePlace:
+            if memory < first:
+                return NativePlace(memory, offset, count)
+            block = memory - first
+            return NativePlace(min(memory, first + len(sizes) - 1), offsets[block], count)
+
+        calls = [
+            NativeCall(*numbers, *(native(*place) for place in (x, residual, out)))
+            for *numbers, x, residual, out in self._calls
+        ]
+        return CallList(calls, sizes, self.shapes[self._output], self._held)
 
 
-class _Room:
-    """Where tensors lie in one memory: each at the first place that is free.
+class _Blocks:
+    """Blocks of memory, each for one tensor after the other.
 
-    >>> room = _Room()
-    >>> room.take(20), room.take(5)
-    (0, 32)
-    >>> room.free(0)
-    >>> room.take(33), room.take(3), room.most
-    (48, 0, 96)
+    >>> blocks = _Blocks()
+    >>> blocks.take(20), blocks.take(5)
+    (0, 1)
+    >>> blocks.free(0)
+    >>> blocks.free(1)
+    >>> blocks.take(3), blocks.take(40), blocks.sizes
+    (1, 0, [48, 16])
     """
 
     def __init__(self) -> None:
-        self._taken: dict[int, int] = {}  # ends of what is taken, by its beginning
-        self.most = 0  # numbers in all
+        self._free: list[int] = []
+        self.sizes: list[int] = []  # numbers of each block
 
     def take(self, count: int) -> int:
-        size, begin = -(-max(1, count) // _LINE) * _LINE, 0
-        for other in sorted(self._taken):
-            if begin + size <= other:
-                break
-            begin = self._taken[other]
-        self._taken[begin] = begin + size
-        self.most = max(self.most, begin + size)
-        return begin
+        size = -(-max(1, count) // _LINE) * _LINE
+        # The smallest block that is large enough, or else the largest one, which grows.
+        block = min(
+            self._free,
+            key=lambda i: (self.sizes[i] < size, abs(self.sizes[i] - size)),
+            default=len(self.sizes),
+        )
+        if block == len(self.sizes):
+            self.sizes.append(0)
+        else:
+            self._free.remove(block)
+        self.sizes[block] = max(self.sizes[block], size)
+        return block
 
-    def free(self, begin: int) -> None:
-        del self._taken[begin]
+    def free(self, block: int) -> None:
+        self._free.append(block)
