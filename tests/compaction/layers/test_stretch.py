@@ -114,7 +114,9 @@ def calls_of_layers(fast, x, monkeypatch):
     return count
 
 
-def test_one_call_gives_the_same_bits(fast, monkeypatch, tmp_path):
+@pytest.mark.parametrize("most_at_once", [0, 2**20], ids=["many blocks", "one block"])
+def test_one_call_gives_the_same_bits(fast, most_at_once, monkeypatch, tmp_path):
+    monkeypatch.setattr(call_list, "_MOST_AT_ONCE", most_at_once)
     assert run_stretch in {call.run for call in fast._program.instructions}
     save_compact(fast, tmp_path / "net.spp")
     loaded, before = load_compact(tmp_path / "net.spp"), torch.get_num_threads()
