@@ -21,6 +21,7 @@ from spp_lightning.compaction.graph.linear import (
     remove_features,
     replace_linears,
 )
+from spp_lightning.compaction.graph.linear_gates import rewrite_linear_gates
 from spp_lightning.compaction.graph.network import CompactNetwork
 from spp_lightning.compaction.graph.parts import replace_parts
 from spp_lightning.compaction.graph.replace import (
@@ -31,6 +32,7 @@ from spp_lightning.compaction.graph.replace import (
 )
 from spp_lightning.compaction.graph.trace import trace
 from spp_lightning.compaction.graph.tune import tune_chains
+from spp_lightning.compaction.kernels.cpu.library import is_available
 from spp_lightning.compaction.layers.column_conv import ColumnConv2d
 from spp_lightning.compaction.layers.column_linear import ColumnLinear
 from spp_lightning.compaction.timing import interleaved_ms
@@ -143,6 +145,8 @@ class _Recipe:
             fold_batch_norms(graph)
             fold_linear_norms(graph)
             absorb_constants(graph)
+        if _first_tensor(inputs, named).is_cpu and is_available() and rewrite_linear_gates(graph):
+            propagate(graph, bind(original, inputs, named))
         remove_channels(graph)
         remove_features(graph)
         propagate(graph, bind(original, inputs, named))

@@ -328,3 +328,41 @@ def test_pools_of_other_shapes_and_types():
             assert ours.shape == theirs.shape and ours.requires_grad == theirs.requires_grad
     with pytest.raises(IndexError):
         fast(x[0])  # as torch
+
+
+class LinearGate(nn.Module):
+    """A gate as it is written most often: linear layers, and views before and behind them."""
+
+    def __init__(self, way):
+        super().__init__()
+        self.stem, self.last = nn.Conv2d(3, 24, 3), nn.Conv2d(24, 8, 3)
+        self.fc = nn.Sequential(
+            *(nn.Linear(24, 6, bias=False), nn.ReLU(inplace=True), nn.Linear(6, 24), nn.Sigmoid())
+        )
+        self.way = way
+
+    def forward(self, x):
+        x = F.relu(self.stem(x))
+        b, c, _, _ = x.size()
+        if self.way == "views":
+            y = self.fc(F.adaptive_avg_pool2d(x, 1).view(b, c)).view(b, c, 1, 1)
+            x = x * y.expand_as(x)
+        elif self.way == "means":
+            x = self.fc(x.mean((2, 3))).unsqueeze(-1).unsqueeze(-1) * x
+        else:  # the means of rows, which are no gate
+            x = x * self.fc(x.mean(3).transpose(1, 2)).transpose(1, 2).unsqueeze(3)
+        return self.last(x)
+
+
+@pytest.mark.parametrize("way", ["views", "means", "rows"])
+def test_gates_of_linear_layers(way, tmp_path):
+    torch.manual_seed(0)
+    net, x = pruned(LinearGate(way), 0.5).requires_grad_(False), torch.randn(2, 3, 16, 16)
+    net.fc[0].weight[:, ::3] = 0
+    fast = compact(net, x)
+    assert calls(fast).count("run_gate") == (way != "rows")
+    for images in (x, torch.randn(3, 3, 9, 20)):
+        torch.testing.assert_close(fast(images), net(images), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(to_dense(fast)(images), net(images), rtol=1e-4, atol=1e-5)
+    save_compact(fast, tmp_path / "net.spp")
+    assert torch.equal(load_compact(tmp_path / "net.spp")(x), fast(x))
