@@ -11,6 +11,8 @@ from torch.nn import functional as F
 from spp_lightning import native
 from spp_lightning.compaction.epilogue import ACTIVATIONS, Clamp, PlaneOp
 from spp_lightning.compaction.geometry import Geometry, dense_weight
+from spp_lightning.compaction.kernels.cpu.cost import choose, choose_chain
+from spp_lightning.compaction.spec import ConvSpec
 
 pytestmark = pytest.mark.skipif(native.library() is None, reason="built without the kernels")
 
@@ -115,3 +117,23 @@ def test_a_nan_goes_where_torch_takes_it(isa):
     weight = dense_weight(t.weight, t.columns, WIDE)
     expected = F.conv2d(t.x, weight, t.bias, padding=1, groups=3).isnan()
     assert torch.equal(output(handle(case, t), t.x, None, Kernel.PIXELS).isnan(), expected)
+
+
+def test_blocks_of_mobile_networks_may_be_one_call():
+    """Between two stages of this one lie 384·56·56 numbers, each channel once."""
+    expand, project = Geometry(24, 384, (1, 1)), Geometry(384, 24, (1, 1))
+    layers = [
+        (ConvSpec(g), g.num_columns)
+        for g in (expand, depthwise(384, 3), depthwise(384, 3), project)
+    ]
+    assert choose_chain(layers, (1, 24, 56, 56), 1).possible
+    assert not choose_chain(layers, (1, 24, 112, 112), 1).possible
+
+
+def test_a_depthwise_layer_alone_is_pixel_vectorised():
+    for side, stride, channels, size in ((3, 1, 72, 56), (5, 2, 672, 14), (3, 2, 64, 112)):
+        g = depthwise(channels, side, stride)
+        shape = (1, channels, size, size)
+        for kept in (g.num_columns, g.num_columns // 4):
+            choice = choose(ConvSpec(g), kept, shape, torch.float32, 1)
+            assert choice.config.kernel == Kernel.PIXELS

@@ -67,6 +67,7 @@ class _Times(NamedTuple):
     transpose: float  # a vector of the output
     column: float
     row: float  # a vector of channels of a row of a depthwise layer
+    transpose_row: float  # likewise of its input, where that isn't channel-blocked
     # Depthwise, pixel-vectorised.
     stencil: float  # a product, where columns are pruned or no dense stencil is used
     stencil_out: float  # a vector of the output
@@ -85,7 +86,8 @@ class _Times(NamedTuple):
 # Fitted to the layers of ResNet-18 and -50, MobileNetV3, DenseNet-121, VGG-16 and ConvNet with 100,
 # 50, 25 and 10 % of their columns, 644 in all: CPU time on one core of an AMD EPYC (Zen 3, AVX2),
 # best of 5 to 40 calls. For other instruction sets a vector of another length is taken to need the
-# same time; that wasn't measured.
+# same time; that wasn't measured. Those of stencils and `transpose_row` were fitted to 28 depthwise
+# layers of MobileNets, EfficientNet-B0 and ConvNeXt there, the third-best of 15 to 25 calls.
 _TIMES = _Times(
     product=0.187,
     call=3840,
@@ -101,6 +103,7 @@ _TIMES = _Times(
     transpose=1.67,
     column=3.39,
     row=8.0,
+    transpose_row=59.5,
     stencil=0.324,
     stencil_out=1.0,
     stencil_copy=0.926,
@@ -146,9 +149,6 @@ _BARRIER = 1000.0  # nanoseconds until all threads have reached a point
 # threads, one call must save a tenth: the bottlenecks of ResNet-50 are faster layer by layer then,
 # and ConvNet keeps its one call.
 _CHAIN_MARGIN = 0.9
-# Chains with a depthwise stage, those of MobileNets and EfficientNet-B0, take less than their
-# layers' times together.
-_DEPTHWISE_CHAIN = 0.9
 
 # A call of a layer from Python, and of a dense one: nanoseconds without any computing.
 _PYTHON_CALL, _DENSE_CALL = 8000.0, 3000.0
@@ -292,9 +292,8 @@ def choose_chain(
             most = max(most, padded * math.prod(shape[2:]))
     depthwise = any(spec.geometry.is_depthwise for spec, _ in layers)
     possible &= most <= (_MOST_DEPTHWISE_CHAINED if depthwise else _MOST_CHAINED)
-    image = sum(chained) * (_DEPTHWISE_CHAIN if depthwise else 1.0)
     times = {
-        count: _on_threads(image, first[0], count, len(layers)) + _PYTHON_CALL + _TIMES.call
+        count: _on_threads(sum(chained), first[0], count, len(layers)) + _PYTHON_CALL + _TIMES.call
         for count in dict.fromkeys((threads, 1))
     }
     count = min(times, key=times.__getitem__)
@@ -445,7 +444,7 @@ def _depthwise_blocks(layer: _Layer, is_first: bool, is_last: bool) -> float:
     time = t.product * _rows_inside(layer) * g.taps * pixels * lanes
     time += t.row * layer.out_height * lanes
     if is_first:
-        time += t.transpose * lanes * layer.height * layer.width
+        time += lanes * layer.height * (t.transpose_row + t.transpose * layer.width)
     return time + _blocks_epilogue(layer, lanes, is_last)
 
 
