@@ -229,8 +229,8 @@ constexpr int kScratchFloats = 1 << 9;  // so that small planes are cut into str
 constexpr int kScratchFloats = 1 << 12;  // half of an L1 cache
 #endif
 
-// How planes go through scratch: some whole planes at once, or one in strips of rows. A row is its phases, one behind the
-// other, with zeros in front of each: as many as the padding needs on either side.
+// How planes go through scratch: some whole planes at once, or one in strips of rows. A row is its phases, one behind
+// the other, with zeros in front of each: as many as the padding needs on either side.
 struct Strips {
   int lead;           // zeros in front of a phase
   int phase;          // floats of a phase, with those

@@ -80,6 +80,16 @@ std::unique_ptr<CheckedChain> make_checked_chain(const Plan* const* plans,
   return made;
 }
 
+// Whether the depthwise kernel computes a layer: not where its scratch would be mostly zeros, and too large.
+bool is_stencil(const Plan& plan, const KernelConfig& config) {
+  constexpr int64_t kMost = 128;
+  const Geometry& g = plan.geometry;
+  bool fits = plan.is_depthwise() && !config.bfloat16;
+  for (int d = 0; d < 2; ++d)
+    fits = fits && g.stride[d] <= kMost && g.padding[d] <= kMost && (g.kernel[d] - 1) * int64_t{g.dilation[d]} < kMost;
+  return fits;
+}
+
 }  // namespace
 }  // namespace spp
 
@@ -146,10 +156,10 @@ SPP_EXPORT Status spp_forward(const Plan* plan, const KernelConfig* config, cons
     check_count("residual", {residual, residual_count}, spp::conv_count(*plan, *config), true);
     check_count("output", {output, output_count}, spp::output_count(*plan, *config));
     const auto pairs = spp::chosen.pairs;
-    const bool depthwise = plan->is_depthwise() && !config->bfloat16;
     switch (config->kernel) {
       case spp::Kernel::kPixelVectorised:
-        return depthwise ? spp::chosen.kernels->forward_depthwise(pass) : spp::chosen.kernels->forward_pixels(pass);
+        return (spp::is_stencil(*plan, *config) ? spp::chosen.kernels->forward_depthwise
+                                                : spp::chosen.kernels->forward_pixels)(pass);
       case spp::Kernel::kWinograd4:
       case spp::Kernel::kWinograd2: return spp::chosen.kernels->forward_winograd(pass);
       case spp::Kernel::kChannelBlocked: return check(false, "Run the channel-blocked kernel as a chain.");

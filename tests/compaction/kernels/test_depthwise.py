@@ -100,6 +100,7 @@ CASES = {
     "one column": Case(depthwise(5, 3), (67, 1), 2, every(depthwise(5, 3))),
     "a stride of 2 without padding": Case(depthwise(4, 3, 2, 0), (33, 34), 1, tuple(range(36))),
     "padding wider than a vector": Case(depthwise(3, 3, 1, 21), (4, 5), 1, tuple(range(27))),
+    "a stride too wide for scratch": Case(depthwise(3, 3, 200, 150), (310, 20), 1, (0, 4, 13, 26)),
     "a pool": Case(WIDE, (9, 40), 1, every(WIDE), post=(PlaneOp("max_pool", (2, 2), (2, 2)),)),
 }
 
