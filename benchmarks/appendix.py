@@ -9,7 +9,8 @@
 Trains the baselines first, then one run for every row and seed that has no line yet in
 ``benchmarks/results/appendix_SCHEDULE.jsonl``. The rows that say most come first. A stopped run
 goes on from its checkpoint in ``runs/appendix/``, also on another machine if that folder is copied
-there. A finished run is never repeated. At the end ``report.py`` writes tables and charts.
+there. A finished run is never repeated, and the baselines of the full schedule are committed with
+the results. At the end ``report.py`` writes tables and charts.
 
 Every line names its precision and its device. Runs of one precision start from a baseline of that
 precision, and tables never mix two precisions.
@@ -27,6 +28,8 @@ import report
 import torch
 from filelock import FileLock, Timeout
 from reproduction import lines
+from reproduction.baselines import keep as keep_baseline
+from reproduction.baselines import restore
 from reproduction.jobs import cores, finish
 from reproduction.rows import ALL_TABLES, BASELINE, Configuration, by_worth
 from reproduction.schedules import PRECISIONS, SCHEDULES, fast_precision
@@ -91,7 +94,7 @@ def run(
     baselines = [
         base
         for seed, base in bases.items()
-        if (BASELINE, seed) not in finished or not base.final.is_file()
+        if (BASELINE, seed) not in finished or not restore(base)
     ]
     others = [run for run in runs if run.configuration != BASELINE]
     steps = sum(run.steps for run in [*baselines, *others] if not run.final.is_file())
@@ -101,6 +104,8 @@ def run(
         key = (Configuration.from_dict(line["configuration"]), line["seed"])
         if key not in finished:
             lines.append(path, line)
+        if key[0] == BASELINE and schedule.name == "full":  # hours of a CPU, 0.4 MB
+            keep_baseline(bases[key[1]])
 
     if runs:
         try:

@@ -9,7 +9,7 @@ import report as report_file
 import torch
 from images import make_tree
 from lightning.pytorch import Callback
-from reproduction import lines, paper, training
+from reproduction import baselines, lines, paper, training
 from reproduction.results import Results, layer_spread
 from reproduction.rows import ALL_TABLES, BASELINE, CONTROL, DEFAULT, PLAIN_L1, Configuration
 from reproduction.schedules import SCHEDULES, Schedule
@@ -100,6 +100,22 @@ def test_a_run_that_stops_goes_on_where_it_was(run, row, monkeypatch):
         assert ours["curve"][-1] == [2 * (ours["updates"] - 1), 0.76, 0.75, 0.75]
         assert ours["pruning_iterations"] == 2 * ours["updates"]
         assert ours["conv_macs"] == 32 * 18 * 1024 + 32 * 200 * 256 + 64 * 200 * 64
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_kept_baseline_is_put_where_its_run_would_leave_it(run, tmp_path):
+    trained, other = run(BASELINE), run(BASELINE, "elsewhere")
+    assert not baselines.restore(other, tmp_path / "kept")
+    trained.train()
+    path = baselines.keep(trained, tmp_path / "kept")
+    assert path.name == "short_32-true_seed0.ckpt" and path.stat().st_size < 4e5
+    assert baselines.restore(other, tmp_path / "kept")
+    assert same(trained.network().state_dict(), other.network().state_dict())
+    ours, theirs = trained.line({}), other.line({})
+    assert ours == theirs and ours["seconds"] > 0
+    other.final.write_bytes(b"newer")
+    assert baselines.restore(other, tmp_path / "kept")
+    assert other.final.read_bytes() == b"newer"
 
 
 def test_runs_of_another_precision_are_others(run):
