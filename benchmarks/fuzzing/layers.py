@@ -266,18 +266,20 @@ def _slacks(
 ) -> dict[str, Tensor]:
     """By how much gradients may differ.
 
-    Rounding decides what the clamp lets through. A sigmoid's gradient is y · (1 - y), of its
+    Rounding decides what the clamp lets through, and on which side of an edge of Hardsigmoid and
+    Hardswish a number lies. A sigmoid's gradient is y · (1 - y), of its
     rounded output: in bfloat16 torch's is 0 from an input of 6.3 on.
     """
     free = replace(case, clamp=CLAMPS[0], activation="none")
+    edges = (-3.0, 3.0) if case.activation in ("hardsigmoid", "hardswish") else case.clamp
     if case.activation == "sigmoid" and not case.post:
         near = torch.full_like(grad, torch.finfo(grad.dtype).eps, dtype=torch.float64)
-    elif case.post or case.clamp == CLAMPS[0]:
+    elif case.post or edges == CLAMPS[0]:
         return {"input": torch.zeros_like(x), "weight": torch.zeros_like(weight)}
     else:
         y = _reference(free, x, weight, columns, bias, residual).detach()
         near = torch.zeros_like(y, dtype=torch.bool)
-        for edge in case.clamp:
+        for edge in edges:
             near |= (y - edge).abs() <= EPSILON[grad.dtype] * bound
     sizes = [t.detach().abs().requires_grad_() for t in (x, weight)]
     z = _reference(free, sizes[0], sizes[1], columns, None, None)
