@@ -91,10 +91,9 @@ def run(
     ]
     # A line can outlive its checkpoint, from which the others start, and the other way round.
     bases = {run.seed: run.baseline for run in runs}
+    there = {seed: restore(base) for seed, base in bases.items()}
     baselines = [
-        base
-        for seed, base in bases.items()
-        if (BASELINE, seed) not in finished or not restore(base)
+        base for seed, base in bases.items() if (BASELINE, seed) not in finished or not there[seed]
     ]
     others = [run for run in runs if run.configuration != BASELINE]
     steps = sum(run.steps for run in [*baselines, *others] if not run.final.is_file())

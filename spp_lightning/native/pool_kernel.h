@@ -5,7 +5,6 @@
 #include "geometry.h"
 #include "memory.h"
 #include "threads.h"
-#include "transpose.h"
 
 namespace spp {
 namespace SPP_ISA {

@@ -24,6 +24,9 @@ def distillation_loss(scores: Tensor, answers: Tensor, temperature: float = 4.0)
         temperature: Divides both scores. Above 1, classes that the teacher holds for unlikely
             count more.
 
+    Raises:
+        ValueError: If the two aren't of the same shape.
+
     Returns:
         The Kullback-Leibler divergence from the teacher's probabilities, per image, times
         ``temperature²``: of the size of a cross-entropy at any temperature. A scalar.
@@ -32,6 +35,11 @@ def distillation_loss(scores: Tensor, answers: Tensor, temperature: float = 4.0)
     >>> distillation_loss(scores, scores).item()
     0.0
     """
+    if scores.shape != answers.shape:
+        raise ValueError(
+            f"`answers` must have the shape of `scores`, {tuple(scores.shape)}, got"
+            f" {tuple(answers.shape)}."
+        )
     ours, theirs = (F.log_softmax(x.float() / temperature, 1) for x in (scores, answers))
     divergence = F.kl_div(ours, theirs, reduction="batchmean", log_target=True)
     return temperature**2 * divergence
@@ -45,10 +53,10 @@ class DistillationCallback(Callback):
     it returns in a training step, and asks the teacher the same.
 
     Args:
-        teacher: Takes what the network takes and returns class scores. It answers in evaluation
-            mode, without gradients. None: the network as it is when the fit begins, which is the
-            unpruned one when SPP prunes. That copy is part of the callback's state in checkpoints,
-            so a resumed run has the same teacher.
+        teacher: Takes what the network takes and returns class scores. It is put into evaluation
+            mode, and its parameters are frozen. None: the network as it is when the fit begins,
+            which is the unpruned one when SPP prunes. That copy is part of the callback's state in
+            checkpoints, so a resumed run has the same teacher.
         share: Weight of the teacher in the loss, in [0, 1].
         temperature: Temperature of the softmax, above 0.
         module: Name of the submodule whose outputs are the class scores; ``""`` is the

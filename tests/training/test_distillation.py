@@ -120,6 +120,8 @@ def test_a_submodule_may_give_the_scores():
 def test_what_is_wrong_is_said_before_or_in_the_first_step():
     with pytest.raises(ValueError, match=r"`share` must be in \[0, 1\], got -0\.1"):
         DistillationCallback(share=-0.1)
+    with pytest.raises(ValueError, match=r"shape of `scores`, \(2, 3\), got \(2, 1\)"):
+        distillation_loss(torch.zeros(2, 3), torch.zeros(2, 1))
     with pytest.raises(ValueError, match=r"`temperature` must be above 0, got 0"):
         DistillationCallback(temperature=0)
     with pytest.raises(ValueError, match=r"`module` must name a submodule.*got 'body'.*'net'"):
