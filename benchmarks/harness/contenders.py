@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer, seed_everythin
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from harness.classifiers import ResNet20, data_for
-from spp_lightning import SPPCallback
+from spp_lightning import DistillationCallback, SPPCallback
 
 __all__ = ["BASELINE", "CONTENDERS", "Contender", "Lengths", "train"]
 
@@ -44,6 +44,7 @@ class Contender:
         speedup: Factor by which the MACs are to fall.
         name: What it is called; by default the two above.
         options: Of SPPCallback.
+        distilled: Whether the baseline teaches while pruning and retraining.
         weight_decay: Of all parameters, while pruning and retraining.
     """
 
@@ -51,6 +52,7 @@ class Contender:
     speedup: float = 1.0
     name: str = ""
     options: dict[str, Any] = field(default_factory=dict)
+    distilled: bool = False
     weight_decay: float = 1e-4
 
     def __str__(self) -> str:
@@ -61,11 +63,20 @@ class Contender:
 BASELINE = Contender("baseline")
 SPEEDUPS = (3, 2, 4)  # the most informative one first
 KINDS = ("SPP", "TP group norm", "TP L1", "narrow", "TP growing")
+RECIPE = Contender(
+    "SPP", name="SPP, scaled and distilled", options={"masking": "scale"}, distilled=True
+)
 CONTENDERS = [
     BASELINE,
-    *(Contender(kind, speedup) for speedup in SPEEDUPS for kind in KINDS),
+    *(
+        one
+        for speedup in SPEEDUPS
+        for one in (replace(RECIPE, speedup=speedup), *(Contender(kind, speedup) for kind in KINDS))
+    ),
+    replace(RECIPE, speedup=6),
     Contender("SPP", 6),
     Contender("control"),
+    Contender("TP group norm", 3, "TP group norm, distilled", distilled=True),
 ]
 
 
@@ -170,7 +181,8 @@ def from_baseline(
     seed_everything(seed, verbose=False)
     net = ResNet20(LR, lengths.more, projects=True, weight_decay=contender.weight_decay)
     net.load_state_dict(copy.deepcopy(dense.state_dict()))
-    pruning = []
+    pruning: list[SPPCallback] = []
+    teacher = [DistillationCallback(copy.deepcopy(dense))] if contender.distilled else []
     if contender.kind == "SPP":
         options: dict[str, Any] = {"interval": lengths.interval, "seed": seed} | contender.options
         pruning = [SPPCallback(speedup=contender.speedup, **options)]
@@ -178,7 +190,7 @@ def from_baseline(
         net = penalized(contender, net, folder, data)
     elif contender.kind.startswith("TP"):
         channel_pruner(net, contender).step()
-    fit(net, data, folder, "last", *pruning)
+    fit(net, data, folder, "last", *pruning, *teacher)
     assert all(callback.pruner is not None and callback.pruner.finished for callback in pruning)
     return net
 
