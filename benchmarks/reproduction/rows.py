@@ -35,6 +35,7 @@ class Configuration:
         speedup: Factor by which the MACs of the convolutions are to fall.
         criterion, use_rank, A, u, crossing, recovery, masking: SPP's options. With
             ``masking="penalize"`` a column's weight decay grows with p, and no masks are drawn.
+            With ``criterion="taylor"`` a column's importance is its weights times their gradients.
         interval: The pruning interval t, in steps of the full schedule.
         ratios: Share of columns to prune, by layer. None: the same in every layer.
         distillation: Share of the baseline's outputs in the loss, in [0, 1).
@@ -51,7 +52,7 @@ class Configuration:
 
     method: Method = "spp"
     speedup: float = 4
-    criterion: Literal["l1", "l2"] = "l1"
+    criterion: Literal["l1", "l2", "taylor"] = "l1"  # the last one exists in the benchmark only
     use_rank: bool = True
     interval: int = 180
     A: float = 0.05
@@ -201,6 +202,11 @@ ADDED: dict[str, dict[str, Any]] = {
     ", scaled by 1 - p": SCALED,
     ", scaled, zero crossing nearer to R": SCALED | {"crossing": 0.2},
     ", scaled, twice the learning rate in retraining": SCALED | {"retraining_lr": 2.0},
+    ", scaled, four times the learning rate in retraining": SCALED | {"retraining_lr": 4.0},
+    ", scaled and distilled, twice the learning rate in retraining": SCALED
+    | DISTILLED
+    | {"retraining_lr": 2.0},
+    ", scaled, importance by Taylor expansion": SCALED | {"criterion": "taylor"},
     ", penalties in the place of masks": {"masking": "penalize"},
     ", zero crossing nearer to R": {"crossing": 0.2},
     ", half as many pruning iterations": {"interval": 90},

@@ -231,7 +231,7 @@ class Run:
             return [kind(row.speedup, updates, interval)]
         spp = SPPCallback(
             prune_ratio=dict(row.ratios) if row.ratios else 1 - 1 / row.speedup,
-            criterion=row.criterion,
+            criterion="l1" if row.criterion == "taylor" else row.criterion,
             use_rank=row.use_rank,
             interval=interval,
             A=row.A,
@@ -243,8 +243,9 @@ class Run:
             kernels="auto" if kept_columns else "dense",
         )
         callbacks: list[Callback] = [spp]
-        if row.score_decay or not row.dead_filters:
-            callbacks.insert(0, Importance(spp, row.score_decay, row.dead_filters))
+        taylor = row.criterion == "taylor"
+        if taylor or row.score_decay or not row.dead_filters:
+            callbacks.insert(0, Importance(spp, row.score_decay, row.dead_filters, taylor))
         if row.straight_through:
             callbacks.append(StraightThrough(spp))
         if row.masking == "penalize":

@@ -2,7 +2,8 @@
 
 Source: what the authors' published Caffe code does that the paper doesn't say; and growing
 penalties in the place of masks: Wang et al., Structured pruning for efficient ConvNets via
-incremental regularization, IJCNN 2019.
+incremental regularization, IJCNN 2019. Importance by Taylor expansion: Molchanov et al.,
+Importance estimation for neural network pruning, CVPR 2019.
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ from spp_lightning import SPPCallback, SPPPruner
 from spp_lightning.method.groups import Criterion, WeightGroups, weight_of
 
 __all__ = ["Importance", "Penalize", "StraightThrough"]
+
+TAYLOR_MEMORY = 0.95  # share of the mean before that stays at every step
 
 
 class Variant(Callback):
@@ -112,13 +115,19 @@ class _MaskedForward(torch.autograd.Function):
 
 @dataclass(frozen=True)
 class _Scores(WeightGroups):
-    """Weight groups whose importance is a running sum, over the filters that something reads."""
+    """Weight groups with another importance.
+
+    It is a running sum, over the filters that something reads; or a running mean of how much the
+    loss would change without a group.
+    """
 
     decay: float = 0.0
     score: dict[str, Tensor] = field(default_factory=dict)
     read: dict[str, Tensor] = field(default_factory=dict)
 
     def importance(self, weight: Tensor, criterion: Criterion = "l1") -> Tensor:
+        if "taylor" in self.score:
+            return self.score["taylor"]
         if "filters" in self.read:
             weight = weight.detach() * self.read["filters"].view(-1, 1, 1, 1)
         norm = super().importance(weight, criterion)
@@ -136,25 +145,38 @@ class Importance(Variant):
         decay: Share of the score before that is added to the norm of an update's weights.
         dead_filters: Whether a filter whose output the next layer doesn't read any more counts in
             the importance of its layer's columns.
+        taylor: Whether the importance is ``|Σ weight · gradient|``, averaged over steps, in the
+            place of the norm. The update before the first step goes by the norm.
     """
 
-    def __init__(self, pruning: SPPCallback, decay: float, dead_filters: bool) -> None:
+    def __init__(
+        self, pruning: SPPCallback, decay: float, dead_filters: bool, taylor: bool = False
+    ) -> None:
         super().__init__(pruning)
         self.decay = decay
         self.dead_filters = dead_filters
+        self.taylor = taylor
         self._groups: dict[str, _Scores] = {}
-        self._restored: dict[str, Tensor] = {}
+        self._restored: dict[str, dict[str, Tensor]] = {}
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: D102
         for layer in self.pruner._masked:  # no option of the package's: nobody else wants it
             groups = _Scores(tuple(weight_of(layer.module).shape), decay=self.decay)
-            if layer.name in self._restored:
-                groups.score["sum"] = self._restored[layer.name]
+            groups.score.update(self._restored.get(layer.name, {}))
             layer.groups = self._groups[layer.name] = groups
         self._look()
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:  # noqa: D102
         self._look()
+        if self.taylor and not self.pruner.finished:
+            self._average()
+
+    def _average(self) -> None:
+        for name, layer in self.pruner.layers.items():
+            weight, score = weight_of(layer), self._groups[name].score
+            assert weight.grad is not None
+            change = (weight.detach() * weight.grad).sum(0).abs().flatten()
+            score["taylor"] = torch.lerp(score.get("taylor", change), change, 1 - TAYLOR_MEMORY)
 
     def _look(self) -> None:
         if self.dead_filters or self.pruner.finished:
@@ -165,8 +187,7 @@ class Importance(Variant):
             self._groups[name].read["filters"] = alive.any(2).any(1)
 
     def state_dict(self) -> dict[str, Any]:  # noqa: D102
-        found = {name: groups.score for name, groups in self._groups.items()}
-        return {name: score["sum"].clone() for name, score in found.items() if "sum" in score}
+        return {name: dict(groups.score) for name, groups in self._groups.items()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:  # noqa: D102
         self._restored = state_dict

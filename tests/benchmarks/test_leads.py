@@ -95,9 +95,32 @@ def test_importance_as_a_running_sum_without_filters_that_nothing_reads(net):
     again = Importance(callback, decay=0.5, dead_filters=False)
     again.load_state_dict(saved)
     again.on_train_start(None, net)
-    expected = 3 * first[:30].abs().sum(0) + 0.5 * saved["conv1"].view(3, 5, 5)
+    expected = 3 * first[:30].abs().sum(0) + 0.5 * saved["conv1"]["sum"].view(3, 5, 5)
     found = callback.pruner._masked[0].groups.importance(3 * first)
     torch.testing.assert_close(found, expected.flatten())
+
+
+def test_importance_by_taylor_expansion(net, images):
+    callback = pruning(net, speedup=4, interval=1)
+    variant = Importance(callback, decay=0.0, dead_filters=True, taylor=True)
+    variant.on_train_start(None, net)
+    groups, weight = callback.pruner._masked[1].groups, net.conv2._parameters["weight"]
+    norm = weight.detach().abs().sum(0).flatten()
+    torch.testing.assert_close(groups.importance(weight), norm)  # before the first step
+    changes = []
+    for batch in (images, images.flip(0) * 2):
+        net.zero_grad()
+        grad = gradients(net.train(), batch)["conv2.weight"]
+        # What the loss changes by, to first order, if a column's weights become 0.
+        changes.append(torch.einsum("nchw,nchw->chw", weight.detach(), grad).abs().flatten())
+        variant.on_train_batch_end(None, net)
+    expected = 0.95 * changes[0] + 0.05 * changes[1]
+    torch.testing.assert_close(groups.importance(weight), expected)
+    again = Importance(callback, decay=0.0, dead_filters=True, taylor=True)
+    again.load_state_dict(variant.state_dict())
+    again.on_train_start(None, net)
+    found = callback.pruner._masked[1].groups.importance(weight)
+    assert torch.equal(found, groups.importance(weight))
 
 
 def test_penalties_in_the_place_of_masks(net, images):
