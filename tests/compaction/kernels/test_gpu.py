@@ -12,6 +12,7 @@ import importlib.util
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 import traceback
@@ -98,8 +99,11 @@ KERNELS = {  # and the modules that launch them
 LAYOUTS = (("first", "float16"), ("last", "float32"))
 COMPILED = [f"{kernel}, {layout}, {dtype}" for layout, dtype in LAYOUTS for kernel in KERNELS]
 
+# Triton builds small libraries of its own.
+COMPILERS = [os.environ["CC"]] if "CC" in os.environ else ["clang", "gcc"]
 needs_triton = pytest.mark.skipif(
-    importlib.util.find_spec("triton") is None, reason="triton has no wheels for this platform"
+    importlib.util.find_spec("triton") is None or not any(map(shutil.which, COMPILERS)),
+    reason="no triton, which has no wheels for this platform, or no C compiler for it",
 )
 
 
