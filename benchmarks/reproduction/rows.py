@@ -39,8 +39,9 @@ class Configuration:
         interval: The pruning interval t, in steps of the full schedule.
         ratios: Share of columns to prune, by layer. None: the same in every layer.
         distillation: Share of the baseline's outputs in the loss, in [0, 1).
-        pruning_lr: Factor of the learning rate while pruning.
-        retraining_lr: Factor of the learning rate in retraining, until it falls the first time.
+        lr: Factor of the learning rate throughout.
+        pruning_lr: Another factor of it while pruning.
+        retraining_lr: Another one in retraining, until it falls the first time.
         weight_decay: Weight decay of the convolutions while pruning and retraining. The last
             layer's is 250 times as large.
         classifier_decay: Weight decay of the last layer. None: 250 times ``weight_decay``.
@@ -62,6 +63,7 @@ class Configuration:
     masking: Masking = "sample"
     ratios: tuple[tuple[str, float], ...] | None = None
     distillation: float = 0.0
+    lr: float = 1.0
     pruning_lr: float = 1.0
     retraining_lr: float = 1.0
     weight_decay: float = 0.004
@@ -203,9 +205,12 @@ ADDED: dict[str, dict[str, Any]] = {
     ", scaled, zero crossing nearer to R": SCALED | {"crossing": 0.2},
     ", scaled, twice the learning rate in retraining": SCALED | {"retraining_lr": 2.0},
     ", scaled, four times the learning rate in retraining": SCALED | {"retraining_lr": 4.0},
-    ", scaled and distilled, twice the learning rate in retraining": SCALED
-    | DISTILLED
-    | {"retraining_lr": 2.0},
+    ", scaled, twice the learning rate": SCALED | {"lr": 2.0},
+    ", scaled, four times the learning rate": SCALED | {"lr": 4.0},
+    ", scaled and distilled, twice the learning rate": SCALED | DISTILLED | {"lr": 2.0},
+    ", scaled and distilled, four times the learning rate": SCALED | DISTILLED | {"lr": 4.0},
+    ", twice the learning rate": {"lr": 2.0},
+    ", four times the learning rate": {"lr": 4.0},
     ", scaled, importance by Taylor expansion": SCALED | {"criterion": "taylor"},
     ", penalties in the place of masks": {"masking": "penalize"},
     ", zero crossing nearer to R": {"crossing": 0.2},
@@ -214,7 +219,12 @@ ADDED: dict[str, dict[str, Any]] = {
     ", scaled and distilled": SCALED | DISTILLED,
     ", distilled": DISTILLED,
 }
-ADDED_TO_OTHERS = ("", ", distilled")
+ADDED_TO_OTHERS = (
+    "",
+    ", distilled",
+    ", twice the learning rate",
+    ", four times the learning rate",
+)
 
 
 def _recipes() -> dict[str, Configuration]:
@@ -238,6 +248,7 @@ def _recipes() -> dict[str, Configuration]:
 
 
 RECIPES = _recipes()
+RECOMMENDED = replace(DEFAULT, weight_decay=DECAY, **SCALED, **DISTILLED)
 
 ALL_TABLES: dict[str, list[Configuration]] = {
     "table1": [
@@ -264,7 +275,11 @@ def by_worth(tables: Sequence[str]) -> list[Configuration]:
 
     The baseline, which all are compared with, comes first.
     """
-    first = [BASELINE]
+    first = [BASELINE, DEFAULT]
+    for speedup in (10, 4):
+        first.append(replace(RECOMMENDED, speedup=speedup))
+        gradual = METHODS["gradual L1 columns"]
+        first.append(replace(gradual, speedup=speedup, weight_decay=DECAY))
     for name in ("SPP", "gradual L1 columns", "one-shot L1 columns"):
         plain = [replace(METHODS[name], speedup=speedup) for speedup in (4, 10)]
         first += [*plain, *(replace(row, weight_decay=DECAY) for row in plain)]

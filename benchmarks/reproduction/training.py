@@ -187,7 +187,10 @@ class Run:
         if row == BASELINE:
             return ConvNet(milestones=milestones)
         return ConvNet(
-            milestones=milestones, weights=self.baseline.final, weight_decay=row.weight_decay
+            lr=row.lr * ConvNet().hparams["lr"],
+            milestones=milestones,
+            weights=self.baseline.final,
+            weight_decay=row.weight_decay,
         )
 
     def _callbacks(self, net: ConvNet, kept_columns: bool) -> list[Callback]:
