@@ -34,8 +34,8 @@ NATIVE = ROOT / "spp_lightning" / "native"
 RESULT = ROOT / "benchmarks" / "results" / "sanitize.md"
 SETS = ("base", "avx2", "avx512")
 INT8_SETS = (
-    *("int8-base", "int8-avx2", "int8-avx_vnni", "int8-avx512_vnni"),
-    *("int8-avx_vnni_emulated", "int8-avx512_vnni_emulated"),
+    *("int8-base", "int8-avx2", "int8-avx_vnni", "int8-avx512_vnni", "int8-amx"),
+    *("int8-avx_vnni_emulated", "int8-avx512_vnni_emulated", "int8-amx_emulated"),
 )
 REDZONE = 1024  # bytes around each block: more than a tile may reach too far
 # Int8 outputs are compared bit for bit: no fused multiply-adds that the sources don't ask for.

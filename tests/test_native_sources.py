@@ -72,3 +72,37 @@ def test_every_header_compiles_alone(tmp_path):
         if run.returncode:
             wrong[header.name] = run.stderr
     assert not wrong
+
+
+# Multiplies two registers of AMX, emulated, with shapes that the arguments say.
+TILES = """
+#include "tiles.h"
+#include <cstdlib>
+int main(int, char** words) {
+  spp::base::TileShapes shapes = spp::base::kWholeTiles;
+  shapes.rows[0] = std::atoi(words[1]);
+  shapes.row_bytes[4] = std::atoi(words[2]);
+  if (std::atoi(words[3])) spp::base::_tile_loadconfig(&shapes);
+  spp::base::_tile_dpbsud(std::atoi(words[4]), 4, 6);
+}
+"""
+
+
+@pytest.mark.skipif(COMPILER is None, reason="no C++ compiler")
+def test_emulated_tiles_refuse_what_amx_refuses(tmp_path):
+    source, program = tmp_path / "tiles.cpp", tmp_path / "tiles"
+    source.write_text(TILES)
+    command = [COMPILER, "-std=gnu++17", f"-I{NATIVE}", str(source), "-o", str(program)]
+    subprocess.run(command, check=True)
+
+    def told(*numbers):  # rows of tile 0, bytes of a row of tile 4, whether configured, the sums
+        words = [str(program), *map(str, numbers)]
+        return subprocess.run(words, capture_output=True, text=True).stderr
+
+    assert told(16, 64, 1, 0) == ""
+    assert "at most 16 rows of 64 bytes" in told(17, 64, 1, 0)
+    assert "at most 16 rows of 64 bytes" in told(16, 68, 1, 0)
+    assert "must be configured" in told(16, 64, 0, 0)
+    assert "shapes of a product must fit" in told(15, 64, 1, 0)
+    assert "shapes of a product must fit" in told(16, 32, 1, 0)
+    assert "must be three" in told(16, 64, 1, 4)

@@ -12,7 +12,6 @@ from spp_lightning.compaction.geometry import Geometry, kept_columns
 from spp_lightning.compaction.graph.linear import decide_linear
 from spp_lightning.compaction.graph.network import CompactNetwork
 from spp_lightning.compaction.graph.replace import IN_GATE, decide, decision_of
-from spp_lightning.compaction.kernels.cpu.int8 import instruction_set as int8_instruction_set
 from spp_lightning.compaction.kernels.cpu.library import is_available
 from spp_lightning.compaction.layers.column_conv import ColumnConv2d
 from spp_lightning.compaction.layers.column_linear import ColumnLinear
@@ -176,7 +175,7 @@ def _row(name: str, module: nn.Module, x: Tensor, residual: bool) -> LayerReport
         us = decided.dense_us
         return LayerReport(name, kept, every, "dense", threads, us, us, decided.reason)
     if isinstance(module, QuantizedConv2d):
-        kernel = f"int8 {int8_instruction_set() if x.is_cpu else 'torch'}"
+        kernel = f"int8 {module.instruction_set if x.is_cpu else 'torch'}"
         kept, every = len(module.columns), module.geometry.num_columns
         return LayerReport(name, kept, every, kernel, threads, None, None, "quantised")
     shape = tuple(x.shape) if x.dim() == 4 else (1, *x.shape)

@@ -20,18 +20,43 @@ const Int8Kernel* choose(const char* wanted) {
   const auto is = [&](const Int8Kernel& kernel) { return !*wanted || std::strcmp(wanted, kernel.name) == 0; };
 #ifdef SPP_X86
   __builtin_cpu_init();
+#ifdef SPP_HAS_AMX
+  if (is(kInt8Amx) && has_avx512_vnni() && has_amx_int8()) return &kInt8Amx;
+#endif
   if (is(kInt8Avx512Vnni) && has_avx512_vnni()) return &kInt8Avx512Vnni;
 #ifdef SPP_HAS_AVX_VNNI
   if (is(kInt8AvxVnni) && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("avxvnni")) return &kInt8AvxVnni;
 #endif
   if (is(kInt8Avx2) && __builtin_cpu_supports("avx2")) return &kInt8Avx2;
 #endif
-  for (const Int8Kernel* kernel : {&kInt8Base, &kInt8AvxVnniEmulated, &kInt8Avx512VnniEmulated})
+  for (const Int8Kernel* kernel : {&kInt8Base, &kInt8AvxVnniEmulated, &kInt8Avx512VnniEmulated, &kInt8AmxEmulated})
     if (is(*kernel)) return kernel;
   return nullptr;
 }
 
-const Int8Kernel* chosen = choose("");
+const Int8Kernel* forced = nullptr;
+
+// Nobody asks for AMX's registers before there is an int8 layer.
+const Int8Kernel& best() {
+  static const Int8Kernel* kernel = choose("");
+  return *kernel;
+}
+
+// Whether AMX needs fewer cycles than VPDPBUSD for the sums of a conv group at 16 pixels. An AMX product takes 16 cycles
+// for 16 filters and 64 columns, and so does the store of its sums; a processor begins two VPDPBUSD in a cycle, of a filter
+// and 4 columns each. These are Intel's numbers of the instructions; the kernels weren't measured.
+bool tiles_pay(int64_t filters, int64_t columns) {
+  const int64_t tiles = (filters + 15) / 16, products = (columns + 63) / 64, steps = (columns + 3) / 4;
+  return 2 * tiles * 16 * (products + 1) < filters * (steps + 2);
+}
+
+const Int8Kernel& kernel_of(const Geometry& g, int32_t num_columns) {
+  if (forced != nullptr) return *forced;
+#ifdef SPP_HAS_AMX
+  if (&best() == &kInt8Amx && !tiles_pay(g.filters / g.groups, num_columns / g.groups)) return kInt8Avx512Vnni;
+#endif
+  return best();
+}
 
 void check_zero(const char* name, int32_t zero) {
   check(zero >= 0 && zero <= 255, [&] {
@@ -67,15 +92,20 @@ void check_columns(const Geometry& g, const int32_t* columns, int32_t count) {
 
 using spp::check_count, spp::deref, spp::guarded, spp::Int8Plan, spp::Status;
 
-SPP_EXPORT const char* spp_int8_isa() { return spp::chosen->name; }
+SPP_EXPORT const char* spp_int8_isa() { return (spp::forced ? *spp::forced : spp::best()).name; }
 
-// For tests: plans that are made from now on use another instruction set than the best one.
+SPP_EXPORT const char* spp_int8_plan_isa(const Int8Plan* plan) { return plan->kernel->name; }
+
+// For tests: whether a conv group with so many filters and columns takes AMX where there is AMX.
+SPP_EXPORT int32_t spp_int8_tiles_pay(int32_t filters, int32_t columns) { return spp::tiles_pay(filters, columns); }
+
+// For tests: plans that are made from now on use this instruction set; "" lets each take the best one for it.
 SPP_EXPORT Status spp_int8_set_isa(const char* name) {
   return guarded([&] {
-    const spp::Int8Kernel* kernel = spp::choose(name);
-    if (kernel == nullptr)
+    const spp::Int8Kernel* kernel = *name ? spp::choose(name) : nullptr;
+    if (*name && kernel == nullptr)
       throw spp::Unsupported(std::string("There is no int8 kernel `") + name + "` for this processor.");
-    spp::chosen = kernel;
+    spp::forced = kernel;
   });
 }
 
@@ -93,7 +123,7 @@ SPP_EXPORT Status spp_int8_create(const spp::Geometry* geometry, const int32_t* 
     check_count("bias", {bias, bias_count}, g.filters, true);
     spp::check_finite("multiplier", multiplier, multiplier_count);
     spp::check_finite("bias", bias, bias_count);
-    *plan = new Int8Plan(g, columns, num_columns, weight, multiplier, bias, *scales, *spp::chosen);
+    *plan = new Int8Plan(g, columns, num_columns, weight, multiplier, bias, *scales, spp::kernel_of(g, num_columns));
   }, "There is no memory left for the weights of a convolution.");
 }
 

@@ -1,4 +1,4 @@
-// The int8 kernel: vectors along the pixels of NCHW planes of uint8, sums of int32.
+// The int8 kernel: vectors, or the tiles of AMX, along the pixels of NCHW planes of uint8, sums of int32.
 //
 // As in the pixel-vectorised kernel of floats, the pixels of a tile under the kept columns are packed into a panel once,
 // and read for all filters. A step takes four columns, which are bytes of one word. The sums are exact, so that neither
@@ -7,106 +7,16 @@
 
 #include <type_traits>
 
-#include "int8_panel.h"
-#include "int8_plan.h"
 #include "spread.h"
+
+#ifdef SPP_INT8_TILES
+#include "int8_tile_sums.h"
+#else
+#include "int8_vector_sums.h"
+#endif
 
 namespace spp {
 namespace SPP_ISA {
-
-// ---- The micro-kernel ----
-
-// Some filters at a panel: full tiles of them, or one tile of fewer.
-struct Int8Task {
-  const int32_t* weight;  // [tile of filters][step][filter of the tile]
-  const int32_t* panel;   // [step][pixel]
-  int steps, steps_at_once;
-  const int32_t* offset;  // one per filter, like the next two
-  const float* multiplier;
-  const float* bias;
-  const Excess *excess, *excess_end;
-  const uint8_t* residual;  // planes like the output's, at the first pixel; or null
-  uint8_t* bytes;           // the output: the first filter's plane, at the first pixel; or null
-  float* floats;            // likewise of an output of floats
-  int64_t plane;            // pixels of a plane
-  int filters, pixels;
-  int32_t* sums;            // [filter][pixel]: over the columns so far, if `first` is false
-  bool first, last;         // whether this is the first panel, or the last one
-};
-
-// kAtOnce: steps whose products meet in int16, or 1.
-template <int kFilters, int kV, int kAtOnce>
-SPP_INLINE void add_steps(const int32_t* weight, const int32_t* panel, int steps, Sums (&sum)[kFilters][kV]) {
-  for (int k = 0; k < steps; k += kAtOnce, weight += kAtOnce * kInt8TileFilters, panel += kAtOnce * kTile) {
-#pragma GCC unroll 8
-    for (int r = 0; r < kFilters; ++r) {
-      const Sums w = broadcast(weight[r]);
-#pragma GCC unroll 4
-      for (int v = 0; v < kV; ++v) {
-        const Sums x = load(panel + v * kLanes);
-        if constexpr (kAtOnce == 1)
-          sum[r][v] = add_products(sum[r][v], x, w);
-        else
-          sum[r][v] = add_two_products(sum[r][v], x, w, load(panel + kTile + v * kLanes),
-                                       broadcast(weight[kInt8TileFilters + r]));
-      }
-    }
-  }
-}
-
-// The parts [first, last) of a tile of pixels, kV vectors each, and kFilters filters at a time: of full tiles of
-// filters, or of the one that has fewer.
-template <int kFilters, int kV, int kAtOnce>
-void sum_filters(const Int8Task& task, int first, int last) {
-  const int32_t* weight = task.weight;
-  for (int f = 0; f < task.filters; f += kFilters, weight += task.steps * kInt8TileFilters)
-    for (int part = first; part < last; ++part) {
-      int32_t* sums = task.sums + f * kTile + part * kPart;
-      Sums sum[kFilters][kV];
-#pragma GCC unroll 8
-      for (int r = 0; r < kFilters; ++r)
-#pragma GCC unroll 4
-        for (int v = 0; v < kV; ++v)
-          sum[r][v] = task.first ? broadcast(task.offset[f + r]) : load(sums + r * kTile + v * kLanes);
-      add_steps<kFilters, kV, kAtOnce>(weight, task.panel + part * kPart, task.steps, sum);
-#pragma GCC unroll 8
-      for (int r = 0; r < kFilters; ++r)
-#pragma GCC unroll 4
-        for (int v = 0; v < kV; ++v) store(sums + r * kTile + v * kLanes, sum[r][v]);
-    }
-}
-
-using SumFilters = void (*)(const Int8Task&, int first, int last);
-
-// By filters and vectors of pixels, both counted from 1.
-struct SumFunctions {
-  SumFilters by_size[kInt8TileFilters * kVectors];
-};
-template <int kAtOnce, size_t... i>
-constexpr SumFunctions sum_functions(std::index_sequence<i...>) {
-  return {{sum_filters<i / kVectors + 1, i % kVectors + 1, kAtOnce>...}};
-}
-constexpr auto kSizes = std::make_index_sequence<kInt8TileFilters * kVectors>();
-constexpr SumFunctions kSumOne = sum_functions<1>(kSizes), kSumTwo = sum_functions<kSumsInInt16 ? 2 : 1>(kSizes);
-
-// All pixels of a tile: whole parts, and one of fewer vectors. `filters` are computed together.
-inline void sum_pixels(const Int8Task& task, int filters) {
-  const SumFilters* functions = (task.steps_at_once == 2 ? kSumTwo : kSumOne).by_size + (filters - 1) * kVectors - 1;
-  const int whole = task.pixels / kPart, vectors = (task.pixels % kPart + kLanes - 1) / kLanes;
-  if (whole > 0) functions[kVectors](task, 0, whole);
-  if (vectors > 0) functions[vectors](task, whole, whole + 1);
-}
-
-// Adds what the weights lack.
-inline void add_excess(const Int8Task& task) {
-  for (const Excess* it = task.excess; it != task.excess_end; ++it) {
-    const int32_t* panel = task.panel + it->step * kTile;
-    int32_t* sums = task.sums + it->filter * kTile;
-    const Sums w = broadcast(it->word);
-#pragma GCC unroll 8
-    for (int v = 0; v < kTile; v += kLanes) store(sums + v, add_products(load(sums + v), load(panel + v), w));
-  }
-}
 
 // ---- From sums to outputs ----
 
@@ -131,12 +41,12 @@ struct OutputScale {
 
 // 16 outputs of a filter. kBytes: they are quantised. Every operation on floats is rounded once.
 template <bool kBytes, bool kResidual>
-SPP_INLINE void finish_pixels(const int32_t* sums, float multiplier, float bias, const OutputScale& scale,
+SPP_INLINE void finish_pixels(const int32_t* sums, int32_t offset, float multiplier, float bias, const OutputScale& scale,
                               const uint8_t* residual, uint8_t* bytes, float* floats) {
   Floats y[kPackVectors];
 #pragma GCC unroll 4
   for (int i = 0; i < kPackVectors; ++i) {
-    y[i] = to_floats(load(sums + i * kLanes)) * multiplier;
+    y[i] = to_floats(load(sums + i * kLanes) + offset) * multiplier;
     y[i] += bias;
     if constexpr (kResidual)
       y[i] += to_floats(widen(residual + i * kLanes) - scale.residual_zero) * scale.residual_scale;
@@ -154,13 +64,14 @@ void finish_filters(const Int8Task& task, const OutputScale& of) {
   const int pixels = task.pixels, whole = pixels / kPackPixels * kPackPixels;
   for (int f = 0; f < task.filters; ++f) {
     const int32_t* sums = task.sums + f * kTile;
+    const int32_t offset = kAddsOffsetLast ? task.offset[f] : 0;
     const float multiplier = task.multiplier[f], bias = task.bias[f];
     const int64_t at = f * task.plane;
     const uint8_t* residual = kResidual ? task.residual + at : nullptr;
     uint8_t* bytes = kBytes ? task.bytes + at : nullptr;
     float* floats = kBytes ? nullptr : task.floats + at;
     for (int p = 0; p < whole; p += kPackPixels)
-      finish_pixels<kBytes, kResidual>(sums + p, multiplier, bias, scale, kResidual ? residual + p : nullptr,
+      finish_pixels<kBytes, kResidual>(sums + p, offset, multiplier, bias, scale, kResidual ? residual + p : nullptr,
                                        kBytes ? bytes + p : nullptr, kBytes ? nullptr : floats + p);
     if (whole == pixels) continue;
     const int rest = pixels - whole;
@@ -169,7 +80,7 @@ void finish_filters(const Int8Task& task, const OutputScale& of) {
     float last_floats[kPackPixels];
     std::memcpy(last_sums, sums + whole, sizeof(int32_t) * rest);
     if constexpr (kResidual) std::memcpy(last_residual, residual + whole, rest);
-    finish_pixels<kBytes, kResidual>(last_sums, multiplier, bias, scale, last_residual, last_bytes, last_floats);
+    finish_pixels<kBytes, kResidual>(last_sums, offset, multiplier, bias, scale, last_residual, last_bytes, last_floats);
     if constexpr (kBytes) std::memcpy(bytes + whole, last_bytes, rest);
     else std::memcpy(floats + whole, last_floats, sizeof(float) * rest);
   }
@@ -213,6 +124,7 @@ class Int8Convolution {
 
   // A thread's part of the planes.
   void run(const Partition& threads) {
+    [[maybe_unused]] const KernelRegisters registers{};
     const int blocks = plan_.filter_blocks(), tiles = static_cast<int>((s_.conv_plane + kTile - 1) / kTile);
     const int parts = filter_parts(tiles, blocks, threads.count);
     for (int g = 0; g < plan_.geometry.groups; ++g)
@@ -238,13 +150,14 @@ class Int8Convolution {
     int done = 0;
     do {  // once, even without columns
       task.steps = std::min(kPanelSteps, where.steps - done);
-      // Lanes without a pixel are computed, too; let them be the same every time.
-      if (tile.count < kTile) std::fill_n(panel_, task.steps * kTile, 0);
+      const int padded = groups_of(task.steps) * kStepsOfGroup, used = tile.count < kTile ? 0 : task.steps;
+      // Lanes without a pixel and steps without a column are computed, too; let them be the same every time.
+      std::fill(panel_ + used * kTile, panel_ + padded * kTile, 0);
       pack({image_.base, image_.end, offset + static_cast<size_t>(done) * kColumnsOfStep, task.steps}, tile, panel_);
       task.first = done == 0;
       task.last = done + task.steps == where.steps;
       for (int block = first; block < last; ++block) run_block(group, block, weight, excess, begin, task);
-      weight += static_cast<size_t>(plan_.filter_tiles()) * kInt8TileFilters * task.steps;
+      weight += static_cast<size_t>(plan_.filter_tiles()) * kInt8TileFilters * padded;
       excess += plan_.filter_blocks();
       done += task.steps;
     } while (done < where.steps);
@@ -254,23 +167,12 @@ class Int8Convolution {
   void run_block(int group, int block, const int32_t* weight, const int32_t* excess, int begin, Int8Task task) const {
     constexpr int kBlockFilters = kTilesOfBlock * kInt8TileFilters;
     const int first = block * kBlockFilters, filter = group * plan_.group_filters() + first;
-    const int count = std::min(kBlockFilters, plan_.group_filters() - first), rest = count % kInt8TileFilters;
     // Between panels the sums of all filters wait; those of one panel may take one place in turn.
-    int32_t* sums = sums_ + (task.first && task.last ? 0 : first * kTile);
-    task.weight = weight + static_cast<size_t>(first) * task.steps;
+    task.sums = sums_ + (task.first && task.last ? 0 : first * kTile);
+    task.weight = weight + static_cast<size_t>(first) * groups_of(task.steps) * kStepsOfGroup;
     task.offset = plan_.offset.data() + filter;
-    task.sums = sums;
-    task.filters = count - rest;
-    if (task.filters > 0) sum_pixels(task, kInt8TileFilters);
-    if (rest > 0) {
-      task.weight += static_cast<size_t>(task.filters) * task.steps;
-      task.offset += task.filters;
-      task.sums += task.filters * kTile;
-      task.filters = rest;
-      sum_pixels(task, rest);
-    }
-    task.sums = sums;
-    task.filters = count;
+    task.filters = std::min(kBlockFilters, plan_.group_filters() - first);
+    sum_filters(task);
     if (kSumsInInt16 && task.steps > 0) {
       task.excess = plan_.weights.excess.data() + excess[block];
       task.excess_end = plan_.weights.excess.data() + excess[block + 1];
@@ -378,7 +280,7 @@ inline void forward_int8(const Int8Pass& pass) {
 }
 
 constexpr Int8Kernel int8_kernel(const char* name) {
-  return {name, kInt8TileFilters, kPanelSteps, kSumsInInt16, forward_int8};
+  return {name, kInt8TileFilters, kPanelSteps, kStepsOfGroup, kSumsInInt16, forward_int8};
 }
 
 }  // namespace SPP_ISA

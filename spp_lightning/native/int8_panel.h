@@ -11,7 +11,9 @@ namespace SPP_ISA {
 
 // The sums of a part of a tile fill the registers: filters by vectors of pixels. A tile has one or two parts, so that
 // filters are begun and finished less often.
-#if SPP_LANES == 16
+#ifdef SPP_INT8_TILES
+constexpr int kInt8TileFilters = 16, kVectors = 32 / SPP_LANES, kParts = 1;
+#elif SPP_LANES == 16
 constexpr int kInt8TileFilters = 8, kVectors = 3, kParts = 1;
 #elif SPP_LANES == 8
 constexpr int kInt8TileFilters = 6, kVectors = 2, kParts = 2;
@@ -20,8 +22,16 @@ constexpr int kInt8TileFilters = 3, kVectors = 4, kParts = 2;
 #endif
 constexpr int kPart = kLanes * kVectors, kTile = kPart * kParts;  // pixels
 static_assert(kTile % kPackPixels == 0, "A tile is finished by 16 pixels at a time.");
-constexpr int kPanelSteps = (24 << 10) / (kTile * 4);
+// Of the L1 cache. AMX's processors have 48 KiB, and sums that wait between two panels cost them more.
+#ifdef SPP_INT8_TILES
+constexpr int kPanelBytes = 32 << 10, kStepsOfGroup = 16;
+#else
+constexpr int kPanelBytes = 24 << 10, kStepsOfGroup = 1;
+#endif
+constexpr int kPanelSteps = kPanelBytes / (kTile * 4);
 static_assert(kPanelSteps % 2 == 0, "Steps are multiplied in pairs.");
+static_assert(kPanelSteps % kStepsOfGroup == 0, "A panel has whole groups of steps.");
+inline int groups_of(int steps) { return (steps + kStepsOfGroup - 1) / kStepsOfGroup; }
 constexpr int kRunSlack = kPackPixels;  // pixels that are read behind a run, and words that are written behind a panel
 
 // Neighbouring pixels of the output, without regard to rows.

@@ -104,8 +104,9 @@ void Int8Plan::order_group(const int8_t* weight, int group, Int8Weights& into) c
 
 void Int8Plan::pack_panel(const int8_t* weight, const int32_t* order, int steps_of_panel, Int8Weights& into) const {
   const int rows = kernel->tile_filters, at_once = into.steps_at_once, block_filters = kTilesOfBlock * rows;
+  const int group = kernel->group_steps, padded = (steps_of_panel + group - 1) / group * group;
   const size_t begin = into.words.size();
-  into.words.resize(begin + static_cast<size_t>(filter_tiles()) * rows * steps_of_panel);
+  into.words.resize(begin + static_cast<size_t>(filter_tiles()) * rows * padded);
   for (int block = 0; block < group_filters(); block += block_filters) {
     into.excess_start.push_back(static_cast<int32_t>(into.excess.size()));
     // Step by step, so that excesses next to each other are those of different filters: their sums don't wait for
@@ -114,9 +115,9 @@ void Int8Plan::pack_panel(const int8_t* weight, const int32_t* order, int steps_
       for (int f = block; f < std::min(group_filters(), block + block_filters); ++f) {
         Block kept(weight + f * columns.size(), order + static_cast<size_t>(step) * kColumnsOfStep, at_once);
         const Block over = kernel->sums_in_int16 ? take_excess(at_once, kept) : Block();
-        int32_t* words = into.words.data() + begin + static_cast<size_t>(f / rows) * rows * steps_of_panel + f % rows;
+        int32_t* words = into.words.data() + begin + static_cast<size_t>(f / rows) * rows * padded;
         for (int s = 0; s < at_once; ++s) {
-          words[static_cast<size_t>(step + s) * rows] = word_of(kept.weights[s]);
+          words[((step + s) / group * rows + f % rows) * group + (step + s) % group] = word_of(kept.weights[s]);
           Block part(over, s);
           while (word_of(part.weights[0]) != 0) {  // it may be too much for one product, too
             const Block rest = take_excess(1, part);

@@ -31,6 +31,7 @@ struct Int8Kernel {
   const char* name;
   int32_t tile_filters;  // filters that are computed together
   int32_t panel_steps;   // steps of columns that a panel has at most; even
+  int32_t group_steps;   // steps whose weights of a filter lie next to each other
   bool sums_in_int16;    // products of two columns meet in int16, whose sums would saturate: see Excess
   void (*forward)(const Int8Pass&);
 };
@@ -45,12 +46,12 @@ struct Excess {
   int32_t word;
 };
 
-// Weights of which no sum of int16 saturates: [conv group][panel][tile of filters][step][filter of the tile], a word for
-// the columns of a step. Zeros stand for filters and columns that there aren't.
+// Weights of which no sum of int16 saturates: [conv group][panel][tile of filters][group of steps][filter of the
+// tile][step of the group], a word for the columns of a step. Zeros stand for filters, steps and columns that there aren't.
 struct Int8Weights {
   int32_t steps_at_once = 1;  // 2: the products of two steps meet in int16, too
   std::vector<int32_t> order;  // [conv group][step][column of the step]: indices of columns, or -1
-  std::vector<int32_t> words;
+  std::vector<int32_t, AlignedAllocator<int32_t>> words;
   std::vector<Excess> excess;
   std::vector<int32_t> excess_start;  // [conv group][panel][block of filters], and their number
   // Where the parts of a conv group begin: in `order`, in `words`, and in `excess_start`.

@@ -21,6 +21,22 @@ inline AlignedFloats aligned_floats(size_t count) {
   return AlignedFloats(static_cast<float*>(memory));
 }
 
+// For vectors whose numbers begin at a cache line.
+template <typename T>
+struct AlignedAllocator {
+  using value_type = T;
+  static constexpr std::align_val_t kAlignment{64};
+
+  AlignedAllocator() = default;
+  template <typename Other>
+  AlignedAllocator(const AlignedAllocator<Other>&) {}
+
+  T* allocate(size_t count) { return static_cast<T*>(::operator new(count * sizeof(T), kAlignment)); }
+  void deallocate(T* memory, size_t) { ::operator delete(memory, kAlignment); }
+  bool operator==(const AlignedAllocator&) const { return true; }
+  bool operator!=(const AlignedAllocator&) const { return false; }
+};
+
 #ifdef SPP_EXACT_BUFFERS
 constexpr bool kExact = true;  // so that a sanitizer sees where a buffer ends
 #else

@@ -14,6 +14,7 @@ from spp_lightning.compaction.int8_spec import Int8Spec, TensorScale
 from spp_lightning.compaction.kernels.cpu import int8_planes
 from spp_lightning.compaction.kernels.cpu.checks import check_columns
 from spp_lightning.compaction.kernels.cpu.int8 import Int8Handle
+from spp_lightning.compaction.kernels.cpu.library import is_available
 from spp_lightning.compaction.layers.conv_shape import ConvShape
 from spp_lightning.compaction.layers.int8_reference import (
     convolve,
@@ -237,6 +238,11 @@ class QuantizedConv2d(ConvShape, nn.Module):
         versions = tuple(0 if x is None else x._version for x in tensors)
         self._packed = _Packed(handle, tensors, versions)
         return handle
+
+    @property
+    def instruction_set(self) -> str:
+        """What the CPU kernels compute the layer with; ``"none"`` without kernels."""
+        return self._handle().instruction_set if is_available() else "none"
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_packed": None}

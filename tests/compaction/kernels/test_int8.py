@@ -1,7 +1,12 @@
 """The int8 kernels against exact integers: every instruction set makes the same bits."""
 
 import math
+import platform
 import random
+import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -20,22 +25,23 @@ SETS = (
     "avx2",
     "avx_vnni",
     "avx512_vnni",
+    "amx",
     "avx_vnni_emulated",
     "avx512_vnni_emulated",
+    "amx_emulated",
 )
 UNLIMITED = (-math.inf, math.inf)
 
 
 @pytest.fixture(params=SETS)
 def isa(request):
-    """Each int8 kernel that this machine runs; those with VPDPBUSD run emulated anywhere."""
-    best = int8.instruction_set()
+    """Each int8 kernel that this machine runs; those with VPDPBUSD or AMX run emulated anywhere."""
     try:
         library().spp_int8_set_isa(request.param.encode())
     except NotImplementedError:
         pytest.skip(f"no {request.param} here")
     yield request.param
-    library().spp_int8_set_isa(best.encode())
+    library().spp_int8_set_isa(b"")
 
 
 def reference(spec, weight, columns, weight_scale, bias, x, residual):
@@ -123,7 +129,9 @@ def test_random_layers_are_exact(isa, seed):
         for number in range(40):
             spec, tensors, x, residual = drawn_layer(r)
             torch.set_num_threads(r.choice([1, 2]))
-            found = int8.Int8Handle(*tensors, spec).run(x, residual)
+            handle = int8.Int8Handle(*tensors, spec)
+            assert handle.instruction_set == isa
+            found = handle.run(x, residual)
             expected = reference(spec, *tensors, x, residual)
             assert torch.equal(found, expected), (number, spec, x.shape)
             assert found.dtype == expected.dtype
@@ -264,3 +272,47 @@ def test_sums_of_int16_do_not_saturate(isa):
         handle = int8.Int8Handle(weights, columns, torch.ones(2), None, spec)
         x = torch.full((1, 23, 5, 7), 255, dtype=torch.uint8)
         assert (handle.run(x) == 23 * 255 * weight).all()
+
+
+@pytest.mark.parametrize("filters", [16, 17, 33, 80])
+@pytest.mark.parametrize("columns", [1, 63, 64, 65, 768, 1100])
+@pytest.mark.parametrize("pixels", [1, 16, 17, 33])
+def test_tiles_of_amx_at_their_edges(filters, columns, pixels):
+    # A tile has 16 filters, 64 columns or 16 pixels; a panel 1024 columns, a block 64 filters.
+    generator = torch.Generator().manual_seed(0)
+    spec = Int8Spec(Geometry(columns, filters, (1, 1)), TensorScale(0.01, 7), TensorScale(2.0, 90))
+    weight = torch.randint(-128, 128, (filters, columns), generator=generator).to(torch.int8)
+    scale = torch.rand(filters, generator=generator)
+    tensors = weight, torch.arange(columns, dtype=torch.int32), scale, None
+    x = torch.randint(0, 256, (1, columns, 1, pixels), generator=generator).to(torch.uint8)
+    found = []
+    try:
+        for name in ("amx_emulated", "base"):
+            library().spp_int8_set_isa(name.encode())
+            found.append(int8.Int8Handle(*tensors, spec).run(x))
+    finally:
+        library().spp_int8_set_isa(b"")
+    assert torch.equal(*found)
+    assert torch.equal(found[0], reference(spec, *tensors, x, None))
+
+
+def test_small_layers_take_no_amx():
+    pays = library().spp_int8_tiles_pay
+    assert pays(64, 576)
+    assert pays(64, 27)  # a first layer
+    assert pays(16, 64)
+    assert not pays(1, 9)  # a depthwise layer's group
+    assert not pays(16, 4)  # hardly a column
+    assert not pays(2, 1000)
+
+
+@pytest.mark.skipif(
+    platform.machine() != "x86_64" or sys.platform != "linux" or shutil.which("objdump") is None,
+    reason="no AMX, or nothing that reads machine code",
+)
+def test_amx_is_compiled_everywhere():
+    built = Path(native.__file__).with_name("kernels.so")
+    command = ["objdump", "-d", "--no-show-raw-insn", str(built)]
+    code = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    for instruction in ("ldtilecfg", "tileloadd", "tdpbsud", "tilestored", "tilerelease"):
+        assert instruction in code

@@ -23,7 +23,10 @@ __all__ = ["Int8Handle", "instruction_set"]
 
 
 def instruction_set() -> str:
-    """What handles that are made now use: ``"avx2"``, ``"base"``, or ``"none"`` without kernels."""
+    """The best one for int8: ``"amx"``, ``"avx512_vnni"``, ``"avx_vnni"``, ``"avx2"``, ``"base"``.
+
+    ``"none"`` without kernels. Small layers may take another one (`Int8Handle.instruction_set`).
+    """
     functions = library()
     return functions.spp_int8_isa().decode() if functions else "none"
 
@@ -55,7 +58,8 @@ class Int8Handle:
         bias: ``(filters,)``, float32, real units; or None.
         spec: The convolution, and the scales of its tensors.
 
-    Tensors are packed once: later changes in place aren't seen.
+    Tensors are packed once: later changes in place aren't seen. ``instruction_set`` names what they
+    are packed for.
 
     Raises:
         ValueError: If a tensor isn't on the CPU or has another dtype or shape, ``columns`` aren't
@@ -89,6 +93,7 @@ class Int8Handle:
             raise NotImplementedError("The CPU kernels weren't built.")
         self._forward = self._library.spp_int8_forward
         self.address = self._pack(weight, columns, weight_scale, bias)
+        self.instruction_set: str = self._library.spp_int8_plan_isa(self.address).decode()
         weakref.finalize(self, self._library.spp_int8_free, self.address)
 
     def _pack(

@@ -213,8 +213,9 @@ def _declare(functions: Any) -> None:
     Raises:
         RuntimeError: If the library was built of other sources.
     """
-    for name in ("spp_error", "spp_isa", "spp_int8_isa"):
+    for name in ("spp_error", "spp_isa", "spp_int8_isa", "spp_int8_plan_isa"):
         getattr(functions, name).restype = ctypes.c_char_p
+    functions.spp_int8_plan_isa.argtypes = (_POINTER,)
     functions.spp_struct_size.restype = _COUNT
     ours = [ctypes.sizeof(structure) for structure in _STRUCTURES]
     theirs = [functions.spp_struct_size(index) for index in range(len(ours) + 1)]
