@@ -248,7 +248,7 @@ def _recipes() -> dict[str, Configuration]:
 
 
 RECIPES = _recipes()
-RECOMMENDED = replace(DEFAULT, weight_decay=DECAY, **SCALED, **DISTILLED)
+RECOMMENDED = replace(DEFAULT, weight_decay=DECAY, **SCALED)
 
 ALL_TABLES: dict[str, list[Configuration]] = {
     "table1": [
