@@ -282,6 +282,22 @@ def test_export_writes_a_model_and_names_the_library(compact_file):
     assert refused.exit_code == 1 and "a file that `save_compact` wrote" in refused.output
 
 
+@pytest.mark.skipif(not library.is_available(), reason="needs the CPU kernels")
+def test_int8_from_the_checkpoint_to_onnxruntime(checkpoint):
+    torch.save(torch.randn(8, 3, 32, 32), "inputs.pt")
+    words = ("net.pt", "-o", "net.spp", "--int8", "--calibrate", "inputs.pt", "--keep", "conv1")
+    assert run(*words).exit_code == 0
+    result = run("net.spp", "--onnx", "net.onnx", "--input-shape", "3,32,32", command="export")
+    assert result.exit_code == 0, result.output
+    options = onnxruntime.SessionOptions()
+    options.register_custom_ops_library(result.output.splitlines()[1].removeprefix("operators: "))
+    session = onnxruntime.InferenceSession("net.onnx", options)
+    x = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    (found,) = session.run(None, {"input": x.numpy()})
+    expected = load_compact("net.spp")(x)
+    torch.testing.assert_close(torch.from_numpy(found), expected, rtol=1e-5, atol=1e-5)
+
+
 def test_inspect_refuses_a_damaged_file_with_the_loaders_message(compact_file):
     content = bytearray(Path("net.spp").read_bytes())
     content[len(content) // 2] ^= 1

@@ -1,121 +1,79 @@
-"""Compact layers in a row as a node of an ONNX graph: its inputs and attributes."""
+"""Calls that a tracer records as nodes of an ONNX graph, of the domain of this package."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from spp_lightning.compaction.epilogue import ACTIVATIONS, KINDS
-from spp_lightning.compaction.kernels.cpu import cost
-from spp_lightning.compaction.layers.column_conv import ColumnConv2d
+from spp_lightning.compaction.epilogue import KINDS, PlaneOp
+from spp_lightning.compaction.geometry import Geometry
+from spp_lightning.compaction.spec import ConvSpec
 
-__all__ = ["DOMAIN", "ChainNode"]
+__all__ = ["DOMAIN", "NodeCall", "geometry_numbers", "post_attributes", "record", "sizes_of"]
 
 DOMAIN = "spp_lightning"
 _GEOMETRY = 11  # numbers of a convolution's geometry in front of its description
-# For which batches and threads a model says which kernels compute it. In between those for the next
-# smaller number hold.
-_BATCHES = (1, 2, 4, 8, 16, 32, 64)
-_THREADS = (1, 2, 4, 8, 16)
 
 
-class ChainNode:
-    """Layers in a row as an operator.
+class NodeCall(NamedTuple):
+    """A node without its inputs.
 
-    Args:
-        layers: One or more, each of which reads the output of the one before it.
-        linear: A linear layer that reads the last one's output flattened, if there is one.
+    Attributes:
+        operator: Its name in the domain.
+        attributes: Makes the node's attributes; the suffix of a name says of which type it is.
+        shape: Of the output for the example input.
+        dtype: Of the output.
     """
 
-    def __init__(self, layers: Sequence[ColumnConv2d], linear: nn.Linear | None = None) -> None:
-        self.layers, self.linear = tuple(layers), linear
+    operator: str
+    attributes: Callable[[], dict[str, Any]]
+    shape: tuple[int, ...]
+    dtype: torch.dtype = torch.float32
 
-    def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        """What a tracer records as the node."""
-        tensors = [
-            tensor
-            for layer in self.layers
-            for tensor in (layer.weight, layer.columns, _bias_of(layer, layer.out_channels))
-        ]
-        if self.linear is not None:
-            tensors += [self.linear.weight, _bias_of(self.linear, self.linear.out_features)]
-        if residual is not None:
-            tensors.append(residual)
-        shape = tuple(int(n) for n in x.shape)
-        y: Tensor = _Operator.apply(self, shape, residual is not None, x, *tensors)
-        return y
 
-    def out_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
-        """Shape of the output for an input of a shape."""
-        *_, last = self._shapes(shape)
-        return last if self.linear is None else (last[0], self.linear.out_features)
+def record(call: NodeCall, *inputs: Tensor) -> Tensor:
+    """Call a node: zeros of its output's shape, and the node itself where a tracer watches."""
+    y: Tensor = _Operator.apply(call, *inputs)
+    return y
 
-    def attributes(self, shape: Sequence[int], has_residual: bool) -> dict[str, Any]:
-        """The operator's attributes; the suffix of a name says of which type it is."""
-        specs = [layer.spec for layer in self.layers]
-        ops = [(i, op) for i, spec in enumerate(specs) for op in spec.epilogue.post]
-        return {
-            "geometry_i": [n for spec in specs for n in spec.pack()[0][:_GEOMETRY]],
-            "activation_i": [ACTIVATIONS.index(spec.epilogue.activation) for spec in specs],
-            "clamp_f": [n for spec in specs for n in spec.epilogue.clamp],
-            "post_i": [
-                n
-                for i, op in ops
-                for n in (
-                    *(i, KINDS.index(op.kind), *op.kernel_size, *op.stride, *op.padding),
-                    *(int(op.ceil_mode), int(op.count_include_pad)),
-                )
-            ],
-            "alpha_f": [op.alpha for _, op in ops],
-            "linear_i": int(self.linear is not None),
-            "residual_i": int(has_residual),
-            "configs_i": self._configs(shape),
-        }
 
-    def _shapes(self, shape: Sequence[int]) -> list[tuple[int, ...]]:
-        shapes = [tuple(shape)]
-        for layer in self.layers:
-            size = layer.spec.out_size(*shapes[-1][2:])
-            shapes.append((shape[0], layer.geometry.filters, *size))
-        return shapes
+def sizes_of(x: Tensor) -> tuple[int, ...]:
+    """A tensor's shape as numbers, also where a tracer watches."""
+    return tuple(int(n) for n in x.shape)
 
-    def _configs(self, shape: Sequence[int]) -> list[int]:
-        """Rows of what the cost model says of batches and threads: see ``native/onnx_chain.h``."""
-        layers = [(layer.spec, len(layer.columns)) for layer in self.layers]
-        rows = []
-        for batch in sorted({*_BATCHES, shape[0]} - {0}):
-            shapes = self._shapes((batch, *shape[1:]))
-            for threads in sorted({*_THREADS, torch.get_num_threads()}):
-                at_once = 0
-                if len(layers) > 1 or self.linear is not None:
-                    at_once = cost.choose_chain(layers, shapes[0], threads).threads
-                rows += [batch, threads, at_once]
-                for (spec, count), own in zip(layers, shapes, strict=False):
-                    config = cost.choose(spec, count, own, torch.float32, threads, False).config
-                    rows += [int(config.kernel), config.threads]
-        return rows
+
+def geometry_numbers(geometry: Geometry) -> list[int]:
+    """The part of the attribute ``geometry`` that describes a layer."""
+    return ConvSpec(geometry).pack()[0][:_GEOMETRY]
+
+
+def post_attributes(ops: Iterable[tuple[int, PlaneOp]]) -> dict[str, Any]:
+    """The attributes ``post`` and ``alpha`` of operations, each with the place of its layer."""
+    given = list(ops)
+    return {
+        "post_i": [
+            n
+            for i, op in given
+            for n in (
+                *(i, KINDS.index(op.kind), *op.kernel_size, *op.stride, *op.padding),
+                *(int(op.ceil_mode), int(op.count_include_pad)),
+            )
+        ],
+        "alpha_f": [op.alpha for _, op in given],
+    }
 
 
 class _Operator(torch.autograd.Function):
     """What the tracer sees of a node; it computes nothing, since only its shape is wanted."""
 
     @staticmethod
-    def forward(
-        ctx: Any, node: ChainNode, shape: tuple[int, ...], has_residual: bool, x: Tensor, *_: Tensor
-    ) -> Tensor:
-        return x.new_zeros(node.out_shape(shape))
+    def forward(ctx: Any, call: NodeCall, x: Tensor, *_: Tensor) -> Tensor:
+        return x.new_zeros(call.shape, dtype=call.dtype)
 
     @staticmethod
-    def symbolic(
-        g: Any, node: ChainNode, shape: tuple[int, ...], has_residual: bool, x: Any, *tensors: Any
-    ) -> Any:
-        attributes = node.attributes(shape, has_residual)
-        y = g.op(f"{DOMAIN}::ColumnChain", x, *tensors, **attributes)
-        return y.setType(x.type().with_sizes([None, *node.out_shape(shape)[1:]]))
-
-
-def _bias_of(layer: ColumnConv2d | nn.Linear, size: int) -> Tensor:
-    return layer.weight.new_zeros(size) if layer.bias is None else layer.bias
+    def symbolic(g: Any, call: NodeCall, x: Any, *inputs: Any) -> Any:
+        y = g.op(f"{DOMAIN}::{call.operator}", x, *inputs, **call.attributes())
+        return y.setType(x.type().with_dtype(call.dtype).with_sizes([None, *call.shape[1:]]))

@@ -1,8 +1,8 @@
 """export_onnx(): a compact network as ONNX, whose compact layers are operators of this package.
 
 The kernels' library is the library of operators, too: onnxruntime loads it with
-``register_custom_ops_library`` and finds ``ColumnChain`` in it, which is described in
-``native/onnx_operator.cpp``. All other layers become standard operators.
+``register_custom_ops_library``. The operators are described in ``native/onnx_chain_node.cpp``,
+``onnx_int8_node.cpp`` and ``onnx_pool_node.cpp``. All other layers become standard operators.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import io
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +23,11 @@ from spp_lightning.compaction.graph.join import Row, join
 from spp_lightning.compaction.graph.network import CompactNetwork
 from spp_lightning.compaction.graph.steps import Step, Value, map_values
 from spp_lightning.compaction.layers.column_conv import ColumnConv2d
-from spp_lightning.compaction.layers.quantized import QuantizedConv2d
-from spp_lightning.export.node import DOMAIN, ChainNode
+from spp_lightning.compaction.layers.quantized import Quantize, QuantizedConv2d, QuantizedLinear
+from spp_lightning.export.chain_node import ChainNode
+from spp_lightning.export.int8_node import Int8LayerNode, QuantizeNode
+from spp_lightning.export.node import DOMAIN
+from spp_lightning.export.pool_node import pool_nodes
 
 __all__ = ["export_onnx"]
 
@@ -42,22 +45,28 @@ def export_onnx(
     """Write a compact network to an ONNX file that runs in a stock onnxruntime.
 
     Compact layers, and layers in a row that one call computes, become operators ``ColumnChain`` of
-    the domain ``spp_lightning``; onnxruntime finds them in the library ``onnx_library()``. Weights
-    are initializers. An operator says by attributes which kernels compute it: the cost model chose
-    them for the instruction set of this machine. Any other computes the same, maybe more slowly.
+    the domain ``spp_lightning``; int8 layers, roundings to uint8 and pools become operators of it,
+    too. onnxruntime finds them in the library ``onnx_library()``. Weights are initializers. A
+    ``ColumnChain`` says by attributes which kernels compute it: the cost model chose them for the
+    instruction set of this machine. Any other computes the same, maybe more slowly.
+
+    Tensors between int8 layers are uint8. These operators compute the bits that the network
+    computes in PyTorch. Operators of onnxruntime round otherwise than torch.
 
     Inputs are named ``input``, or ``input_0``, ``input_1``, …; outputs likewise ``output``.
 
     Args:
-        model: A compact network, or any network with compact layers in it, float32, on the CPU; it
-            is left as it was. What it computes in evaluation mode is exported.
+        model: A compact network, float32 or what ``quantize_compact`` made, or any network with
+            compact layers in it, on the CPU; it is left as it was. What it computes in evaluation
+            mode is exported.
         path: The file. A file that exists is overwritten.
         example_input: An input, ``(B, C, H, W)``, or several. The model takes images of this size.
         dynamic_batch: Whether the first dimension of inputs and outputs may change.
 
     Raises:
-        ValueError: If ``model`` isn't a network, or a compact layer isn't float32 on the CPU or is
-            quantised, or an input isn't float32.
+        ValueError: If ``model`` isn't a network, or a compact layer isn't float32 or int8 on the
+            CPU, or an int8 layer is of a derived class or is given inputs that don't fit, or an
+            input isn't float32. Then no file is written.
         torch.onnx.errors.OnnxExporterError: If ONNX has no operator for something that the network
             computes.
 
@@ -75,13 +84,7 @@ def export_onnx(
     if not inputs or not all(isinstance(x, Tensor) and x.dtype == torch.float32 for x in inputs):
         raise ValueError("`example_input` must be a float32 tensor, or several.")
     for name, layer in model.named_modules():
-        if isinstance(layer, ColumnConv2d):
-            _check_layer(name, layer)
-        if isinstance(layer, QuantizedConv2d):
-            raise ValueError(
-                f"`model` must be float32, but `{name}` is int8; export the network that"
-                " `quantize_compact` was given."
-            )
+        _check_layer(name, layer)
     network = _with_operators(model)
     with torch.no_grad():
         outputs = pytree.tree_leaves(network(*inputs))
@@ -107,29 +110,45 @@ def export_onnx(
     onnx.save(made, path)
 
 
-def _check_layer(name: str, layer: ColumnConv2d) -> None:
-    if layer.weight.dtype != torch.float32 or not layer.weight.is_cpu:
+def _check_layer(name: str, layer: nn.Module) -> None:
+    dtypes = {ColumnConv2d: torch.float32, QuantizedConv2d: torch.int8}
+    for kind, dtype in dtypes.items():
+        if isinstance(layer, kind) and (layer.weight.dtype != dtype or not layer.weight.is_cpu):
+            raise ValueError(
+                f"`model` must be float32 or int8 on the CPU, but `{name}` is {layer.weight.dtype}"
+                f" on {layer.weight.device}."
+            )
+    exported = (QuantizedConv2d, QuantizedLinear, Quantize)
+    if isinstance(layer, exported) and type(layer) not in exported:
         raise ValueError(
-            f"`model` must be float32 on the CPU, but `{name}` is {layer.weight.dtype} on"
-            f" {layer.weight.device}."
+            f"`model` must have int8 layers of this package, but `{name}` is of a derived class,"
+            f" {type(layer).__name__}."
         )
 
 
 def _with_operators(model: nn.Module) -> nn.Module:
     """A copy of a network whose compact layers call nodes; layers and tensors keep their names."""
     model = copy.deepcopy(model).eval().requires_grad_(False)
-    for module in list(model.modules()):
+    for name, module in list(model.named_modules()):
+        node: Callable[..., Tensor]
         if isinstance(module, ColumnConv2d):
             node = ChainNode([module])
-            module.forward = node  # type: ignore[method-assign, assignment]
-        elif isinstance(module, CompactNetwork):
-            _join_rows(module)
+        elif isinstance(module, QuantizedConv2d):
+            node = Int8LayerNode(name, module)
+        elif isinstance(module, Quantize):
+            node = QuantizeNode(name, module)
+        else:
+            if isinstance(module, CompactNetwork):
+                _replace_steps(module)
+            continue
+        module.forward = node  # type: ignore[method-assign, assignment]
     return model
 
 
-def _join_rows(network: CompactNetwork) -> None:
-    """Replace the layers that one call computes by one step."""
+def _replace_steps(network: CompactNetwork) -> None:
+    """Make one step of the layers that one call computes, and let pools be nodes."""
     rows = {row.position: row for row in join(network.compact_steps, network.get_submodule)}
+    pools = pool_nodes(network.compact_steps, network.get_submodule)
     replaced = {i for row in rows.values() for i in row.replaced}
     places: dict[int, int] = {}  # of the old steps' results among the new steps
     steps: list[Step] = []
@@ -145,6 +164,10 @@ def _join_rows(network: CompactNetwork) -> None:
             node = _node_of(network, row)
             steps.append(Step("function", result.name, node, (moved(x), *moved(residual))))
             places[row.result] = len(steps) - 1
+        elif position in pools:
+            pool, planes = pools[position]
+            steps.append(Step("function", step.name, pool, (moved(planes),)))
+            places[position] = len(steps) - 1
         elif position not in replaced:
             steps.append(
                 Step(step.kind, step.name, step.target, moved(step.args), moved(step.kwargs))
@@ -167,7 +190,7 @@ def _node_of(network: CompactNetwork, row: Row) -> ChainNode:
 
 
 def _tidy(graph: Any) -> None:
-    """Name the nodes after their layers, and let them read initializers rather than copies.
+    """Name the nodes after their weights, and let them read initializers rather than copies.
 
     The exporter writes equal tensors once, and copies them by ``Identity``. A session that doesn't
     optimize would take a copy for something that changes.
@@ -185,8 +208,8 @@ def _tidy(graph: Any) -> None:
             continue
         for i, name in enumerate(node.input):
             node.input[i] = copied.get(name, name)
-        if node.domain == DOMAIN:
-            weights = [x for x in node.input if x.endswith(".weight")]
+        weights = [x for x in node.input if x.endswith(".weight")]
+        if node.domain == DOMAIN and weights:
             name = "+".join(x.removesuffix(".weight") for x in weights)
             count = named[name] = named.get(name, 0) + 1  # a layer may be called more than once
             node.name = name if count == 1 else f"{name}#{count}"

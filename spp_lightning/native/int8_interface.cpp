@@ -1,4 +1,6 @@
 // What Python calls of the int8 kernels, and the choice of the instruction set.
+#include "int8_interface.h"
+
 #include <cmath>
 #include <cstring>
 

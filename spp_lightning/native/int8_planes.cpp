@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "guard.h"
+#include "int8_interface.h"
 #include "int8_rounding.h"
 #include "threads.h"
 

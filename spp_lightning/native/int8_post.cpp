@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "guard.h"
+#include "int8_interface.h"
 #include "int8_rounding.h"
 #include "threads.h"
 

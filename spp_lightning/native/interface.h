@@ -34,3 +34,5 @@ SPP_EXPORT spp::Status spp_gate(const spp::Gate* gate, const float* x, int64_t x
                                 int32_t threads, float* out, int64_t out_count);
 SPP_EXPORT spp::Status spp_plane_means(const float* x, int64_t x_count, int64_t planes, int64_t pixels,
                                        int32_t threads, float* out, int64_t out_count);
+SPP_EXPORT spp::Status spp_pool(const spp::EpilogueOp* op, int64_t planes, int32_t height, int32_t width,
+                                int32_t threads, const float* in, int64_t in_count, float* out, int64_t out_count);

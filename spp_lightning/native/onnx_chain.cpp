@@ -1,7 +1,6 @@
 #include "onnx_chain.h"
 
 #include <algorithm>
-#include <new>
 
 #include "checks.h"
 #include "memory.h"
@@ -9,77 +8,7 @@
 namespace spp {
 namespace {
 
-constexpr size_t kGeometryNumbers = 11, kPostNumbers = 10;
-constexpr int64_t kMostThreads = 1024;
 constexpr size_t kMostShapes = 32;  // for which something stays prepared
-constexpr int64_t kMostSize = int64_t{1} << 24;  // of a kernel or window, so that no sum overflows
-constexpr int64_t kMostPixels = int64_t{1} << 30;  // along an axis
-constexpr int64_t kMostNumbers = (int64_t{1} << 31) - 1;  // of an image
-
-std::string text(const Shape& shape) {
-  std::string out;
-  for (int64_t size : shape) out += (out.empty() ? "(" : ", ") + std::to_string(size);
-  return out.empty() ? "()" : out + ")";
-}
-
-void require(Status status) {
-  switch (status) {
-    case Status::kOk: return;
-    case Status::kBadArgument: throw BadArgument(spp_error());
-    case Status::kUnsupported: throw Unsupported(spp_error());
-    default: throw std::runtime_error(spp_error());
-  }
-}
-
-int32_t number(const char* name, int64_t value, int64_t most) {
-  check(value >= 0 && value <= most, [&] {
-    return std::string("The attribute `") + name + "` must hold numbers from 0 to " + std::to_string(most) +
-           ", got " + std::to_string(value) + ".";
-  });
-  return static_cast<int32_t>(value);
-}
-
-void check_length(const char* name, size_t length, size_t expected) {
-  check(length == expected, [&] {
-    return std::string("The attribute `") + name + "` must hold " + std::to_string(expected) + " numbers, got " +
-           std::to_string(length) + ".";
-  });
-}
-
-void check_shape(const std::string& name, const Shape& shape, const Shape& expected) {
-  check(shape == expected, [&] { return name + " must be of shape " + text(expected) + ", got " + text(shape) + "."; });
-}
-
-void check_parameter(const std::string& name, const Parameter& tensor, bool is_int32, size_t dimensions) {
-  check(tensor.is_int32 == is_int32 && tensor.shape.size() == dimensions, [&] {
-    return name + " must be of " + (is_int32 ? "int32" : "float32") + " with " + std::to_string(dimensions) +
-           " dimensions.";
-  });
-}
-
-EpilogueOp epilogue_op(const int64_t* numbers, float alpha) {
-  int32_t n[kPostNumbers - 1];
-  for (size_t i = 0; i < kPostNumbers - 1; ++i) n[i] = number("post", numbers[i], kMostSize);
-  return {static_cast<EpilogueKind>(n[0]), {n[1], n[2]}, {n[3], n[4]}, {n[5], n[6]}, n[7], n[8], alpha};
-}
-
-Geometry geometry_of(const int64_t* numbers) {
-  int32_t n[kGeometryNumbers];
-  for (size_t i = 0; i < kGeometryNumbers; ++i) n[i] = number("geometry", numbers[i], kMostSize);
-  return {n[0], n[1], n[10], {n[2], n[3]}, {n[4], n[5]}, {n[6], n[7]}, {n[8], n[9]}};
-}
-
-// Pixels of the convolution's output along an axis.
-int32_t conv_size(const Geometry& g, int axis, int64_t size) {
-  const int64_t reach = (int64_t{g.kernel[axis]} - 1) * g.dilation[axis] + 1;
-  check(size > 0 && size <= kMostPixels, [&] { return "An image has " + std::to_string(size) + " pixels along an axis."; });
-  const int64_t room = size + 2 * int64_t{g.padding[axis]} - reach;
-  check(room >= 0 && room / g.stride[axis] < kMostPixels, [&] {
-    return "An image of " + std::to_string(size) + " pixels along axis " + std::to_string(axis) +
-           " doesn't fit the kernel, which reaches over " + std::to_string(reach) + ".";
-  });
-  return static_cast<int32_t>(room / g.stride[axis] + 1);
-}
 
 ChainPointer make_chain(const std::vector<const Plan*>& plans, const std::vector<KernelConfig>& configs) {
   std::vector<const KernelConfig*> pointers;
@@ -129,18 +58,18 @@ void ColumnChain::make_plans(const ChainAttributes& attributes, const std::vecto
     Layer& layer = layers_[i];
     const Parameter *weight = &parameters[3 * i], *columns = weight + 1, *bias = weight + 2;
     const std::string of = " of layer " + std::to_string(i);
-    check_parameter("The weight" + of, *weight, false, 2);
-    check_parameter("The columns" + of, *columns, true, 1);
-    check_parameter("The bias" + of, *bias, false, 1);
+    check_parameter("The weight" + of, *weight, Dtype::kFloat32, 2);
+    check_parameter("The columns" + of, *columns, Dtype::kInt32, 1);
+    check_parameter("The bias" + of, *bias, Dtype::kFloat32, 1);
     check(layer.geometry.groups > 0, "A convolution has at least one group.");
     check_shape("The weight" + of, weight->shape,
                 {layer.geometry.filters / layer.geometry.groups, columns->shape[0]});
     check(columns->shape[0] <= kMostNumbers, "There are too many columns.");
     Plan* plan = nullptr;
     require(spp_plan_create(
-        &layer.geometry, static_cast<const int32_t*>(columns->data), static_cast<int32_t>(columns->shape[0]),
-        static_cast<const float*>(weight->data), weight->shape[0] * weight->shape[1],
-        static_cast<const float*>(bias->data), bias->shape[0], attributes.clamp[2 * i], attributes.clamp[2 * i + 1],
+        &layer.geometry, columns->as<int32_t>(), static_cast<int32_t>(columns->shape[0]),
+        weight->as<float>(), weight->shape[0] * weight->shape[1],
+        bias->as<float>(), bias->shape[0], attributes.clamp[2 * i], attributes.clamp[2 * i + 1],
         static_cast<Activation>(number("activation", attributes.activation[i], kMostSize)), layer.post.data(),
         static_cast<int32_t>(layer.post.size()), 0, &plan));
     layer.plan.reset(plan);
@@ -148,12 +77,12 @@ void ColumnChain::make_plans(const ChainAttributes& attributes, const std::vecto
 }
 
 void ColumnChain::add_linear(const Parameter& weight, const Parameter& bias) {
-  check_parameter("The linear layer's weight", weight, false, 2);
-  check_parameter("The linear layer's bias", bias, false, 1);
+  check_parameter("The linear layer's weight", weight, Dtype::kFloat32, 2);
+  check_parameter("The linear layer's bias", bias, Dtype::kFloat32, 1);
   const int64_t out = weight.shape[0], in = weight.shape[1];
   check(out <= kMostNumbers && in <= kMostNumbers, "The linear layer is too large.");
   check_shape("The linear layer's bias", bias.shape, {out});
-  linear_ = Linear{static_cast<const float*>(weight.data), in * out, static_cast<const float*>(bias.data), out,
+  linear_ = Linear{weight.as<float>(), in * out, bias.as<float>(), out,
                    static_cast<int32_t>(in), static_cast<int32_t>(out)};
 }
 
@@ -205,36 +134,29 @@ std::shared_ptr<const PreparedShape> ColumnChain::prepared(const Shape& shape) c
 }
 
 std::shared_ptr<const PreparedShape> ColumnChain::prepare(const Shape& shape) const {
-  const Geometry& first = layers_.front().geometry;
-  check(shape.size() == 4 && shape[1] == first.channels, [&] {
-    return "The input must be of shape (batch, " + std::to_string(first.channels) + ", height, width), got " +
-           text(shape) + ".";
-  });
-  check(shape[0] <= kMostNumbers, "The batch is too large; split it.");
-  const Row row = row_for(shape[0]);
   auto made = std::make_shared<PreparedShape>();
-  int64_t height = shape[2], width = shape[3];
-  made->counts.push_back(shape[0] * shape[1] * height * width);
+  Shape own = shape;  // of the layer's input
+  const Row row = row_for(shape.empty() ? 0 : shape[0]);
   std::vector<const Plan*> plans;
   for (size_t i = 0; i < layers_.size(); ++i) {
-    const Geometry& g = layers_[i].geometry;
-    int sizes[2] = {conv_size(g, 0, height), conv_size(g, 1, width)};
-    check(int64_t{g.filters} * sizes[0] <= kMostNumbers / sizes[1], "An image must have fewer than 2³¹ numbers; split it.");
-    made->residual = {shape[0], g.filters, sizes[0], sizes[1]};
     const auto [kernel, threads] = row.layers[i];
-    made->configs.push_back({shape[0], static_cast<int32_t>(height), static_cast<int32_t>(width), sizes[0], sizes[1],
-                             row.at_once ? row.at_once : threads, row.at_once ? Kernel::kChannelBlocked : kernel, 0});
-    for (const EpilogueOp& op : layers_[i].post) size_after(op, sizes[0], sizes[1]);
-    height = sizes[0], width = sizes[1];
+    KernelConfig config = conv_config(layers_[i].geometry, own, row.at_once ? row.at_once : threads);
+    config.kernel = row.at_once ? Kernel::kChannelBlocked : kernel;
+    made->configs.push_back(config);
+    made->counts.push_back(own[0] * own[1] * own[2] * own[3]);
+    made->residual = {own[0], layers_[i].geometry.filters, config.conv_height, config.conv_width};
+    int height = config.conv_height, width = config.conv_width;
+    for (const EpilogueOp& op : layers_[i].post) size_after(op, height, width);
     check(height > 0 && width > 0, "An image is smaller than a pool's window.");
-    made->counts.push_back(shape[0] * g.filters * height * width);
+    own = {own[0], layers_[i].geometry.filters, height, width};
     plans.push_back(layers_[i].plan.get());
     const bool is_blocked = !row.at_once && kernel == Kernel::kChannelBlocked;
-    made->alone.push_back(is_blocked ? make_chain({plans.back()}, {made->configs.back()}) : nullptr);
+    made->alone.push_back(is_blocked ? make_chain({plans.back()}, {config}) : nullptr);
   }
-  made->output = {shape[0], layers_.back().geometry.filters, height, width};
+  made->counts.push_back(own[0] * own[1] * own[2] * own[3]);
+  made->output = own;
   if (linear_) {
-    const int64_t features = made->output[1] * height * width;
+    const int64_t features = own[1] * own[2] * own[3];
     check(features == linear_->in_features, [&] {
       return "The linear layer reads " + std::to_string(linear_->in_features) + " features, but there are " +
              std::to_string(features) + ".";

@@ -6,32 +6,22 @@
 #include <memory>
 #include <mutex>
 #include <optional>
-#include <string>
 #include <utility>
 #include <vector>
 
-#include "interface.h"
+#include "onnx_values.h"
 
 namespace spp {
 
-using Shape = std::vector<int64_t>;
-
 // A node's attributes, as export/node.py writes them.
 struct ChainAttributes {
-  Shape geometry;            // per layer: channels, filters, kernel, stride, padding, dilation (two each), groups
+  Shape geometry;            // per layer: kGeometryNumbers numbers
   Shape activation;          // per layer
   std::vector<float> clamp;  // per layer: low, high
-  Shape post;                // per operation on planes: its layer, kind, kernel, stride, padding (two each), flags
+  Shape post;                // per operation on planes: kPostNumbers numbers
   std::vector<float> alpha;  // per operation on planes
   Shape configs;             // per row: batch, threads, threads of the one call; per layer: kernel, threads
   bool linear, residual;
-};
-
-// A tensor that somebody else owns.
-struct Parameter {
-  const void* data;
-  bool is_int32;  // or float32
-  Shape shape;
 };
 
 struct FreePlan {

@@ -1,4 +1,4 @@
-// The part of onnxruntime's C API that the operator, and the example in examples/cpp, use.
+// The part of onnxruntime's C API that the operators, and the example in examples/cpp, use.
 //
 // onnxruntime's wheel has no headers. Its C API is a table of functions that only ever grows at its end: a function
 // keeps its slot, and its type, in every later version. So each function that is used is declared here with its slot
@@ -34,6 +34,8 @@ enum OrtMemType { OrtMemTypeDefault = 0 };
 enum ONNXTensorElementDataType {
   ONNX_TENSOR_ELEMENT_DATA_TYPE_UNDEFINED = 0,  // of an input: any
   ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT = 1,
+  ONNX_TENSOR_ELEMENT_DATA_TYPE_UINT8 = 2,
+  ONNX_TENSOR_ELEMENT_DATA_TYPE_INT8 = 3,
   ONNX_TENSOR_ELEMENT_DATA_TYPE_INT32 = 6,
 };
 enum OrtCustomOpInputOutputCharacteristic {

@@ -14,9 +14,10 @@ import torch
 import torchvision
 from networks import pruned
 from onnx import numpy_helper
+from onnx_sessions import difference, images, nodes_of, run, session_of
 from torch import nn
 
-from spp_lightning import ConvNet, compact, export_onnx, native, onnx_library
+from spp_lightning import ConvNet, compact, export_onnx, native, onnx_library, quantize_compact
 from spp_lightning.compaction.epilogue import ACTIVATIONS, Clamp, Epilogue, PlaneOp
 from spp_lightning.compaction.layers.column_conv import ColumnConv2d
 
@@ -26,40 +27,10 @@ NETWORKS = {
     "ConvNet": (ConvNet, (2, 3, 32, 32)),
     "resnet18": (lambda: torchvision.models.resnet18(num_classes=10), (1, 3, 64, 64)),
     "mobilenet": (lambda: torchvision.models.mobilenet_v3_small(num_classes=10), (1, 3, 64, 64)),
+    "resnet18 int8": (lambda: torchvision.models.resnet18(num_classes=10), (1, 3, 64, 64)),
 }
 
 pytestmark = pytest.mark.skipif(native.library() is None, reason="the kernels were not built")
-
-
-def images(*shape, seed=1):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-
-
-def session_of(path, threads=2, **options):
-    made = onnxruntime.SessionOptions()
-    made.log_severity_level = 4  # errors are expected, and raised as well
-    made.intra_op_num_threads = 1
-    made.add_session_config_entry("spp_lightning.threads", str(threads))
-    for name, value in options.items():
-        setattr(made, name, value)
-    made.register_custom_ops_library(str(onnx_library()))
-    return onnxruntime.InferenceSession(path, made, providers=["CPUExecutionProvider"])
-
-
-def run(path, *inputs, **options):
-    session = session_of(path, **options)
-    names = [value.name for value in session.get_inputs()]
-    feed = {name: x.numpy() for name, x in zip(names, inputs, strict=True)}
-    return [torch.from_numpy(y) for y in session.run(None, feed)]
-
-
-def nodes_of(path):
-    return [node for node in onnx.load(path).graph.node if node.domain == "spp_lightning"]
-
-
-def difference(found, expected):
-    assert found.shape == expected.shape
-    return float((found - expected).abs().max() / expected.abs().max())
 
 
 @pytest.fixture(scope="module")
@@ -72,6 +43,8 @@ def exported(tmp_path_factory):
             make, shape = NETWORKS[name]
             torch.manual_seed(0)
             fast = compact(pruned(make()), images(*shape))
+            if name.endswith("int8"):
+                fast = quantize_compact(fast, [images(4, *shape[1:])])
             made[name] = fast, folder / f"{name}.onnx"
             export_onnx(fast, made[name][1], images(*shape))
         return made[name]
@@ -297,7 +270,7 @@ def test_runs_in_a_program_of_c_plus_plus(exported, tmp_path):
     source, headers = ROOT / "examples/cpp/run_onnx.cpp", ROOT / "spp_lightning/native"
     flags = ["-std=c++17", "-Wall", "-Werror", f"-I{headers}"]
     subprocess.run([COMPILER, *flags, source, "-o", program, "-ldl"], check=True)
-    for name in ("ConvNet", "resnet18"):
+    for name in ("ConvNet", "resnet18", "resnet18 int8"):
         fast, path = exported(name)
         x = images(3, *NETWORKS[name][1][1:])
         x.numpy().tofile(tmp_path / "x")
