@@ -52,3 +52,5 @@ inline std::vector<int32_t> some_columns(int all, double share) {
 
 // In sanitize_int8.cpp: random shapes by an int8 kernel; false if this machine hasn't got it.
 bool run_int8(const char* isa, int cases);
+// In sanitize_int8_planes.cpp: what stands between int8 layers.
+void run_int8_planes();

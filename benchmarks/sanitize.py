@@ -3,7 +3,7 @@
     python benchmarks/sanitize.py
     python benchmarks/sanitize.py --save
 
-Builds the kernels with a driver that needs no torch (``sanitize.cpp``, ``sanitize_int8.cpp``) and
+Builds the kernels with a driver that needs no torch (``sanitize.cpp``, ``sanitize_int8*.cpp``) and
 runs it with every instruction set of this machine: once under AddressSanitizer and
 UndefinedBehaviorSanitizer, once under valgrind's memcheck where there is one, which sees results
 that depend on memory nobody wrote. Tensors and the kernels' own buffers have exactly the size that
@@ -55,8 +55,8 @@ def build(compiler: str, flags: list[str], program: Path) -> None:
     macros = ["-DSPP_EXACT_BUFFERS", "-DSPP_STORES_NON_TEMPORAL=1"]
     if platform.machine().lower() in ("x86_64", "amd64"):
         macros.append("-DSPP_X86=1")
-    drivers = [str(ROOT / "benchmarks" / name) for name in ("sanitize.cpp", "sanitize_int8.cpp")]
-    sources = [*drivers, *map(str, sorted(NATIVE.glob("*.cpp")))]
+    drivers = sorted((ROOT / "benchmarks").glob("sanitize*.cpp"))
+    sources = map(str, (*drivers, *sorted(NATIVE.glob("*.cpp"))))
     command = [compiler, *FLAGS, *flags, *macros, f"-I{NATIVE}", *sources, "-o", str(program)]
     subprocess.run(command, check=True)
 

@@ -146,6 +146,6 @@ void run_case() {
 
 bool run_int8(const char* isa, int cases) {
   if (spp_int8_set_isa(isa) != 0) return false;
-  for (int n = 0; n < cases; ++n) run_case();
+  for (int n = 0; n < cases; ++n) run_case(), run_int8_planes();
   return true;
 }
