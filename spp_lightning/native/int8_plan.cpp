@@ -25,6 +25,21 @@ int32_t word_of(const int (&weights)[kColumnsOfStep]) {
   return static_cast<int32_t>(word);
 }
 
+// Whether nothing of a block is too much, as of most: the sums of its weights of either sign fit.
+bool fits(int steps, const Block& block) {
+  bool all = true;
+  for (int first = 0; first < kColumnsOfStep; first += 2) {
+    int positive = 0, both = 0;
+    for (int s = 0; s < steps; ++s)
+      for (int i = first; i < first + 2; ++i) {
+        positive += std::max(0, block.weights[s][i]);
+        both += block.weights[s][i];
+      }
+    all &= positive <= kMostInInt16 && positive - both <= kMostInInt16;
+  }
+  return all;
+}
+
 // Takes what is too much out of a block, and returns it. The sums of int16 have two columns of each step, at 2i and
 // 2i + 1.
 Block take_excess(int steps, Block& block) {
@@ -111,13 +126,18 @@ void Int8Plan::pack_panel(const int8_t* weight, const int32_t* order, int steps_
     into.excess_start.push_back(static_cast<int32_t>(into.excess.size()));
     // Step by step, so that excesses next to each other are those of different filters: their sums don't wait for
     // each other.
-    for (int step = 0; step < steps_of_panel; step += at_once)
+    for (int step = 0; step < steps_of_panel; step += at_once) {
+      size_t place[kMostSteps];  // of the steps' words behind the filter's first one
+      for (int s = 0; s < at_once; ++s)
+        place[s] = static_cast<size_t>((step + s) / group * rows) * group + (step + s) % group;
       for (int f = block; f < std::min(group_filters(), block + block_filters); ++f) {
         Block kept(weight + f * columns.size(), order + static_cast<size_t>(step) * kColumnsOfStep, at_once);
-        const Block over = kernel->sums_in_int16 ? take_excess(at_once, kept) : Block();
-        int32_t* words = into.words.data() + begin + static_cast<size_t>(f / rows) * rows * padded;
+        const bool exact = !kernel->sums_in_int16 || fits(at_once, kept);
+        const Block over = exact ? Block() : take_excess(at_once, kept);
+        int32_t* words = into.words.data() + begin + static_cast<size_t>(f / rows) * rows * padded + f % rows * group;
         for (int s = 0; s < at_once; ++s) {
-          words[((step + s) / group * rows + f % rows) * group + (step + s) % group] = word_of(kept.weights[s]);
+          words[place[s]] = word_of(kept.weights[s]);
+          if (exact) continue;
           Block part(over, s);
           while (word_of(part.weights[0]) != 0) {  // it may be too much for one product, too
             const Block rest = take_excess(1, part);
@@ -126,6 +146,7 @@ void Int8Plan::pack_panel(const int8_t* weight, const int32_t* order, int steps_
           }
         }
       }
+    }
   }
 }
 
