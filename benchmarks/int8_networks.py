@@ -127,9 +127,9 @@ def report(rows: list[Row]) -> str:
     return (
         "Whole networks, random weights. Dense int8 is onnxruntime's static quantisation, per"
         " filter; our networks keep 1, 1/2, 1/4 and 1/10 of their columns, all of depthwise layers,"
-        " which stay float32. Speedups are over the faster of the two, medians of the rounds' ratios;"
-        f" the goal for int8 is {GOAL}× at R = 0.75. Of one thread, times are of the CPU.\n\n"
-        + markdown_table(head, cells)
+        " which stay float32. Speedups are over the faster of the two, medians of the rounds'"
+        f" ratios; the goal for int8 is {GOAL}× at R = 0.75. Of one thread, times are of the"
+        " CPU.\n\n" + markdown_table(head, cells)
     )
 
 
