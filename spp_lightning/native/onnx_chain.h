@@ -13,7 +13,7 @@
 
 namespace spp {
 
-// A node's attributes, as export/node.py writes them.
+// A node's attributes, as export/chain_node.py writes them.
 struct ChainAttributes {
   Shape geometry;            // per layer: kGeometryNumbers numbers
   Shape activation;          // per layer
