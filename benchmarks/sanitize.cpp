@@ -21,6 +21,7 @@
 extern "C" {
 int32_t spp_set_isa(const char*);
 int32_t spp_has_pairs();
+int32_t spp_set_pairs(const char*);
 int32_t spp_plan_create(const spp::Geometry*, const int32_t*, int32_t, const float*, int64_t,
                         const float*, int64_t, float, float, spp::Activation, const spp::EpilogueOp*, int32_t,
                         int32_t, void**);
@@ -417,6 +418,7 @@ void run_case() {
   for (size_t i = 0; i < static_cast<size_t>(rows) * count; ++i) upper[i] = widened(weight[i]);
   const auto x16 = halves(x, batch * g.channels * in_plane);
   const auto residual16 = residual ? halves(residual, outputs) : Halves();
+  must(spp_set_pairs(between(0, 1) ? "amx_emulated" : ""));
   plan = make_plan(g, columns, upper, bias, limits, post, true);
   for (const spp::Kernel variant :
        {spp::Kernel::kPixelVectorised, spp::Kernel::kChannelBlocked, spp::Kernel::kBfloat16Pairs})

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from cases import SENTINEL, Case, Tensors, guarded, intact
@@ -27,6 +28,7 @@ __all__ = [
     "handle",
     "has_pairs",
     "output",
+    "pairs_by",
     "prepared",
     "set_instruction_set",
 ]
@@ -97,6 +99,16 @@ def chain_of(layer: ColumnConv2d) -> ChainHandle | None:
 def has_pairs() -> bool:
     """Whether this machine multiplies pairs of bfloat16."""
     return bool(library().spp_has_pairs())
+
+
+@contextmanager
+def pairs_by(name: str) -> Iterator[None]:
+    """Have the handles that are made meanwhile multiply pairs of bfloat16 by an instruction set."""
+    library().spp_set_pairs(name.encode())
+    try:
+        yield
+    finally:
+        library().spp_set_pairs(b"")
 
 
 def set_instruction_set(name: str) -> bool:

@@ -1,5 +1,7 @@
 #include "amx.h"
 
+#include "export.h"
+
 #ifdef SPP_HAS_AMX
 #include <cpuid.h>
 #include <sys/syscall.h>
@@ -9,7 +11,7 @@ namespace spp {
 namespace {
 
 // Bits of EDX of CPUID's leaf 7.
-constexpr unsigned kTile = 1u << 24, kInt8 = 1u << 25;
+constexpr unsigned kBfloat16 = 1u << 22, kTile = 1u << 24, kInt8 = 1u << 25;
 
 bool has_instructions(unsigned bits) {
   unsigned eax, ebx, ecx, edx;
@@ -26,8 +28,20 @@ bool may_use_tiles() {
 }  // namespace
 
 bool has_amx_int8() { return has_instructions(kTile | kInt8) && may_use_tiles(); }
+bool has_amx_bf16() { return has_instructions(kTile | kBfloat16) && may_use_tiles(); }
 
 }  // namespace spp
 #else
 bool spp::has_amx_int8() { return false; }
+bool spp::has_amx_bf16() { return false; }
 #endif
+
+bool spp::tiles_pay(int64_t filters, int64_t steps, double step_cycles) {
+  const int64_t tiles = (filters + 15) / 16, products = (steps + 15) / 16;
+  return static_cast<double>(tiles * 16 * (products + 1)) < filters * (steps * step_cycles + 1);
+}
+
+// For tests.
+SPP_EXPORT int32_t spp_tiles_pay(int32_t filters, int32_t steps, double step_cycles) {
+  return spp::tiles_pay(filters, steps, step_cycles);
+}

@@ -50,7 +50,7 @@ inline void size_after(const EpilogueOp& op, int& height, int& width) {
 
 enum class Kernel : int32_t {
   kPixelVectorised = 0,
-  kBfloat16Pairs = 2,  // pixel-vectorised; AVX-512's products of bfloat16
+  kBfloat16Pairs = 2,  // pixel-vectorised; products of bfloat16 of AVX-512 or AMX
   kChannelBlocked = 3,
   kWinograd4 = 4,  // tiles of 4×4 outputs
   kWinograd2 = 5,

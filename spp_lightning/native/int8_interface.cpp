@@ -44,18 +44,12 @@ const Int8Kernel& best() {
   return *kernel;
 }
 
-// Whether AMX needs fewer cycles than VPDPBUSD for the sums of a conv group at 16 pixels. An AMX product takes 16 cycles
-// for 16 filters and 64 columns, and so does the store of its sums; a processor begins two VPDPBUSD in a cycle, of a filter
-// and 4 columns each. These are Intel's numbers of the instructions; the kernels weren't measured.
-bool tiles_pay(int64_t filters, int64_t columns) {
-  const int64_t tiles = (filters + 15) / 16, products = (columns + 63) / 64, steps = (columns + 3) / 4;
-  return 2 * tiles * 16 * (products + 1) < filters * (steps + 2);
-}
-
-const Int8Kernel& kernel_of(const Geometry& g, int32_t num_columns) {
+const Int8Kernel& kernel_of(const Geometry& g, [[maybe_unused]] int32_t num_columns) {
   if (forced != nullptr) return *forced;
 #ifdef SPP_HAS_AMX
-  if (&best() == &kInt8Amx && !tiles_pay(g.filters / g.groups, num_columns / g.groups)) return kInt8Avx512Vnni;
+  constexpr double kStepCycles = 0.5;  // a processor begins two VPDPBUSD in a cycle
+  const int32_t steps = (num_columns / g.groups + kColumnsOfStep - 1) / kColumnsOfStep;
+  if (&best() == &kInt8Amx && !tiles_pay(g.filters / g.groups, steps, kStepCycles)) return kInt8Avx512Vnni;
 #endif
   return best();
 }
@@ -97,9 +91,6 @@ using spp::check_count, spp::deref, spp::guarded, spp::Int8Plan, spp::Status;
 SPP_EXPORT const char* spp_int8_isa() { return (spp::forced ? *spp::forced : spp::best()).name; }
 
 SPP_EXPORT const char* spp_int8_plan_isa(const Int8Plan* plan) { return plan->kernel->name; }
-
-// For tests: whether a conv group with so many filters and columns takes AMX where there is AMX.
-SPP_EXPORT int32_t spp_int8_tiles_pay(int32_t filters, int32_t columns) { return spp::tiles_pay(filters, columns); }
 
 // For tests: plans that are made from now on use this instruction set; "" lets each take the best one for it.
 SPP_EXPORT Status spp_int8_set_isa(const char* name) {

@@ -150,14 +150,14 @@ class Int8Convolution {
     int done = 0;
     do {  // once, even without columns
       task.steps = std::min(kPanelSteps, where.steps - done);
-      const int padded = groups_of(task.steps) * kStepsOfGroup, used = tile.count < kTile ? 0 : task.steps;
+      const int used = tile.count < kTile ? 0 : task.steps;
       // Lanes without a pixel and steps without a column are computed, too; let them be the same every time.
-      std::fill(panel_ + used * kTile, panel_ + padded * kTile, 0);
+      std::fill(panel_ + used * kTile, panel_ + padded(task.steps) * kTile, 0);
       pack({image_.base, image_.end, offset + static_cast<size_t>(done) * kColumnsOfStep, task.steps}, tile, panel_);
       task.first = done == 0;
       task.last = done + task.steps == where.steps;
       for (int block = first; block < last; ++block) run_block(group, block, weight, excess, begin, task);
-      weight += static_cast<size_t>(plan_.filter_tiles()) * kInt8TileFilters * padded;
+      weight += static_cast<size_t>(plan_.filter_tiles()) * kInt8TileFilters * padded(task.steps);
       excess += plan_.filter_blocks();
       done += task.steps;
     } while (done < where.steps);
@@ -169,7 +169,7 @@ class Int8Convolution {
     const int first = block * kBlockFilters, filter = group * plan_.group_filters() + first;
     // Between panels the sums of all filters wait; those of one panel may take one place in turn.
     task.sums = sums_ + (task.first && task.last ? 0 : first * kTile);
-    task.weight = weight + static_cast<size_t>(first) * groups_of(task.steps) * kStepsOfGroup;
+    task.weight = weight + static_cast<size_t>(first) * padded(task.steps);
     task.offset = plan_.offset.data() + filter;
     task.filters = std::min(kBlockFilters, plan_.group_filters() - first);
     sum_filters(task);

@@ -31,7 +31,7 @@ constexpr int kPanelBytes = 24 << 10, kStepsOfGroup = 1;
 constexpr int kPanelSteps = kPanelBytes / (kTile * 4);
 static_assert(kPanelSteps % 2 == 0, "Steps are multiplied in pairs.");
 static_assert(kPanelSteps % kStepsOfGroup == 0, "A panel has whole groups of steps.");
-inline int groups_of(int steps) { return (steps + kStepsOfGroup - 1) / kStepsOfGroup; }
+constexpr int padded(int steps) { return (steps + kStepsOfGroup - 1) / kStepsOfGroup * kStepsOfGroup; }
 constexpr int kRunSlack = kPackPixels;  // pixels that are read behind a run, and words that are written behind a panel
 
 // Neighbouring pixels of the output, without regard to rows.

@@ -76,17 +76,22 @@ inline void sum_pixels(const Int8Task& task, int filters) {
   if (vectors > 0) functions[vectors](task, whole, whole + 1);
 }
 
-// All filters of a task: full tiles of them, and one of fewer.
-inline void sum_filters(Int8Task task) {
-  const int rest = task.filters % kInt8TileFilters;
+// All filters of a task: full tiles of them, and one of fewer. It moves `weight` and `offset`: a copy of the task, which
+// was just written, would wait for its parts.
+inline void sum_filters(Int8Task& task) {
+  int32_t* const sums = task.sums;
+  const int filters = task.filters, rest = filters % kInt8TileFilters;
   task.filters -= rest;
   if (task.filters > 0) sum_pixels(task, kInt8TileFilters);
-  if (rest == 0) return;
-  task.weight += static_cast<size_t>(task.filters) * task.steps;
-  task.offset += task.filters;
-  task.sums += task.filters * kTile;
-  task.filters = rest;
-  sum_pixels(task, rest);
+  if (rest > 0) {
+    task.weight += static_cast<size_t>(task.filters) * task.steps;
+    task.offset += task.filters;
+    task.sums += task.filters * kTile;
+    task.filters = rest;
+    sum_pixels(task, rest);
+  }
+  task.sums = sums;
+  task.filters = filters;
 }
 
 // Adds what the weights lack.

@@ -21,16 +21,16 @@ namespace {
 struct InstructionSet {
   const char* name;
   const Kernels* kernels;
-  void (*pairs)(const ForwardPass&) = nullptr;  // with products of bfloat16, where there are any
+  bool has_pairs = false;  // whether there are products of bfloat16, too
 };
 
+bool has_pairs() {
 #ifdef SPP_HAS_BFLOAT16
-const auto kPairs = forward_bfloat16_pairs;
-bool has_pairs() { return __builtin_cpu_supports("avx512bf16"); }
+  return __builtin_cpu_supports("avx512bf16");
 #else
-constexpr void (*kPairs)(const ForwardPass&) = nullptr;
-bool has_pairs() { return false; }
+  return false;
 #endif
+}
 
 // The best one of this machine, or the one of a name; without kernels if there is none.
 InstructionSet choose(const char* wanted) {
@@ -39,7 +39,7 @@ InstructionSet choose(const char* wanted) {
   __builtin_cpu_init();
   if (is("avx512") && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") &&
       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bw"))
-    return {"avx512", &kAvx512Kernels, has_pairs() ? kPairs : nullptr};
+    return {"avx512", &kAvx512Kernels, has_pairs()};
   if (is("avx2") && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
     return {"avx2", &kAvx2Kernels};
 #endif
@@ -48,6 +48,32 @@ InstructionSet choose(const char* wanted) {
 }
 
 InstructionSet chosen = choose("");
+
+// Products of bfloat16: the best ones of this machine, or those of a name; null if there are none.
+const PairKernel* choose_pairs(const char* wanted) {
+  const auto is = [&](const PairKernel& kernel) { return !*wanted || std::strcmp(wanted, kernel.name) == 0; };
+#ifdef SPP_HAS_AMX
+  if (has_pairs() && is(kAmxPairs) && has_amx_bf16()) return &kAmxPairs;
+#endif
+#ifdef SPP_HAS_BFLOAT16
+  if (has_pairs() && is(kAvx512Pairs)) return &kAvx512Pairs;
+#endif
+  return *wanted && is(kAmxPairsEmulated) ? &kAmxPairsEmulated : nullptr;
+}
+
+const PairKernel* forced_pairs = nullptr;
+
+// Those of a plan that is made now, for so many columns. Nobody asks for AMX's registers before there is such a plan.
+const PairKernel* pairs_of([[maybe_unused]] const Geometry& g, [[maybe_unused]] int32_t num_columns) {
+  if (forced_pairs != nullptr || !chosen.has_pairs) return forced_pairs;
+  static const PairKernel* best = choose_pairs("");
+#ifdef SPP_HAS_AMX
+  constexpr double kStepCycles = 1;  // a processor begins a VDPBF16PS in a cycle
+  const int32_t pairs = (num_columns / g.groups + 1) / 2;
+  if (best == &kAmxPairs && !tiles_pay(g.filters / g.groups, pairs, kStepCycles)) return &kAvx512Pairs;
+#endif
+  return best;
+}
 
 std::unique_ptr<CheckedChain> make_checked_chain(const Plan* const* plans,
                                                  const KernelConfig* const* configs, int32_t count) {
@@ -123,7 +149,17 @@ SPP_EXPORT Status spp_set_isa(const char* name) {
 }
 
 // Whether this processor multiplies pairs of bfloat16.
-SPP_EXPORT int32_t spp_has_pairs() { return spp::chosen.pairs != nullptr; }
+SPP_EXPORT int32_t spp_has_pairs() { return spp::forced_pairs != nullptr || spp::chosen.has_pairs; }
+
+// For tests: plans that are made from now on use these products of pairs; "" lets each take the best ones for it.
+SPP_EXPORT Status spp_set_pairs(const char* name) {
+  return guarded([&] {
+    const spp::PairKernel* pairs = *name ? spp::choose_pairs(name) : nullptr;
+    if (*name && pairs == nullptr)
+      throw spp::Unsupported(std::string("This processor has no products of pairs `") + name + "`.");
+    spp::forced_pairs = pairs;
+  });
+}
 
 // `bfloat16` says that the weights are numbers of that type, so that they can be packed in pairs.
 SPP_EXPORT Status spp_plan_create(const spp::Geometry* geometry, const int32_t* columns,
@@ -139,7 +175,7 @@ SPP_EXPORT Status spp_plan_create(const spp::Geometry* geometry, const int32_t* 
     check_count("weight", {weight, weight_count}, int64_t{g.filters / g.groups} * num_columns);
     check_count("bias", {bias, bias_count}, g.filters, true);
     *plan = new Plan(g, columns, num_columns, weight, bias, low, high, activation, epilogue, num_ops,
-                     bfloat16 != 0);
+                     bfloat16 != 0, bfloat16 != 0 ? spp::pairs_of(g, num_columns) : nullptr);
   }, "There is no memory left for the weights of a convolution.");
 }
 
@@ -155,7 +191,6 @@ SPP_EXPORT Status spp_forward(const Plan* plan, const KernelConfig* config, cons
     check_count("input", {input, input_count}, spp::input_count(*plan, *config));
     check_count("residual", {residual, residual_count}, spp::conv_count(*plan, *config), true);
     check_count("output", {output, output_count}, spp::output_count(*plan, *config));
-    const auto pairs = spp::chosen.pairs;
     switch (config->kernel) {
       case spp::Kernel::kPixelVectorised:
         return (spp::is_stencil(*plan, *config) ? spp::chosen.kernels->forward_depthwise
@@ -164,8 +199,8 @@ SPP_EXPORT Status spp_forward(const Plan* plan, const KernelConfig* config, cons
       case spp::Kernel::kWinograd2: return spp::chosen.kernels->forward_winograd(pass);
       case spp::Kernel::kChannelBlocked: return check(false, "Run the channel-blocked kernel as a chain.");
       case spp::Kernel::kBfloat16Pairs:
-        if (pairs == nullptr) throw spp::Unsupported("This processor has no products of bfloat16.");
-        return pairs(pass);
+        if (plan->pair_kernel == nullptr) throw spp::Unsupported("This processor has no products of bfloat16.");
+        return plan->pair_kernel->forward(pass);
     }
   });
 }

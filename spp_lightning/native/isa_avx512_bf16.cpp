@@ -20,5 +20,5 @@
 #pragma clang attribute pop
 #endif
 
-void spp::forward_bfloat16_pairs(const ForwardPass& pass) { avx512_bf16::forward_pixels(pass); }
+const spp::PairKernel spp::kAvx512Pairs = {"avx512_bf16", false, avx512_bf16::forward_pixels};
 #endif

@@ -1,6 +1,7 @@
 // The kernels of each instruction set, and what they are called with.
 #pragma once
 
+#include "amx.h"
 #include "plan.h"
 
 namespace spp {
@@ -54,8 +55,12 @@ extern const Kernels kBaseKernels;
 extern const Kernels kAvx2Kernels, kAvx512Kernels;
 #if defined(__clang__) || __GNUC__ >= 11
 #define SPP_HAS_BFLOAT16
-void forward_bfloat16_pairs(const ForwardPass& pass);  // with AVX-512's products of bfloat16
+extern const PairKernel kAvx512Pairs;
 #endif
 #endif
+#ifdef SPP_HAS_AMX
+extern const PairKernel kAmxPairs;
+#endif
+extern const PairKernel kAmxPairsEmulated;  // for tests
 
 }  // namespace spp

@@ -11,6 +11,10 @@
 #include "images.h"
 #include "pixel_panel.h"
 
+#ifdef SPP_PIXEL_TILES
+#include "tile_sums.h"
+#endif
+
 namespace spp {
 namespace SPP_ISA {
 
@@ -151,7 +155,7 @@ inline __attribute__((always_inline)) void prefetch_output(const TileTask& task)
 }
 
 // How a tile gets its pixels.
-enum class Read { kPanel, kPanelAhead, kPacking, kPackingMasked };
+enum class Read { kPanel, kPanelAhead, kPacking, kPackingMasked, kNothing };  // kNothing: all sums were made
 
 template <int kTiles, int kV, Read kRead>
 inline __attribute__((always_inline)) void pixel_tile(const TileTask& task) {
@@ -175,7 +179,11 @@ inline __attribute__((always_inline)) void pixel_tile(const TileTask& task) {
   const auto add = [&](const auto& pixels) __attribute__((always_inline)) {
     add_products<kTiles, kV>(task.weight, task.tile_stride, task.columns, pixels, sum);
   };
-  if constexpr (kRead == Read::kPanel) add(FromPanel{task.panel});
+  if constexpr (kRead == Read::kNothing) {
+#pragma GCC unroll 8
+    for (int r = 0; r < kRows; ++r)
+      for (int v = 0; v < kV; ++v) sum[r][v] += broadcast(task.bias[r]);
+  } else if constexpr (kRead == Read::kPanel) add(FromPanel{task.panel});
   else if constexpr (kRead == Read::kPanelAhead)
     add(FromPanelAhead{task.panel, task.input->ahead(task.ahead), task.input->of.offset});
   else add(ThroughPanel<kRead == Read::kPackingMasked>{*task.input, task.panel});
@@ -256,6 +264,34 @@ int pack_and_run(const GroupTask& group, TileTask& task, int begin, int first) {
   return i;
 }
 
+#ifdef SPP_PIXEL_TILES
+constexpr int kFilterUnit = kTileSide / kTileFilters;  // tiles of filters that are computed together
+constexpr int steps_of_weights(int steps) { return padded_steps(steps); }
+using KernelRegisters = TileRegisters;
+
+// The same by the tiles of AMX: products of all filters, then the epilogue of a vector of pixels after the other.
+inline void run_filters(const GroupTask& group, TileTask task, int begin, int first, int last) {
+  float* panel = task.panel;
+  std::fill(panel + task.columns * kTile, panel + padded_steps(task.columns) * kTile, 0.0f);  // 0 · NaN would be NaN
+  set_filters(group, first, last - first, begin, task);
+  sum_tiles({task.weight, task.tile_stride * kFilterUnit, task.panel, task.partial, task.filters, task.columns,
+             task.pixels, task.first});
+  if (!task.last) return;
+  task.first = false;
+  const int pixels = task.pixels;
+  for (int i = first; i < last; i += 2)
+    for (int done = 0; done < pixels; done += kLanes) {
+      GroupTask part = group;
+      part.partial += done;
+      task.pixels = std::min(kLanes, pixels - done);
+      run_filter_tiles<2, 1, Read::kNothing>(part, task, begin + done, i);
+    }
+}
+#else
+constexpr int kFilterUnit = 1;
+constexpr int steps_of_weights(int steps) { return steps; }
+struct KernelRegisters {};
+
 // Tiles of filters [first, last) at one tile of pixels. `task` has what is the same for all of them.
 inline void run_filters(const GroupTask& group, TileTask task, int begin, int first, int last) {
   if (task.input && last - first >= kWide) first = pack_and_run<kWide>(group, task, begin, first);
@@ -266,6 +302,7 @@ inline void run_filters(const GroupTask& group, TileTask task, int begin, int fi
   else if (vectors == 2) run_packed<kWide, 2>(group, task, begin, first, last);
   else run_packed<2, 1>(group, task, begin, first, last);
 }
+#endif
 
 // The convolution of an image.
 class Convolution {
@@ -280,7 +317,7 @@ class Convolution {
     const size_t taps = static_cast<size_t>(g.kernel[0]) * g.kernel[1];
     border_ = {mask_buffer.get<Bits>(taps * kVectors), false};
     panel_ = panel_buffer.get<float>(kTile * kPanelColumns + kTile);
-    partial_ = partial_buffer.get<float>(static_cast<size_t>(plan.group_tiles()) * kTileFilters * kTile);
+    partial_ = partial_buffer.get<float>(static_cast<size_t>(filter_units()) * kFilterUnit * kTileFilters * kTile);
     offset_ = offset_buffer.get<int64_t>(plan.columns.size());
     for (size_t k = 0; k < plan.columns.size(); ++k) {
       const Column& c = plan.columns[k];
@@ -293,9 +330,10 @@ class Convolution {
 
   // A thread's part of the planes.
   void run(const float* residual, float* output, bool non_temporal, const Partition& threads) {
-    const int filters = plan_.group_filters(), filter_tiles = plan_.group_tiles();
+    [[maybe_unused]] const KernelRegisters registers{};
+    const int filters = plan_.group_filters(), filter_tiles = plan_.group_tiles(), units = filter_units();
     const int tiles = static_cast<int>((s_.conv_plane + kTile - 1) / kTile);
-    const int parts = filter_parts(tiles, filter_tiles, threads.count);
+    const int parts = filter_parts(tiles, units, threads.count);
     for (int g = 0; g < plan_.geometry.groups; ++g) {
       const int64_t at = g * filters * s_.conv_plane;
       const TileWeights& weights = kPairs ? plan_.pairs : plan_.weights;
@@ -305,12 +343,15 @@ class Convolution {
                             non_temporal};
       for (int item = threads.begin(tiles * parts); item < threads.end(tiles * parts); ++item) {
         const Partition part{item / tiles, parts};
-        run_tile(group, item % tiles * kTile, part.begin(filter_tiles), part.end(filter_tiles));
+        run_tile(group, item % tiles * kTile, part.begin(units) * kFilterUnit,
+                 std::min(filter_tiles, part.end(units) * kFilterUnit));
       }
     }
   }
 
  private:
+  int filter_units() const { return (plan_.group_tiles() + kFilterUnit - 1) / kFilterUnit; }
+
   void set_group(int g) {
     columns_ = {plan_.columns.data() + plan_.group_start[g], offset_ + plan_.group_start[g],
                 plan_.group_columns(g)};
@@ -324,7 +365,7 @@ class Convolution {
     const Tile tile = tile_at(begin, config_.conv_width, s_);
     const int steps = (columns_.count + kColumnsAtOnce - 1) / kColumnsAtOnce;
     TileTask task{};
-    task.tile_stride = static_cast<size_t>(steps) * kTileFilters;
+    task.tile_stride = static_cast<size_t>(steps_of_weights(steps)) * kTileFilters;
     task.panel = panel_;
     task.plane = s_.conv_plane;
     task.pixels = tile.count;
@@ -343,11 +384,13 @@ class Convolution {
                               {columns_.columns + column, columns_.offset + column,
                                std::min(kPanelColumns * kColumnsAtOnce, columns_.count - column)},
                               border_.inside ? nullptr : border_.mask, prefetched_at_once(last - first)};
+      // Products of tiles have lanes without a pixel, too; let them be the same every time.
+      if (kFilterUnit > 1 && tile.count < kTile) std::fill_n(panel_, task.columns * kTile, 0.0f);
       task.input = pack(tile, input, panel_) ? nullptr : &input;
       task.first = done == 0;
       task.last = done + task.columns == steps;
       GroupTask panel = group;
-      panel.weight += static_cast<size_t>(done) * kTileFilters;
+      panel.weight += static_cast<size_t>(done) * kTileFilters * kFilterUnit;
       run_filters(panel, task, begin, first, last);
       done += task.columns;
     } while (done < steps);

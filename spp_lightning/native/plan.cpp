@@ -9,13 +9,14 @@ namespace spp {
 
 Plan::Plan(const Geometry& g, const int32_t* numbers, int32_t num_columns, const float* weight,
            const float* biases, float least, float most, Activation function, const EpilogueOp* ops,
-           int32_t num_ops, bool bfloat16)
-    : KeptColumns(g, numbers, num_columns), low(least), high(most), activation(function),
+           int32_t num_ops, bool bfloat16, const PairKernel* by)
+    : KeptColumns(g, numbers, num_columns), pair_kernel(by), low(least), high(most), activation(function),
       epilogue(ops, ops + num_ops) {
   bias.assign(g.filters + 2 * kTileFilters, 0.0f);  // tiles may reach beyond the last filter
   if (biases != nullptr) std::copy(biases, biases + g.filters, bias.begin());
-  weights = pack(weight, 1);
-  if (bfloat16) pairs = pack(weight, 2);
+  weights = pack(weight, {1, kTileFilters, 1});
+  const bool is_tiled = pair_kernel != nullptr && pair_kernel->is_tiled;
+  if (bfloat16) pairs = pack(weight, is_tiled ? TileLayout{2, 16, 16} : TileLayout{2, kTileFilters, 1});
   if (is_depthwise()) depthwise.assign(weight, weight + num_columns);
 }
 
@@ -44,28 +45,30 @@ KeptColumns::KeptColumns(const Geometry& g, const int32_t* numbers, int32_t coun
   for (int i = 0; i < g.groups; ++i) group_start[i + 1] += group_start[i];
 }
 
-// Of two columns at once, each a bfloat16, the first one gets the lower half of the number.
-TileWeights Plan::pack(const float* weight, int columns_at_once) const {
+// Of two columns of a step, each a bfloat16, the first one gets the lower half of the number.
+TileWeights Plan::pack(const float* weight, const TileLayout& layout) const {
+  const int rows = layout.filters, unit = layout.columns_of_step * layout.steps_of_group;
+  const int filters = (group_filters() + rows - 1) / rows * rows;
   TileWeights packed;
   size_t floats = 0;
   for (int g = 0; g < geometry.groups; ++g) {
     packed.start.push_back(floats);
-    const int steps = (group_columns(g) + columns_at_once - 1) / columns_at_once;
-    floats += static_cast<size_t>(group_tiles()) * kTileFilters * steps;
+    floats += static_cast<size_t>(filters) * ((group_columns(g) + unit - 1) / unit) * layout.steps_of_group;
   }
   packed.floats = aligned_floats(floats + 2 * kTileFilters);
   float* out = packed.floats.get();
   for (int g = 0; g < geometry.groups; ++g)
-    for (int first = 0; first < group_tiles() * kTileFilters; first += kTileFilters)
-      for (int k = group_start[g]; k < group_start[g + 1]; k += columns_at_once)
-        for (int filter = first; filter < first + kTileFilters; ++filter) {
-          const int count = std::min(columns_at_once, group_start[g + 1] - k);
-          uint32_t words[2] = {};
-          if (filter < group_filters())
-            std::memcpy(words, weight + filter * columns.size() + k, sizeof(float) * count);
-          if (columns_at_once == 2) words[0] = words[0] >> 16 | (words[1] & 0xffff0000u);
-          std::memcpy(out++, words, sizeof(float));
-        }
+    for (int first = 0; first < filters; first += rows)
+      for (int begin = group_start[g]; begin < group_start[g + 1]; begin += unit)
+        for (int filter = first; filter < first + rows; ++filter)
+          for (int k = begin; k < begin + unit; k += layout.columns_of_step) {
+            const int count = std::min(layout.columns_of_step, group_start[g + 1] - k);
+            uint32_t words[2] = {};
+            if (filter < group_filters() && count > 0)
+              std::memcpy(words, weight + filter * columns.size() + k, sizeof(float) * count);
+            if (layout.columns_of_step == 2) words[0] = words[0] >> 16 | (words[1] & 0xffff0000u);
+            std::memcpy(out++, words, sizeof(float));
+          }
   return packed;
 }
 

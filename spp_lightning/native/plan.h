@@ -54,7 +54,17 @@ struct BlockedWeights {
   std::vector<float> bias;    // [conv group][channel block][filter of the block]
 };
 
-// [conv group][tile of filters][column, or pair of columns][filter of the tile].
+struct ForwardPass;
+
+// A kernel that multiplies pairs of columns, two numbers of bfloat16 each.
+struct PairKernel {
+  const char* name;
+  bool is_tiled;  // whether it reads weights in the tiles of AMX
+  void (*forward)(const ForwardPass&);
+};
+
+// [conv group][tile of filters][group of steps][filter of the tile][step of the group]. A step is a column, or a pair
+// of columns; zeros stand for filters and steps that there aren't.
 struct TileWeights {
   AlignedFloats floats;
   std::vector<size_t> start;  // of each conv group
@@ -67,6 +77,7 @@ struct WinogradWeights;
 struct Plan : KeptColumns {
   TileWeights weights;
   TileWeights pairs;                 // bfloat16: two columns in the place of one; or empty
+  const PairKernel* pair_kernel;     // which reads them; null if the processor has none
   std::vector<float> depthwise;      // of a depthwise layer, one per column; else empty
   std::vector<float> bias;           // one per filter, and zeros
   float low, high;                   // the clamp
@@ -74,10 +85,10 @@ struct Plan : KeptColumns {
   std::vector<EpilogueOp> epilogue;
 
   // `weight` is (filters / groups, num_columns); `bias` may be null. `bfloat16` says that the weights are
-  // numbers of that type, so that they can be packed in pairs.
+  // numbers of that type, so that they can be packed in pairs, for a kernel if there is one.
   Plan(const Geometry& geometry, const int32_t* columns, int32_t num_columns, const float* weight,
        const float* bias, float low, float high, Activation activation, const EpilogueOp* ops,
-       int32_t num_ops, bool bfloat16);
+       int32_t num_ops, bool bfloat16, const PairKernel* pair_kernel);
 
   // Made when they are asked for first. Blocked weights live as long as a chain holds them.
   std::shared_ptr<const BlockedWeights> blocked_weights() const;
@@ -100,7 +111,10 @@ struct Plan : KeptColumns {
  private:
   void pack_blocks(BlockedWeights& made) const;
   void pack_depthwise(BlockedWeights& made) const;
-  TileWeights pack(const float* weight, int columns_at_once) const;
+  struct TileLayout {
+    int columns_of_step, filters, steps_of_group;
+  };
+  TileWeights pack(const float* weight, const TileLayout& layout) const;
 
   mutable std::mutex mutex_;
   mutable std::weak_ptr<const BlockedWeights> blocked_weights_;

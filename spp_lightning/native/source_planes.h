@@ -10,7 +10,11 @@
 namespace spp {
 namespace SPP_ISA {
 
-constexpr int kVectors = 3;                // of a tile of pixels
+#ifdef SPP_PIXEL_TILES
+constexpr int kVectors = 32 / kLanes;  // two registers of AMX
+#else
+constexpr int kVectors = 3;  // of a tile of pixels
+#endif
 constexpr int kTile = kLanes * kVectors;  // pixels
 
 // The elements [begin, end) of a row of `width`, and zeros before and behind them. Element is float, or uint16_t

@@ -4,10 +4,12 @@
 // registers that were not configured or whose shapes don't fit.
 #pragma once
 
+#include <cmath>
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <limits>
 
 #include "isa.h"
 
@@ -15,6 +17,7 @@
 #undef _tile_stored
 #undef _tile_zero
 #undef _tile_dpbsud
+#undef _tile_dpbf16ps
 
 namespace spp {
 namespace SPP_ISA {
@@ -111,6 +114,36 @@ inline void _tile_dpbsud(int sum_number, int first_number, int second_number) {
           const int32_t a = static_cast<int8_t>(p.first.bytes[m][4 * k + i]), b = p.second.bytes[k][4 * n + i];
           sums[n] += static_cast<uint32_t>(a * b);
         }
+    std::memcpy(p.sum.bytes[m], sums, sizeof sums);
+  }
+}
+
+// Numbers of bfloat16, two of them per word: fused products of the first ones and of the second ones, each added up from
+// 0 on; then the sum of both is added. What is denormal counts as 0.
+inline float without_denormals(float x) { return std::fabs(x) < std::numeric_limits<float>::min() ? x * 0 : x; }
+
+inline float bfloat16_at(const uint8_t* p) {
+  const uint32_t word = static_cast<uint32_t>(p[0]) << 16 | static_cast<uint32_t>(p[1]) << 24;
+  float x;
+  std::memcpy(&x, &word, sizeof x);
+  return without_denormals(x);
+}
+
+inline void _tile_dpbf16ps(int sum_number, int first_number, int second_number) {
+  const TileProduct p(sum_number, first_number, second_number);
+  for (int m = 0; m < p.rows; ++m) {
+    float sums[16], pairs[16][2] = {};
+    std::memcpy(sums, p.sum.bytes[m], sizeof sums);
+    for (int k = 0; k < p.steps; ++k)
+      for (int n = 0; n < p.words; ++n)
+        for (int i = 0; i < 2; ++i) {
+          const float a = bfloat16_at(p.first.bytes[m] + 4 * k + 2 * i), b = bfloat16_at(p.second.bytes[k] + 4 * n + 2 * i);
+          pairs[n][i] = without_denormals(std::fma(a, b, pairs[n][i]));
+        }
+    for (int n = 0; n < p.words; ++n) {
+      const float both = without_denormals(pairs[n][0] + pairs[n][1]);
+      sums[n] = without_denormals(without_denormals(sums[n]) + both);
+    }
     std::memcpy(p.sum.bytes[m], sums, sizeof sums);
   }
 }

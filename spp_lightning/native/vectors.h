@@ -202,7 +202,7 @@ inline Vector pair_up(Vector first, Vector second) {
 }
 
 // sum + first · the pair's first weight + second · its second.
-#ifdef SPP_BFLOAT16
+#if defined(SPP_BFLOAT16) && !defined(SPP_PIXEL_TILES)
 inline Vector add_pair_products(Vector sum, Vector pairs, const float* weights) {
   uint32_t word;
   std::memcpy(&word, weights, sizeof word);

@@ -23,6 +23,7 @@ from facade import (
     handle,
     has_pairs,
     output,
+    pairs_by,
     prepared,
     set_instruction_set,
 )
@@ -35,6 +36,8 @@ from spp_lightning import native
 from spp_lightning.compaction.epilogue import RELU, Clamp, Epilogue, PlaneOp
 from spp_lightning.compaction.geometry import Geometry, dense_weight
 from spp_lightning.compaction.kernels.cpu import library
+from spp_lightning.compaction.kernels.cpu.handle import Handle
+from spp_lightning.compaction.spec import ConvSpec
 
 BUILT = native.library() is not None
 pytestmark = pytest.mark.skipif(not BUILT, reason="built without the kernels")
@@ -153,6 +156,13 @@ def test_bfloat16_is_rounded_once(case):
     check_bfloat16(case)
 
 
+@settings(deadline=None, max_examples=80, derandomize=True)
+@given(cases())
+def test_pairs_in_tiles_of_amx_are_rounded_once(case):
+    with pairs_by("amx_emulated"):
+        check_bfloat16(case)
+
+
 @settings(deadline=None, max_examples=150, derandomize=True)
 @given(cases())
 def test_gradients_are_a_dense_convolutions(case):
@@ -222,6 +232,40 @@ def test_every_instruction_set(case, isa):
     check_forward(case)
     check_bfloat16(case)
     check_backward(case)
+
+
+@pytest.mark.parametrize("filters", [1, 16, 17, 33, 52])
+@pytest.mark.parametrize("columns", [1, 32, 33, 511, 520])
+@pytest.mark.parametrize("pixels", [1, 17, 33])
+def test_tiles_of_amx_at_their_edges(filters, columns, pixels):
+    # A tile has 16 filters, 32 columns or 16 pixels; a panel 512 columns.
+    one_row = Geometry(columns, filters, (1, 1))
+    with pairs_by("amx_emulated"):
+        check_bfloat16(Case(one_row, (1, pixels), 1, tuple(range(columns)), True, True))
+
+
+def test_pairs_in_tiles_are_those_of_the_manual():
+    # First and second columns are added up apart from each other; both sums, once per 32 columns.
+    g = Geometry(64, 1, (1, 1))
+    x = torch.zeros(1, 64, 1, 2, dtype=torch.bfloat16)
+    # The first columns make 0, the second ones 3.
+    x[0, :6, 0, 0] = torch.tensor([2.0**24, 1, 1, 1, -(2.0**24), 1], dtype=torch.bfloat16)
+    # In turn 2²⁴ + 1, which is 2²⁴, and 1 - 2²⁴ are added.
+    x[0, [0, 1, 32, 34], 0, 1] = torch.tensor([2.0**24, 1, 1, -(2.0**24)], dtype=torch.bfloat16)
+    weight = torch.ones(1, 64, dtype=torch.bfloat16)
+    with pairs_by("amx_emulated"):
+        made = Handle(weight, torch.arange(64, dtype=torch.int32), None, ConvSpec(g))
+        y = output(made, x, None, Kernel.PAIRS, 1)
+    assert y.flatten().tolist() == [3, 1]
+
+
+def test_what_lay_in_a_panel_of_tiles_before_does_not_matter():
+    case = Case(EVERY, (9, 40), 1, SOME, dtype=torch.bfloat16)
+    t = tensors(case)
+    with pairs_by("amx_emulated"):
+        left = output(handle(case, t), torch.full_like(t.x, math.nan), None, Kernel.PAIRS, 1)
+        assert left.isnan().all()
+        check_bfloat16(case._replace(columns=SOME[:3]))
 
 
 def test_an_unknown_instruction_set_is_refused():

@@ -297,13 +297,18 @@ def test_tiles_of_amx_at_their_edges(filters, columns, pixels):
 
 
 def test_small_layers_take_no_amx():
-    pays = library().spp_int8_tiles_pay
+    def pays(filters, columns):
+        int8, bfloat16 = (-(-columns // 4), 0.5), (-(-columns // 2), 1.0)  # steps, and cycles
+        found = [bool(library().spp_tiles_pay(filters, *steps)) for steps in (int8, bfloat16)]
+        assert found[0] == found[1]
+        return found[0]
+
     assert pays(64, 576)
     assert pays(64, 27)  # a first layer
     assert pays(16, 64)
     assert not pays(1, 9)  # a depthwise layer's group
-    assert not pays(16, 4)  # hardly a column
-    assert not pays(2, 1000)
+    assert not pays(16, 1)  # hardly a column
+    assert not pays(1, 1000)
 
 
 @pytest.mark.skipif(

@@ -145,6 +145,7 @@ _STRUCTURES = (
 # Arguments of the functions that return a status.
 _ARGUMENTS = {
     "spp_set_isa": (ctypes.c_char_p,),
+    "spp_set_pairs": (ctypes.c_char_p,),
     "spp_plan_create": (
         *(_POINTER, _POINTER, _NUMBER, *_TENSOR, *_TENSOR, ctypes.c_float, ctypes.c_float),
         *(_NUMBER, _POINTER, _NUMBER, _NUMBER, _POINTER),
@@ -216,6 +217,7 @@ def _declare(functions: Any) -> None:
     for name in ("spp_error", "spp_isa", "spp_int8_isa", "spp_int8_plan_isa"):
         getattr(functions, name).restype = ctypes.c_char_p
     functions.spp_int8_plan_isa.argtypes = (_POINTER,)
+    functions.spp_tiles_pay.argtypes = (_NUMBER, _NUMBER, ctypes.c_double)
     functions.spp_struct_size.restype = _COUNT
     ours = [ctypes.sizeof(structure) for structure in _STRUCTURES]
     theirs = [functions.spp_struct_size(index) for index in range(len(ours) + 1)]
