@@ -39,7 +39,10 @@ int32_t spp_ascending_order(const void*, int32_t, const double*, int64_t, int64_
 int32_t spp_gate(const spp::Gate*, const float*, int64_t, int64_t, int64_t, int32_t, float*, int64_t);
 int32_t spp_plane_means(const float*, int64_t, int64_t, int64_t, int32_t, float*, int64_t);
 int32_t spp_run_calls(const spp::ListedCall*, int32_t, const spp::Memory*, int32_t);
-int32_t spp_norm(const spp::Norm*, const spp::NormPart*, int32_t, int64_t, int64_t, int32_t, float*, int64_t);
+int32_t spp_norm(const spp::Norm*, const spp::ConcatPart*, int32_t, const uint8_t*, int64_t, int64_t, int32_t, float*,
+                 int64_t);
+int32_t spp_concat(const spp::ConcatPart*, int32_t, int64_t, int64_t, int32_t, float*, int64_t);
+int32_t spp_add(const float*, int64_t, const float*, int64_t, int32_t, float*, int64_t);
 int32_t spp_pool(const spp::EpilogueOp*, int64_t, int32_t, int32_t, int32_t, const float*, int64_t, float*, int64_t);
 void spp_move(const int64_t*, const double*, int64_t, int64_t, double*);
 }
@@ -447,8 +450,8 @@ void run_list(const spp::Gate& gate, const Floats& x, int batch, int pixels, int
   must(spp_plane_means(gated.get(), gated.count, planes, pixels, threads, expected.get(), planes));
   const spp::Place in{0, 0, x.count}, middle{1, 0, x.count}, out{2, 0, planes}, none{-1, 0, 0};
   spp::ListedCall calls[] = {
-      {spp::CallKind::kGate, threads, &gate, nullptr, batch, pixels, in, none, middle},
-      {spp::CallKind::kMeans, threads, nullptr, nullptr, planes, pixels, middle, none, out}};
+      {spp::CallKind::kGate, threads, &gate, nullptr, batch, pixels, 1, in, none, middle, nullptr, 0},
+      {spp::CallKind::kMeans, threads, nullptr, nullptr, planes, pixels, 1, middle, none, out, nullptr, 0}};
   const spp::Memory memories[] = {{x.get(), x.count}, {middles.get(), x.count}, {found.get(), found.count}};
   must(spp_run_calls(calls, 2, memories, 3));
   for (int64_t i = 0; i < found.count; ++i)
@@ -456,6 +459,34 @@ void run_list(const spp::Gate& gate, const Floats& x, int batch, int pixels, int
   must_refuse(spp_run_calls(calls, 2, memories, 2));
   calls[1].input.offset = 1;
   must_refuse(spp_run_calls(calls, 2, memories, 3));
+}
+
+// A concatenation of two tensors, of which the second one is made in its place, and their sum with themselves, as one
+// call; and each by itself.
+void run_concat(const Floats& front, const Floats& back, int batch, int pixels, int threads) {
+  const int64_t count = front.count + back.count;
+  const spp::ConcatPart parts[] = {{front.get(), front.count, front.count / batch / pixels},
+                                   {back.get(), back.count, back.count / batch / pixels}};
+  const Floats whole = memory(count), twice = memory(count), found = memory(count), middle = memory(count);
+  must(spp_concat(parts, 2, batch, pixels, threads, whole.get(), count));
+  must_refuse(spp_concat(parts, 2, batch, pixels, threads, whole.get(), count + 1));
+  must(spp_add(whole.get(), count, whole.get(), count, threads, twice.get(), count));
+  must_refuse(spp_add(whole.get(), count, whole.get(), count - 1, threads, twice.get(), count));
+  const spp::Place places[] = {{0, 0, front.count}, {1, 0, back.count}}, in_place{2, front.count, back.count};
+  const spp::Place middles{2, 0, count}, out{3, 0, count}, none{-1, 0, 0}, copied[] = {places[0], in_place};
+  spp::ListedCall calls[] = {
+      {spp::CallKind::kConcat, threads, nullptr, nullptr, batch, pixels, 1, none, none, in_place, places + 1, 1},
+      {spp::CallKind::kConcat, threads, nullptr, nullptr, batch, pixels, 1, none, none, middles,
+       batch == 1 ? copied : places, 2},
+      {spp::CallKind::kAdd, threads, nullptr, nullptr, 0, 0, 0, middles, middles, out, nullptr, 0}};
+  const spp::Memory memories[] = {
+      {front.get(), front.count}, {back.get(), back.count}, {middle.get(), count}, {found.get(), count}};
+  must(spp_run_calls(calls, 3, memories, 4));
+  for (int64_t i = 0; i < count; ++i)
+    if (found[i] != twice[i]) std::printf("a concatenation: %g, not %g\n", found[i], twice[i]), ++failures;
+  must_refuse(spp_run_calls(calls, 3, memories, 3));
+  calls[1].num_parts = 1;
+  must_refuse(spp_run_calls(calls, 3, memories, 4));
 }
 
 // Squeeze and excitation, and a concatenation that is normed.
@@ -475,17 +506,18 @@ void run_between() {
   const spp::Norm norm{mean.get(), variance.get(), scale.get(), nullptr, channels, 0.1f, 0, 1e9f};
   const int head = between(1, channels), images = between(1, 3);
   const Floats front = normal(images * head * pixels), back = normal(images * (channels - head) * pixels);
-  const spp::NormPart parts[] = {{front.get(), front.count, head}, {back.get(), back.count, channels - head}};
+  const spp::ConcatPart parts[] = {{front.get(), front.count, head}, {back.get(), back.count, channels - head}};
   for (int threads = 1; threads <= 3; ++threads) {
     const Floats gated = memory(x.count), normed = memory(images * channels * pixels);
     must(spp_gate(&gate, x.get(), x.count, batch, pixels, threads, gated.get(), gated.count));
     must_refuse(spp_gate(&gate, x.get(), x.count, batch, pixels + 1, threads, gated.get(), gated.count));
-    must(spp_norm(&norm, parts, head < channels ? 2 : 1, images, pixels, threads, normed.get(), normed.count));
-    must_refuse(spp_norm(&norm, parts, 1, images, pixels + 1, threads, normed.get(), normed.count));
+    must(spp_norm(&norm, parts, head < channels ? 2 : 1, nullptr, images, pixels, threads, normed.get(), normed.count));
+    must_refuse(spp_norm(&norm, parts, 1, nullptr, images, pixels + 1, threads, normed.get(), normed.count));
     const Floats means = memory(batch * channels);
     must(spp_plane_means(x.get(), x.count, means.count, pixels, threads, means.get(), means.count));
     must_refuse(spp_plane_means(x.get(), x.count, means.count, pixels + 1, threads, means.get(), means.count));
     run_list(gate, x, batch, pixels, threads, gated);
+    if (head < channels) run_concat(front, back, images, pixels, threads);
     for (int64_t i = 0; i < gated.count; ++i)  // a sigmoid is between 0 and 1
       if (!(std::abs(gated[i]) <= std::abs(x[i]))) std::printf("a gate: %g of %g\n", gated[i], x[i]), ++failures;
     for (int64_t i = 0; i < normed.count; ++i)

@@ -30,6 +30,7 @@ from spp_lightning.compaction.graph.replace import (
     replace_convolutions,
     replace_one_by_one,
 )
+from spp_lightning.compaction.graph.slices import drop_whole_slices
 from spp_lightning.compaction.graph.trace import trace
 from spp_lightning.compaction.graph.tune import tune_chains
 from spp_lightning.compaction.kernels.cpu.library import is_available
@@ -141,6 +142,7 @@ class _Recipe:
         """
         graph = _traced(original, inputs, named)
         make_layers(graph)
+        drop_whole_slices(graph)
         if self._fold:
             fold_batch_norms(graph)
             fold_linear_norms(graph)

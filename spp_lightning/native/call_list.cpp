@@ -1,5 +1,7 @@
 #include "call_list.h"
 
+#include <vector>
+
 #include "guard.h"
 #include "interface.h"
 
@@ -16,9 +18,28 @@ Memory find(const Place& place, const Memory* memories, int32_t count) {
   return {memory.data + place.offset, place.count};
 }
 
+// The tensors of a concatenation of planes that have so many pixels in a batch.
+const std::vector<ConcatPart>& find_parts(const ListedCall& call, int64_t pixels, const Memory* memories,
+                                          int32_t count) {
+  thread_local std::vector<ConcatPart> found;
+  check(pixels > 0 && call.num_parts >= 0, "There must be pixels.");
+  found.clear();
+  for (int64_t i = 0; i < call.num_parts; ++i) {
+    const Memory part = find(call.parts[i], memories, count);
+    found.push_back({part.data, part.count, part.count / pixels});
+  }
+  return found;
+}
+
 // Every function checks the numbers of elements for itself.
-Status run(const ListedCall& call, const Memory& x, const Memory& residual, const Memory& y) {
+Status run(const ListedCall& call, const Memory* memories, int32_t num_memories) {
   const auto linear = [](const void* layer) { return static_cast<const Linear*>(layer); };
+  const auto at = [&](const Place& place) { return find(place, memories, num_memories); };
+  const Memory y = at(call.output), x = at(call.input), residual = at(call.residual);
+  const int64_t pixels = call.height * call.width;
+  const auto parts = [&]() -> const std::vector<ConcatPart>& {
+    return find_parts(call, call.batch * pixels, memories, num_memories);
+  };
   switch (call.kind) {
     case CallKind::kLayer:
       return spp_forward(static_cast<const Plan*>(call.what), static_cast<const KernelConfig*>(call.with), x.data,
@@ -27,12 +48,23 @@ Status run(const ListedCall& call, const Memory& x, const Memory& residual, cons
       return spp_chain_forward(static_cast<const CheckedChain*>(call.what), x.data, x.count, residual.data,
                                residual.count, linear(call.with), y.data, y.count);
     case CallKind::kGate:
-      return spp_gate(static_cast<const Gate*>(call.what), x.data, x.count, call.batch, call.pixels, call.threads,
-                      y.data, y.count);
+      return spp_gate(static_cast<const Gate*>(call.what), x.data, x.count, call.batch, pixels, call.threads, y.data,
+                      y.count);
     case CallKind::kMeans:
-      return spp_plane_means(x.data, x.count, call.batch, call.pixels, call.threads, y.data, y.count);
+      return spp_plane_means(x.data, x.count, call.batch, pixels, call.threads, y.data, y.count);
     case CallKind::kLinear:
       return spp_linear(linear(call.what), x.data, x.count, call.batch, call.threads, y.data, y.count);
+    case CallKind::kPool:
+      return spp_pool(static_cast<const EpilogueOp*>(call.what), call.batch, static_cast<int32_t>(call.height),
+                      static_cast<int32_t>(call.width), call.threads, x.data, x.count, y.data, y.count);
+    case CallKind::kNorm:
+      return spp_norm(static_cast<const Norm*>(call.what), parts().data(), static_cast<int32_t>(call.num_parts),
+                      static_cast<const uint8_t*>(call.with), call.batch, pixels, call.threads, y.data, y.count);
+    case CallKind::kConcat:
+      return spp_concat(parts().data(), static_cast<int32_t>(call.num_parts), call.batch, pixels, call.threads, y.data,
+                        y.count);
+    case CallKind::kAdd:
+      return spp_add(x.data, x.count, residual.data, residual.count, call.threads, y.data, y.count);
   }
   throw BadArgument("There is no call of this kind.");
 }
@@ -46,10 +78,8 @@ SPP_EXPORT spp::Status spp_run_calls(const spp::ListedCall* calls, int32_t count
   spp::Status status = spp::Status::kOk;
   const spp::Status found = spp::guarded([&] {
     spp::check(count >= 0 && num_memories >= 0, "There must be 0 calls and memories or more.");
-    for (int32_t i = 0; i < count && status == spp::Status::kOk; ++i) {
-      const auto at = [&](const spp::Place& place) { return spp::find(place, memories, num_memories); };
-      status = spp::run(calls[i], at(calls[i].input), at(calls[i].residual), at(calls[i].output));
-    }
+    for (int32_t i = 0; i < count && status == spp::Status::kOk; ++i)
+      status = spp::run(calls[i], memories, num_memories);
   });
   return found == spp::Status::kOk ? status : found;
 }

@@ -5,7 +5,17 @@
 
 namespace spp {
 
-enum class CallKind : int32_t { kLayer = 0, kChain = 1, kGate = 2, kMeans = 3, kLinear = 4 };
+enum class CallKind : int32_t {
+  kLayer = 0,
+  kChain = 1,
+  kGate = 2,
+  kMeans = 3,
+  kLinear = 4,
+  kPool = 5,
+  kNorm = 6,
+  kConcat = 7,
+  kAdd = 8,
+};
 
 // Where a tensor lies in one of the memories that the calls are handed, in numbers; nowhere if `memory` is -1.
 struct Place {
@@ -21,11 +31,13 @@ struct Memory {
 struct ListedCall {
   CallKind kind;
   int32_t threads;
-  const void* what;  // the layer's plan, the chain, the gate, or the linear layer
-  const void* with;  // the layer's kernel config, or the chain's linear layer
+  const void* what;  // the layer's plan, the chain, the gate, the linear layer, the norm, or the pool
+  const void* with;  // the layer's kernel config, the chain's linear layer, or the norm's channels that are read
   int64_t batch;     // or planes
-  int64_t pixels;
-  Place input, residual, output;
+  int64_t height, width;
+  Place input, residual, output;  // the residual is a sum's other tensor, too
+  const Place* parts;             // of a concatenation, in the place of the input
+  int64_t num_parts;
 };
 
 }  // namespace spp

@@ -164,16 +164,21 @@ void check_gate(const Gate& gate) {
   check(gate.expand.filters == gate.channels, "A gate must have a factor for each channel.");
 }
 
-void check_norm(const Norm& norm, const NormPart* parts, int32_t count, int64_t pixels) {
-  check(norm.channels > 0 && count > 0 && parts != nullptr, "There must be channels.");
-  check(norm.mean != nullptr && norm.variance != nullptr, "`mean` and `variance` must not be null.");
+int64_t check_parts(const ConcatPart* parts, int32_t count, int64_t pixels) {
+  check(count > 0 && parts != nullptr, "There must be parts.");
   int64_t channels = 0;
   for (int32_t i = 0; i < count; ++i) {
     check(parts[i].channels > 0, "A part must have channels.");
     check_count("x", {parts[i].data, parts[i].count}, parts[i].channels * pixels);
     channels += parts[i].channels;
   }
-  check(channels == norm.channels, "The parts must have as many channels as the norm.");
+  return channels;
+}
+
+void check_norm(const Norm& norm, const ConcatPart* parts, int32_t count, int64_t pixels) {
+  check(norm.channels > 0, "There must be channels.");
+  check(norm.mean != nullptr && norm.variance != nullptr, "`mean` and `variance` must not be null.");
+  check(check_parts(parts, count, pixels) == norm.channels, "The parts must have as many channels as the norm.");
 }
 
 }  // namespace spp

@@ -60,6 +60,8 @@ int64_t output_count(const Plan& plan, const KernelConfig& config);  // of the e
 
 void check_linear(const Linear& linear);
 void check_gate(const Gate& gate);
-void check_norm(const Norm& norm, const NormPart* parts, int32_t count, int64_t pixels);
+// Channels of a concatenation of planes that have so many pixels in a batch.
+int64_t check_parts(const ConcatPart* parts, int32_t count, int64_t pixels);
+void check_norm(const Norm& norm, const ConcatPart* parts, int32_t count, int64_t pixels);
 
 }  // namespace spp

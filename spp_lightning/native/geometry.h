@@ -101,7 +101,7 @@ struct Norm {
 };
 
 // One of the tensors that are concatenated along their channels.
-struct NormPart {
+struct ConcatPart {
   const float* data;
   int64_t count, channels;
 };

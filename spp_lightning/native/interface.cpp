@@ -127,11 +127,11 @@ using spp::guarded, spp::deref, spp::check, spp::check_count, spp::Status, spp::
 SPP_EXPORT const char* spp_error() { return spp::last_error().c_str(); }
 
 // Of the structures that cross this border, in turn: Geometry, EpilogueOp, KernelConfig, Linear, GateLayer, Gate,
-// Norm, NormPart, Int8Scales, ListedCall; -1 behind them.
+// Norm, ConcatPart, Int8Scales, ListedCall; -1 behind them.
 SPP_EXPORT int64_t spp_struct_size(int32_t index) {
   constexpr int64_t kSizes[] = {sizeof(spp::Geometry), sizeof(spp::EpilogueOp), sizeof(KernelConfig),
                                 sizeof(spp::Linear), sizeof(spp::GateLayer), sizeof(spp::Gate),
-                                sizeof(spp::Norm), sizeof(spp::NormPart), sizeof(spp::Int8Scales),
+                                sizeof(spp::Norm), sizeof(spp::ConcatPart), sizeof(spp::Int8Scales),
                                 sizeof(spp::ListedCall)};
   return index >= 0 && index < 10 ? kSizes[index] : -1;
 }
@@ -291,14 +291,35 @@ SPP_EXPORT Status spp_pool(const spp::EpilogueOp* op, int64_t planes, int32_t he
   });
 }
 
-// Norms the concatenation of some tensors.
-SPP_EXPORT Status spp_norm(const spp::Norm* norm, const spp::NormPart* parts, int32_t count, int64_t batch,
-                           int64_t pixels, int32_t threads, float* out, int64_t out_count) {
+// Norms the concatenation of some tensors: the channels that `read` has a 1 for, or all of them if it is null.
+SPP_EXPORT Status spp_norm(const spp::Norm* norm, const spp::ConcatPart* parts, int32_t count, const uint8_t* read,
+                           int64_t batch, int64_t pixels, int32_t threads, float* out, int64_t out_count) {
   return guarded([&] {
     check(batch >= 0 && pixels > 0 && threads > 0, "Pixels and threads must be positive, and the batch at least 0.");
     spp::check_norm(deref(norm), parts, count, batch * pixels);
     check_count("out", {out, out_count}, batch * norm->channels * pixels);
-    spp::chosen.kernels->norm_parts(*norm, parts, count, batch, pixels, threads, out);
+    spp::chosen.kernels->norm_parts(*norm, parts, count, read, batch, pixels, threads, out);
+  });
+}
+
+// Concatenates some tensors along their channels. A part may lie in `out`, where it belongs.
+SPP_EXPORT Status spp_concat(const spp::ConcatPart* parts, int32_t count, int64_t batch, int64_t pixels,
+                             int32_t threads, float* out, int64_t out_count) {
+  return guarded([&] {
+    check(batch >= 0 && pixels > 0 && threads > 0, "Pixels and threads must be positive, and the batch at least 0.");
+    check_count("out", {out, out_count}, batch * spp::check_parts(parts, count, batch * pixels) * pixels);
+    spp::chosen.kernels->concat_parts(parts, count, batch, pixels, threads, out);
+  });
+}
+
+// The sum of two tensors.
+SPP_EXPORT Status spp_add(const float* x, int64_t x_count, const float* y, int64_t y_count, int32_t threads,
+                          float* out, int64_t out_count) {
+  return guarded([&] {
+    check(out_count >= 0 && threads > 0, "Threads must be positive.");
+    check_count("x", {x, x_count}, out_count);
+    check_count("y", {y, y_count}, out_count);
+    spp::chosen.kernels->add(x, y, out_count, threads, out);
   });
 }
 

@@ -32,6 +32,13 @@ SPP_EXPORT spp::Status spp_linear(const spp::Linear* layer, const float* x, int6
                                   int32_t threads, float* out, int64_t out_count);
 SPP_EXPORT spp::Status spp_gate(const spp::Gate* gate, const float* x, int64_t x_count, int64_t batch, int64_t pixels,
                                 int32_t threads, float* out, int64_t out_count);
+SPP_EXPORT spp::Status spp_norm(const spp::Norm* norm, const spp::ConcatPart* parts, int32_t count,
+                                const uint8_t* read, int64_t batch, int64_t pixels, int32_t threads, float* out,
+                                int64_t out_count);
+SPP_EXPORT spp::Status spp_concat(const spp::ConcatPart* parts, int32_t count, int64_t batch, int64_t pixels,
+                                  int32_t threads, float* out, int64_t out_count);
+SPP_EXPORT spp::Status spp_add(const float* x, int64_t x_count, const float* y, int64_t y_count, int32_t threads,
+                               float* out, int64_t out_count);
 SPP_EXPORT spp::Status spp_plane_means(const float* x, int64_t x_count, int64_t planes, int64_t pixels,
                                        int32_t threads, float* out, int64_t out_count);
 SPP_EXPORT spp::Status spp_pool(const spp::EpilogueOp* op, int64_t planes, int32_t height, int32_t width,

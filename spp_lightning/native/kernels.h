@@ -43,8 +43,10 @@ struct Kernels {
   void (*linear_batch)(const Linear&, const float* x, int64_t batch, int threads, float* out);
   void (*backward)(const BackwardPass&);
   void (*gate)(const Gate&, const float* x, int64_t batch, int64_t pixels, int threads, float* out);
-  void (*norm_parts)(const Norm&, const NormPart* parts, int count, int64_t batch, int64_t pixels,
-                     int threads, float* out);
+  void (*norm_parts)(const Norm&, const ConcatPart* parts, int count, const uint8_t* read, int64_t batch,
+                     int64_t pixels, int threads, float* out);
+  void (*concat_parts)(const ConcatPart* parts, int count, int64_t batch, int64_t pixels, int threads, float* out);
+  void (*add)(const float* x, const float* y, int64_t count, int threads, float* out);
   void (*plane_means)(const float* x, int64_t planes, int64_t pixels, int threads, float* out);
   void (*pool_planes)(const EpilogueOp&, const float* in, int64_t planes, int height, int width, int threads,
                       float* out);

@@ -25,7 +25,7 @@ inline void norm_plane(const ChannelNorm& of, float low, float high, int64_t pix
 }
 
 // Of every channel of an image.
-inline void channel_norms(const Norm& norm, const NormPart* parts, int count, int64_t image, int64_t pixels,
+inline void channel_norms(const Norm& norm, const ConcatPart* parts, int count, int64_t image, int64_t pixels,
                           ChannelNorm* out) {
   int c = 0;
   for (int i = 0; i < count; ++i) {
@@ -38,15 +38,16 @@ inline void channel_norms(const Norm& norm, const NormPart* parts, int count, in
   }
 }
 
-inline void norm_parts(const Norm& norm, const NormPart* parts, int count, int64_t batch, int64_t pixels, int threads,
-                       float* out) {
+// `read` tells which channels are wanted: 0 for one that is left as it is; null if all are.
+inline void norm_parts(const Norm& norm, const ConcatPart* parts, int count, const uint8_t* read, int64_t batch,
+                       int64_t pixels, int threads, float* out) {
   thread_local Buffer channels_buffer;
   ChannelNorm* channels = channels_buffer.get<ChannelNorm>(norm.channels);
   for (int64_t image = 0; image < batch; ++image, out += norm.channels * pixels) {
     channel_norms(norm, parts, count, image, pixels, channels);
 #pragma omp parallel for num_threads(threads) if (threads > 1)
     for (int c = 0; c < norm.channels; ++c)
-      norm_plane(channels[c], norm.low, norm.high, pixels, out + c * pixels);
+      if (!read || read[c]) norm_plane(channels[c], norm.low, norm.high, pixels, out + c * pixels);
   }
 }
 

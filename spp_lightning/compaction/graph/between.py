@@ -1,9 +1,9 @@
-"""Which steps between convolutions one call can compute: gates, norms, and global pools."""
+"""Which steps stand between convolutions: gates, norms, pools, concatenations, and sums."""
 
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -17,9 +17,11 @@ from spp_lightning.compaction.layers.column_conv import ColumnConv2d
 
 __all__ = [
     "Call",
+    "Concatenation",
     "Gate",
     "GlobalPool",
     "NormedParts",
+    "Sum",
     "averages_planes",
     "find_calls",
     "find_gates",
@@ -85,7 +87,41 @@ class GlobalPool(NamedTuple):
         return (self.result,)
 
 
-Call = Gate | NormedParts | GlobalPool | PlanePool
+class Concatenation(NamedTuple):
+    """A concatenation along the channels that no norm reads alone.
+
+    Attributes:
+        parts: What is concatenated.
+        result: Position of its step.
+    """
+
+    parts: tuple[Value, ...]
+    result: int
+
+    @property
+    def replaced(self) -> tuple[int, ...]:
+        """Positions of the steps that the call replaces."""
+        return (self.result,)
+
+
+class Sum(NamedTuple):
+    """An addition of two results.
+
+    Attributes:
+        parts: What is added.
+        result: Position of its step.
+    """
+
+    parts: tuple[Value, Value]
+    result: int
+
+    @property
+    def replaced(self) -> tuple[int, ...]:
+        """Positions of the steps that the call replaces."""
+        return (self.result,)
+
+
+Call = Gate | NormedParts | GlobalPool | PlanePool | Concatenation | Sum
 
 _LayerOf = Callable[[str], nn.Module]
 
@@ -100,7 +136,15 @@ def find_calls(steps: Sequence[Step], layer_of: _LayerOf) -> tuple[Call, ...]:
     gates = find_gates(steps, layer_of)
     pools = {gate.pool for gate in gates}
     others = [pool for pool in _find_pools(steps, layer_of) if pool.result not in pools]
-    return (*gates, *_find_norms(steps, layer_of), *others, *find_pools(steps, layer_of))
+    norms = _find_norms(steps, layer_of)
+    normed = {position for norm in norms for position in norm.replaced}
+    concatenations = (
+        Concatenation(parts, position)
+        for position, step in enumerate(steps)
+        if position not in normed and (parts := _concatenated(step))
+    )
+    planes = find_pools(steps, layer_of)
+    return (*gates, *norms, *others, *planes, *concatenations, *_find_sums(steps))
 
 
 def find_gates(steps: Sequence[Step], layer_of: _LayerOf) -> tuple[Gate, ...]:
@@ -152,6 +196,20 @@ def _find_pools(steps: Sequence[Step], layer_of: _LayerOf) -> tuple[GlobalPool, 
         for keeps in (True, False)
         if averages_planes(step, layer_of, keeps) and step.args and isinstance(step.args[0], Value)
     )
+
+
+def _find_sums(steps: Sequence[Step]) -> Iterator[Sum]:
+    """The additions of results that aren't tensors of the network: those are smaller, mostly."""
+    functions = (operator.add, torch.add)
+    for position, step in enumerate(steps):
+        is_sum = step.target in (functions if step.kind == "function" else ("add",))
+        if not is_sum or step.kwargs or len(step.args) != 2:
+            continue
+        x, y = step.args
+        if not isinstance(x, Value) or not isinstance(y, Value):
+            continue
+        if "tensor" not in (steps[x.step].kind, steps[y.step].kind):
+            yield Sum((x, y), position)
 
 
 def _only_user(users: list[list[int]], position: int) -> int | None:

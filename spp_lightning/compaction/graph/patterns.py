@@ -30,6 +30,7 @@ __all__ = [
     "cat_operands",
     "is_channelwise",
     "is_pointwise",
+    "is_whole_slice",
 ]
 
 
@@ -125,7 +126,7 @@ def is_channelwise(graph: fx.GraphModule, node: Node) -> bool:
     if calls(node, _CHANNELWISE_FUNCTIONS, _CHANNELWISE_METHODS):
         inputs = node.all_input_nodes
         return len(inputs) == 1 and len(shape_of(inputs[0]) or ()) == 4
-    if averages_pixels(node) or _is_whole_slice(node):
+    if averages_pixels(node) or is_whole_slice(node):
         return True
     if calls(node, _ELEMENTWISE, _ELEMENTWISE_METHODS):
         # Scalars may be among the operands. A tensor that isn't 4-d could have channels anywhere.
@@ -142,7 +143,7 @@ def averages_pixels(node: Node) -> bool:
     return isinstance(dims, (tuple, list)) and {int(d) % 4 for d in dims} == {2, 3}
 
 
-def _is_whole_slice(node: Node) -> bool:
+def is_whole_slice(node: Node) -> bool:
     """Whether a node slices a tensor in such a way that all of it is left, as GhostNet does."""
     if not calls(node, (operator.getitem,), ()) or shape_of(node) != shape_of(node.args[0]):
         return False

@@ -10,7 +10,7 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 from spp_lightning.compaction.epilogue import Clamp, PlaneOp
-from spp_lightning.compaction.graph.between import Call, Gate, GlobalPool
+from spp_lightning.compaction.graph.between import Call, Concatenation, Gate, GlobalPool, Sum
 from spp_lightning.compaction.graph.join import Row
 from spp_lightning.compaction.graph.pools import PlanePool
 from spp_lightning.compaction.graph.steps import Step, Value, values_in
@@ -25,10 +25,14 @@ __all__ = [
     "compile_steps",
     "find",
     "picker",
+    "run_concat",
     "run_gate",
     "run_layer",
+    "run_means",
+    "run_norm",
     "run_pool",
     "run_row",
+    "run_sum",
 ]
 
 REQUIRED = object()  # default value of an input that has none
@@ -169,28 +173,27 @@ def run_gate(network: nn.Module, target: _GateCall, args: Sequence[Any], kwargs:
     )
 
 
-class _PoolCall(NamedTuple):
+class _MeansCall(NamedTuple):
     """What the call of a global pool calls, and whether the result is ``(B, C, 1, 1)``."""
 
     pool: _Pool
     keeps: bool
 
 
-def run_pool(network: nn.Module, target: _PoolCall, args: Sequence[Any], kwargs: Any) -> Tensor:
+def run_means(network: nn.Module, target: _MeansCall, args: Sequence[Any], kwargs: Any) -> Tensor:
     """Call a global average pool."""
     return channel_means(args[0], _pool_of(network, target.pool), target.keeps)
 
 
-class _PlanePoolCall(NamedTuple):
+class _PoolCall(NamedTuple):
     """What the call of a pool calls: the module, None where it is a function, and the pool."""
 
     module: tuple[str, ...] | None
     op: PlaneOp
 
 
-def _plane_pool(
-    network: nn.Module, target: _PlanePoolCall, args: Sequence[Any], kwargs: Any
-) -> Tensor:
+def run_pool(network: nn.Module, target: _PoolCall, args: Sequence[Any], kwargs: Any) -> Tensor:
+    """Call a pool."""
     module = None if target.module is None else find(network, target.module)
     return pool_planes(args[0], target.op, module)
 
@@ -203,9 +206,21 @@ class _NormCall(NamedTuple):
     clamp: Clamp
 
 
-def _norm(network: nn.Module, target: _NormCall, args: Sequence[Any], kwargs: Any) -> Tensor:
+def run_norm(network: nn.Module, target: _NormCall, args: Sequence[Any], kwargs: Any) -> Tensor:
+    """Call a norm."""
     relu = F.relu if target.activation is None else find(network, target.activation)
     return concat_norm(args, find(network, target.norm), relu, target.clamp)
+
+
+def run_concat(network: nn.Module, target: None, args: Sequence[Any], kwargs: Any) -> Tensor:
+    """Concatenate along the channels."""
+    return torch.cat(list(args), 1)
+
+
+def run_sum(network: nn.Module, target: None, args: Sequence[Any], kwargs: Any) -> Any:
+    """Add two results."""
+    x, y = args
+    return x + y
 
 
 def picker(keys: Sequence[Any]) -> Callable[[Any], tuple[Any, ...]]:
@@ -289,15 +304,17 @@ class _Compiler:
             target = _GateCall(self._pool_at(call.pool), layers)
             return self._add(run_gate, target, [self._slot_of(call.x)])
         if isinstance(call, GlobalPool):
-            pool = _PoolCall(self._pool_at(call.result), call.keeps)
-            return self._add(run_pool, pool, [self._slot_of(call.x)])
+            means = _MeansCall(self._pool_at(call.result), call.keeps)
+            return self._add(run_means, means, [self._slot_of(call.x)])
+        if isinstance(call, (Concatenation, Sum)):
+            run: Run = run_concat if isinstance(call, Concatenation) else run_sum
+            return self._add(run, None, [self._slot_of(x) for x in call.parts])
         is_module = self._steps[call.result].kind == "layer"
         module = self._path(call.result) if is_module else None
         if isinstance(call, PlanePool):
-            plane_pool = _PlanePoolCall(module, call.op)
-            return self._add(_plane_pool, plane_pool, [self._slot_of(call.x)])
+            return self._add(run_pool, _PoolCall(module, call.op), [self._slot_of(call.x)])
         norm = _NormCall(self._path(call.norm), module, call.clamp)
-        return self._add(_norm, norm, [self._slot_of(x) for x in call.parts])
+        return self._add(run_norm, norm, [self._slot_of(x) for x in call.parts])
 
     def _pool_at(self, position: int) -> _Pool:
         step = self._steps[position]

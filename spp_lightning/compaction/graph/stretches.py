@@ -1,4 +1,4 @@
-"""Instructions in a row that one call can run: compact layers, chains, gates and global pools."""
+"""Instructions in a row that one call can run: compact layers, and what stands between them."""
 
 from __future__ import annotations
 
@@ -13,10 +13,14 @@ from spp_lightning.compaction.graph.program import (
     Instruction,
     Program,
     picker,
+    run_concat,
     run_gate,
     run_layer,
+    run_means,
+    run_norm,
     run_pool,
     run_row,
+    run_sum,
 )
 from spp_lightning.compaction.layers.column_conv import ColumnConv2d
 from spp_lightning.compaction.layers.stretch import Stretch
@@ -25,6 +29,7 @@ from spp_lightning.compaction.layers.stretch_parts import Part
 __all__ = ["join_instructions", "run_stretch"]
 
 _NO_KWARGS: dict[str, Any] = {}
+_JOINED = (run_row, run_gate, run_means, run_norm, run_pool)
 
 
 class _Target(NamedTuple):
@@ -62,12 +67,23 @@ def join_instructions(program: Program, layer_of: Callable[[str], nn.Module]) ->
         program: The program.
         layer_of: The layer of a name.
     """
+    # Slots of images that calls make which can be joined, and of what follows from their means:
+    # added to an image, or concatenated, those often have another shape.
+    images, means = set[int](), set[int]()
 
     def can_be_joined(call: Instruction) -> bool:
         if call.run is run_layer:
             kind = type(layer_of(".".join(call.target)))
-            return kind is ColumnConv2d and not call.kwargs and len(call.args) <= 2
-        return call.run in (run_row, run_gate, run_pool)
+            joined = kind is ColumnConv2d and not call.kwargs and len(call.args) <= 2
+        elif call.run in (run_concat, run_sum):
+            joined = not images.isdisjoint(call.args) and means.isdisjoint(call.args)
+        else:
+            joined = call.run in _JOINED
+        if joined:
+            has_linear = call.run is run_row and call.target.has_linear
+            small = call.run is run_means or has_linear or not means.isdisjoint(call.args)
+            (means if small else images).add(call.out)
+        return joined
 
     instructions: list[Instruction] = []
     for joined, group in groupby(program.instructions, key=can_be_joined):
@@ -104,15 +120,19 @@ def _joined(calls: list[Instruction]) -> Instruction | None:
 
 
 def _part(call: Instruction) -> Part:
-    x, residual = call.args[0], call.args[1] if len(call.args) > 1 else None
-    places = (x, residual, call.out, call.free)
-    target = call.target
+    target, places = call.target, (call.args, call.out, call.free)
     if call.run is run_layer:
         return Part("row", (target,), None, *places)
     if call.run is run_row:
         layers = target.paths[:-1] if target.has_linear else target.paths
         return Part("row", layers, target.paths[-1] if target.has_linear else None, *places)
+    if call.run is run_norm:
+        return Part("norm", (target.norm,), target.activation, *places, target.clamp)
+    if call.run is run_pool:
+        return Part("pool", (), target.module, *places, target.op)
+    if call.run in (run_concat, run_sum):
+        return Part("concat" if call.run is run_concat else "sum", (), None, *places)
     pool = target.pool if isinstance(target.pool, tuple) else None
     if call.run is run_gate:
         return Part("gate", target.layers, pool, *places)
-    return Part("pool", (), pool, *places, target.keeps)
+    return Part("means", (), pool, *places, target.keeps)

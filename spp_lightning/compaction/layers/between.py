@@ -14,7 +14,7 @@ from spp_lightning.compaction.kernels.cpu.library import is_available
 from spp_lightning.compaction.layers.chain import is_hooked, is_readable, is_untouched
 from spp_lightning.compaction.layers.column_conv import ColumnConv2d
 
-__all__ = ["channel_gate", "channel_means", "concat_norm", "is_eager", "is_own_pool"]
+__all__ = ["channel_gate", "channel_means", "concat_norm", "is_eager", "is_own_pool", "norm_of"]
 
 
 def channel_gate(x: Tensor, pool: Callable[[Tensor], Tensor], *layers: ColumnConv2d) -> Tensor:
@@ -112,7 +112,7 @@ def concat_norm(
         and is_eager()
         and all(_is_plain_image(x) for x in parts)
     ):
-        prepared = _norm_of(norm, clamp)
+        prepared = norm_of(norm, clamp)
         if prepared is not None:
             return prepared(parts)
     x = torch.cat(list(parts), 1) if len(parts) > 1 else parts[0]
@@ -134,7 +134,7 @@ def is_eager() -> bool:
 _norms: WeakKeyDictionary[nn.Module, Norm] = WeakKeyDictionary()
 
 
-def _norm_of(norm: nn.Module, clamp: Clamp) -> Norm | None:
+def norm_of(norm: nn.Module, clamp: Clamp) -> Norm | None:
     """A batch norm as the kernels compute it, if they may read its tensors."""
     if not is_untouched(norm, nn.BatchNorm2d) or norm.training:
         return None

@@ -1,4 +1,4 @@
-"""Compact layers, chains, gates and global pools in a row as one call of the CPU kernels.
+"""Compact layers, and what stands between them, in a row as one call of the CPU kernels.
 
 Between two calls Python takes longer than a small layer. So a stretch is prepared when all that is
 called in it has been called: then one pass over the modules says whether they are what they were,
@@ -7,6 +7,7 @@ and one call runs them.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Hashable, Sequence
 from typing import Any
 
@@ -19,7 +20,9 @@ from spp_lightning.compaction.kernels.cpu.library import is_available
 from spp_lightning.compaction.kernels.cpu.tables import ShapeTable
 from spp_lightning.compaction.layers.between import is_eager
 from spp_lightning.compaction.layers.chain import is_hooked, is_readable
-from spp_lightning.compaction.layers.stretch_parts import Part, Path, Prepared, prepared
+from spp_lightning.compaction.layers.stretch_between import prepared_between
+from spp_lightning.compaction.layers.stretch_parts import Part, Path, Prepared
+from spp_lightning.compaction.layers.stretch_rows import prepared_row
 
 __all__ = ["Stretch"]
 
@@ -32,7 +35,7 @@ class _State:
 
     def __init__(self, root: _Modules, edges: Sequence[_Edge], parts: Sequence[Prepared]) -> None:
         self._root, self._edges, self.parts = root, tuple(edges), tuple(parts)
-        self.lists: ShapeTable[CallList] = ShapeTable()
+        self.lists: ShapeTable[tuple[CallList | None]] = ShapeTable()
 
     def holds(self, network: nn.Module) -> bool:
         """Whether all modules are in their places, and what they were."""
@@ -91,13 +94,11 @@ class Stretch:
             self._state = state
         threads = torch.get_num_threads()
         key = (threads, autotune.generation(), *[x.shape for x in given])
-        calls = state.lists.get(key)
-        if calls is None:
-            calls = self._make(state, args, threads)
-            if calls is None:
-                return None
-            state.lists.put(key, calls)
-        return calls(given)
+        found = state.lists.get(key)
+        if found is None:
+            found = state.lists.put(key, (self._make(state, args, threads),))
+        (calls,) = found
+        return None if calls is None else calls(given)
 
     def _prepare(self, network: nn.Module) -> _State | None:
         """What the modules have prepared by now; None if that isn't all."""
@@ -115,7 +116,11 @@ class Stretch:
         parts = []
         for part in self._parts:
             other = None if part.other is None else module(part.other)
-            found = prepared(part, [module(path) for path in part.layers], other)
+            layers = [module(path) for path in part.layers]
+            if part.kind == "row":
+                found = prepared_row(layers, other)
+            else:
+                found = prepared_between(part, layers, other)
             if found is None:
                 return None
             parts.append(found)
@@ -128,12 +133,16 @@ class Stretch:
             name: tuple(x.shape) for name, x in pairs if x is not None
         }
         maker = CallListMaker(shapes, self._parts[-1].out)
+        times = Counter(name for part in self._parts for name in part.args)
+        # Which part reads a result that is read once, as the input.
+        readers = {
+            part.args[0]: found
+            for part, found in zip(self._parts, state.parts, strict=True)
+            if times[part.args[0]] == 1
+        }
         try:
             for part, found in zip(self._parts, state.parts, strict=True):
-                if len(maker.shapes[part.x]) != 4:
-                    return None
-                residual = part.residual if part.residual in maker.shapes else None
-                found.add(part._replace(residual=residual), maker, threads)
+                found.add(part, maker, threads, readers.get(part.out))
                 for name in part.free:
                     maker.free(name)
         except ValueError:  # the module that is called says it better

@@ -198,7 +198,7 @@ def calls(fast):
 def test_a_network_takes_one_call_for_each(net, tmp_path):
     x = torch.randn(2, 3, 16, 16)
     fast = compact(net, x)
-    assert calls(fast).count("run_gate") == 1 and calls(fast).count("_norm") == 2
+    assert calls(fast).count("run_gate") == 1 and calls(fast).count("run_norm") == 2
     torch.testing.assert_close(fast(x), net(x), rtol=1e-4, atol=1e-5)
     save_compact(fast, tmp_path / "net.spp")
     loaded = load_compact(tmp_path / "net.spp")
@@ -284,7 +284,7 @@ def test_gates_of_unpruned_layers(ratio, tmp_path):
     torch.manual_seed(0)
     net, x = pruned(Squeezed(), ratio).requires_grad_(False), torch.randn(2, 3, 16, 16)
     fast = compact(net, x)
-    assert calls(fast)[1:] == ["run_gate", "run_pool", "run_layer"]
+    assert calls(fast)[1:] == ["run_gate", "run_means", "run_layer"]
     torch.testing.assert_close(fast(x), net(x), rtol=1e-4, atol=1e-5)
     save_compact(fast, tmp_path / "net.spp")
     loaded = load_compact(tmp_path / "net.spp")
@@ -297,7 +297,7 @@ def test_gates_of_unpruned_layers(ratio, tmp_path):
 def test_a_pool_that_others_read_is_no_part_of_a_gate():
     net, x = pruned(Squeezed(also_returns_means=True)), torch.randn(2, 3, 16, 16)
     fast = compact(net.requires_grad_(False), x)
-    assert "run_gate" not in calls(fast) and calls(fast).count("run_pool") == 2
+    assert "run_gate" not in calls(fast) and calls(fast).count("run_means") == 2
     for ours, theirs in zip(fast(x), net(x), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
 
@@ -308,7 +308,7 @@ def test_mobilenet_has_nine_gates_and_a_pool():
     x = torch.randn(1, 3, 224, 224)
     fast = compact(net, x)
     made = calls(fast)
-    assert made.count("run_gate") == 9 and made.count("run_pool") == 1 and len(made) <= 35
+    assert made.count("run_gate") == 9 and made.count("run_means") == 1 and len(made) <= 35
     pools = [name for name, layer in fast.named_modules() if type(layer) is nn.AdaptiveAvgPool2d]
     assert len(pools) == 10  # the modules are there, for hooks and gradients
     torch.testing.assert_close(fast(x), net(x), rtol=1e-3, atol=1e-4)
@@ -321,7 +321,7 @@ def test_pools_of_other_shapes_and_types():
 
     x = torch.randn(2, 4, 5, 6)
     fast = CompactNetwork.of(fx.symbolic_trace(Pools()))
-    assert calls(fast)[:3] == ["run_pool"] * 3
+    assert calls(fast)[:3] == ["run_means"] * 3
     for y in (x, x.double(), x.bfloat16(), x.transpose(2, 3), x.requires_grad_(), x[:0]):
         for ours, theirs in zip(fast(y), Pools()(y), strict=True):
             torch.testing.assert_close(ours, theirs)

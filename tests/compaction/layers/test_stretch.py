@@ -1,4 +1,4 @@
-"""Layers, chains, gates and pools in a row: one call gives what they give one by one."""
+"""Layers and what stands between them in a row: one call gives what they give one by one."""
 
 import copy
 import math
@@ -10,12 +10,15 @@ import torchvision
 from cases import SENTINEL, guarded, intact
 from networks import pruned
 from torch import nn
+from torch.nn import functional as F
 
 from spp_lightning import compact
 from spp_lightning.compaction import ColumnConv2d, load_compact, save_compact
+from spp_lightning.compaction.epilogue import Clamp
 from spp_lightning.compaction.graph.program import compile_steps
 from spp_lightning.compaction.graph.stretches import run_stretch
 from spp_lightning.compaction.kernels.cpu import call_list, cost
+from spp_lightning.compaction.kernels.cpu.between import Norm
 from spp_lightning.compaction.kernels.cpu.call_list import CallKind, CallListMaker
 from spp_lightning.compaction.kernels.cpu.library import is_available
 
@@ -53,12 +56,31 @@ class Classifier(nn.Module):
         return self.head(self.last(x).flatten(1))
 
 
+class Concatenated(nn.Module):
+    """Concatenations: in each other, of what is read twice, normed, and added; and pools."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.first = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 12, 1)
+        self.second, self.third = nn.Conv2d(20, 7, 3, padding=1), nn.Conv2d(47, 20, 1)
+        self.last, self.norm = nn.Conv2d(20, 20, 3, padding=1), nn.BatchNorm2d(47)
+        self.norm.running_mean.normal_()
+
+    def forward(self, x):
+        x = torch.relu(self.stem(x))
+        x = F.max_pool2d(torch.cat([x, self.first(x)], 1), 3, 2, 1)
+        x = torch.cat([torch.cat([x, F.avg_pool2d(x, 3, 1, 1)], 1), self.second(x)], 1)
+        x = self.third(torch.relu(self.norm(x)))
+        return torch.cat([x, x], 1) + torch.cat([self.last(x), x], 1)
+
+
 NETWORKS = {
     # Without the classifier, for which torch's results depend on where the features lie.
     "mobilenet_v3_small": lambda: nn.Sequential(
         torchvision.models.mobilenet_v3_small().features, nn.AdaptiveAvgPool2d(1)
     ),
     "residual": Residual,
+    "concatenated": Concatenated,
 }
 
 
@@ -232,7 +254,7 @@ def test_tuned_layers_are_prepared_anew(fast):
 
 def test_tensors_outside_of_their_memory_are_refused():
     maker = CallListMaker({"x": (2, 3, 4, 4)}, "out")
-    maker.add(CallKind.MEANS, "x", "out", (2, 3), batch=6, pixels=16)
+    maker.add(CallKind.MEANS, "x", "out", (2, 3), batch=6, size=(4, 4))
     calls = maker.made()
     x = torch.randn(2, 3, 4, 4)
     torch.testing.assert_close(calls([x]), x.mean((2, 3)))
@@ -240,3 +262,54 @@ def test_tensors_outside_of_their_memory_are_refused():
         calls([x[:1]])
     with pytest.raises(ValueError, match="one of the memories"):
         calls([])
+
+
+class Context(nn.Module):
+    """What follows from means is added to an image, whose shape is another one."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.last = nn.Conv2d(3, 16, 3), nn.Conv2d(16, 16, 3)
+        self.pool, self.context = nn.AdaptiveAvgPool2d(1), nn.Conv2d(16, 16, 1)
+
+    def forward(self, x):
+        x = self.last(torch.relu(self.stem(x)))
+        return self.last(torch.relu(x + torch.relu(self.context(self.pool(x)))))
+
+
+def test_sums_of_other_shapes_stand_between_stretches():
+    torch.manual_seed(0)
+    net, x = pruned(Context(), 0.5).requires_grad_(False), torch.randn(2, 3, 16, 16)
+    fast = compact(net, x)
+    assert equal(ready(fast, x)(x), one_by_one(fast, x))
+    close(fast(x), net(x))
+    assert "run_sum" in {call.run.__name__ for call in fast._program.instructions}
+    assert "run_stretch" in {call.run.__name__ for call in fast._program.instructions}
+
+
+def test_concatenations_need_no_memory_of_their_parts(monkeypatch):
+    maker = CallListMaker({"x": (1, 3, 4, 4)}, "out")
+    maker.add(CallKind.ADD, "x", "a", (1, 3, 4, 4), residual="x")
+    maker.add_of_parts(CallKind.CONCAT, ["a", "x", "a"], "b")
+    maker.add_of_parts(CallKind.CONCAT, ["x", "b"], "out")
+    x, calls, sizes, empty = torch.randn(1, 3, 4, 4), maker.made(), [], torch.empty
+    monkeypatch.setattr(
+        call_list.torch, "empty", lambda *size, dtype: sizes.append(size) or empty(*size)
+    )
+    assert torch.equal(calls([x]), torch.cat([x, x + x, x, x + x], 1))
+    assert sizes == [(1, 12, 4, 4)]
+
+
+def test_norms_compute_the_channels_that_are_read(monkeypatch):
+    x, y = torch.randn(2, 2, 3, 5), torch.randn(2, 3, 3, 5)
+    mean, variance = torch.randn(5), torch.rand(5) + 0.5
+    norm = Norm((mean, variance, None, None), 1e-5, Clamp(0.0, 6.0))
+    read = torch.tensor([True, False, False, True, True])
+    maker = CallListMaker({"x": x.shape, "y": y.shape}, "out")
+    address = read.data_ptr()
+    maker.add_of_parts(CallKind.NORM, ["x", "y"], "out", what=norm.address, with_=address)
+    monkeypatch.setattr(call_list.torch, "empty", lambda *size, dtype: torch.full(size, math.nan))
+    found = maker.made()([x, y])
+    expected = F.batch_norm(torch.cat([x, y], 1), mean, variance).clamp(0, 6)
+    torch.testing.assert_close(found[:, read], expected[:, read])
+    assert found[:, ~read].isnan().all()

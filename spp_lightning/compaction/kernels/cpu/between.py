@@ -97,10 +97,10 @@ class Norm(_Prepared):
     def __init__(self, tensors: Sequence[Tensor | None], eps: float, clamp: Clamp) -> None:
         super().__init__(tensors)
         assert tensors[0] is not None
-        self.settings, self._channels = (eps, clamp), len(tensors[0])
+        self.settings, self.channels = (eps, clamp), len(tensors[0])
         addresses = [None if x is None else x.data_ptr() for x in tensors]
-        self._native = NativeNorm(*addresses, self._channels, eps, *clamp)
-        self._address, self._run = ctypes.addressof(self._native), library().spp_norm
+        self._native = NativeNorm(*addresses, self.channels, eps, *clamp)
+        self.address, self._run = ctypes.addressof(self._native), library().spp_norm
 
     def __call__(self, parts: Sequence[Tensor]) -> Tensor:
         """Norm tensors, ``(B, C_i, H, W)``, float32, contiguous: a new tensor ``(B, C, H, W)``.
@@ -109,13 +109,13 @@ class Norm(_Prepared):
             ValueError: If the shapes don't fit.
         """
         batch, _, height, width = parts[0].shape
-        out = torch.empty(batch, self._channels, height, width, dtype=torch.float32)
-        # As NormPart lies in memory: address, number of elements, channels.
+        out = torch.empty(batch, self.channels, height, width, dtype=torch.float32)
+        # As ConcatPart lies in memory: address, number of elements, channels.
         numbers = [n for x in parts for n in (x.data_ptr(), x.numel(), x.shape[1])]
         given = (ctypes.c_int64 * len(numbers))(*numbers)
         threads, pixels = torch.get_num_threads(), height * width
         self._run(
-            *(self._address, ctypes.addressof(given), len(parts), batch, pixels, threads),
+            *(self.address, ctypes.addressof(given), len(parts), None, batch, pixels, threads),
             *(out.data_ptr(), out.numel()),
         )
         return out

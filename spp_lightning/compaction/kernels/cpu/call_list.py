@@ -6,17 +6,24 @@ import ctypes
 import math
 from collections.abc import Hashable, Mapping, Sequence
 from enum import IntEnum
-from typing import Any
+from itertools import accumulate
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from spp_lightning.compaction.kernels.cpu.library import NativeCall, NativePlace, library
+from spp_lightning.compaction.kernels.cpu.memory import (
+    Concatenated,
+    Event,
+    Freed,
+    Made,
+    lay_out,
+)
 
 __all__ = ["CallKind", "CallList", "CallListMaker"]
 
-_LINE = 16  # numbers of a line of the cache: every tensor begins with one
-_NOWHERE = (-1, 0, 0)
+_NOWHERE = NativePlace(-1, 0, 0)
 # Numbers in all up to which what lies between the calls is allocated at once. One large allocation
 # takes longer than some of the size of a layer's output, which malloc keeps from call to call.
 _MOST_AT_ONCE = 2**20
@@ -30,6 +37,10 @@ class CallKind(IntEnum):
     GATE = 2
     MEANS = 3
     LINEAR = 4
+    POOL = 5
+    NORM = 6
+    CONCAT = 7
+    ADD = 8
 
 
 class CallList:
@@ -78,6 +89,21 @@ class CallList:
         return out
 
 
+class _Call(NamedTuple):
+    """A call whose tensors have names yet, not places."""
+
+    kind: CallKind
+    threads: int
+    what: int | None
+    with_: int | None
+    batch: int
+    size: tuple[int, int]
+    x: Hashable
+    residual: Hashable
+    out: Hashable
+    parts: tuple[Hashable, ...]
+
+
 class CallListMaker:
     """Makes a :class:`CallList`, call by call.
 
@@ -88,13 +114,9 @@ class CallListMaker:
 
     def __init__(self, shapes: Mapping[Hashable, tuple[int, ...]], output: Hashable) -> None:
         self.shapes = dict(shapes)
-        self._places: dict[Hashable, tuple[int, int, int]] = {
-            name: (position, 0, math.prod(shape))
-            for position, (name, shape) in enumerate(shapes.items())
-        }
-        self._output, self._memory = output, len(shapes)
-        self._blocks = _Blocks()
-        self._calls: list[tuple[Any, ...]] = []
+        self._inputs, self._output = tuple(shapes), output
+        self._calls: list[_Call] = []
+        self._events: list[Event] = []
         self._held: list[object] = []
 
     def add(
@@ -108,7 +130,7 @@ class CallListMaker:
         with_: int | None = None,
         residual: Hashable = None,
         batch: int = 0,
-        pixels: int = 0,
+        size: tuple[int, int] = (0, 0),
         threads: int = 1,
         held: Any = None,
     ) -> None:
@@ -122,78 +144,83 @@ class CallListMaker:
             what: Address of what is called.
             with_: Address of what is handed on.
             residual: Name of the tensor that is added, or None.
-            batch: As the function takes it, like ``pixels`` and ``threads``.
-            pixels: Likewise.
+            batch: As the function takes it, like ``size`` and ``threads``.
+            size: Height and width of the input, likewise.
             threads: Likewise.
             held: What lies at the addresses.
         """
-        count = math.prod(shape)
-        if out == self._output:
-            self._places[out] = (self._memory, 0, count)
-        else:
-            self._places[out] = (self._memory + 1 + self._blocks.take(count), 0, count)
-        self.shapes[out] = tuple(shape)
-        added = _NOWHERE if residual is None else self._places[residual]
-        numbers = (kind, threads, what, with_, batch, pixels)
-        self._calls.append((*numbers, self._places[x], added, self._places[out]))
+        self._events.append(Made(out, math.prod(shape)))
+        self._append(_Call(kind, threads, what, with_, batch, size, x, residual, out, ()), shape)
         self._held.append(held)
+
+    def add_of_parts(
+        self,
+        kind: CallKind,
+        parts: Sequence[Hashable],
+        out: Hashable,
+        *,
+        what: int | None = None,
+        with_: int | None = None,
+        threads: int = 1,
+        held: Any = None,
+    ) -> None:
+        """Add a call that concatenates tensors along their channels; the arguments are as above.
+
+        Raises:
+            ValueError: If their other sizes differ.
+        """
+        (batch, _, *size), *others = (self.shapes[part] for part in parts)
+        channels = [self.shapes[part][1] for part in parts]
+        if any((x[0], *x[2:]) != (batch, *size) for x in others) or len(size) != 2:
+            raise ValueError(f"Only channels may differ, got {[self.shapes[x] for x in parts]}.")
+        shape = (batch, sum(channels), *size)
+        if kind is CallKind.CONCAT and batch == 1:
+            pixels = math.prod(size)
+            firsts = [pixels * n for n in accumulate(channels[:-1], initial=0)]
+            places = dict(zip(reversed(parts), reversed(firsts), strict=True))
+            self._events.append(Concatenated(out, math.prod(shape), places))
+        else:
+            self._events.append(Made(out, math.prod(shape)))
+        numbers = (kind, threads, what, with_, batch, (size[0], size[1]))
+        self._append(_Call(*numbers, None, None, out, tuple(parts)), shape)
+        self._held.append(held)
+
+    def _append(self, call: _Call, shape: Sequence[int]) -> None:
+        self.shapes[call.out] = tuple(shape)
+        self._calls.append(call)
 
     def free(self, name: Hashable) -> None:
         """Let later calls write where a tensor lies; inputs are left as they are."""
-        memory = self._places[name][0]
-        if memory > self._memory:
-            self._blocks.free(memory - self._memory - 1)
+        self._events.append(Freed(name))
 
     def made(self) -> CallList:
         """The list."""
-        sizes, first = self._blocks.sizes, self._memory + 1
-        offsets = [0] * len(sizes)
-        if sizes and sum(sizes) <= _MOST_AT_ONCE:
-            offsets, sizes = [sum(sizes[:i]) for i in range(len(sizes))], [sum(sizes)]
+        layout = lay_out(self._events, self._output)
+        sizes = layout.sizes[1:]  # behind the output
+        at_once = bool(sizes) and sum(sizes) <= _MOST_AT_ONCE
+        starts = list(accumulate(sizes[:-1], initial=0))
 
-        def native(memory: int, offset: int, count: int) -> NativePlace:
-            if memory < first:
-                return NativePlace(memory, offset, count)
-            block = memory - first
-            return NativePlace(min(memory, first + len(sizes) - 1), offsets[block], count)
+        def place(name: Hashable) -> NativePlace:
+            if name is None:
+                return _NOWHERE
+            count = math.prod(self.shapes[name])
+            if name in self._inputs:
+                return NativePlace(self._inputs.index(name), 0, count)
+            block, first = layout.places[name]
+            if at_once and block:
+                block, first = 1, starts[block - 1] + first
+            return NativePlace(len(self._inputs) + block, first, count)
 
-        calls = [
-            NativeCall(*numbers, *(native(*place) for place in (x, residual, out)))
-            for *numbers, x, residual, out in self._calls
-        ]
+        calls = []
+        for call in self._calls:
+            parts = (NativePlace * len(call.parts))(*map(place, call.parts))
+            self._held.append(parts)
+            calls.append(
+                NativeCall(
+                    *(call.kind, call.threads, call.what, call.with_, call.batch, *call.size),
+                    *(place(call.x), place(call.residual), place(call.out)),
+                    *(parts, len(parts)),
+                )
+            )
+        sizes = [sum(sizes)] if at_once else sizes
         return CallList(calls, sizes, self.shapes[self._output], self._held)
-
-
-class _Blocks:
-    """Blocks of memory, each for one tensor after the other.
-
-    >>> blocks = _Blocks()
-    >>> blocks.take(20), blocks.take(5)
-    (0, 1)
-    >>> blocks.free(0)
-    >>> blocks.free(1)
-    >>> blocks.take(3), blocks.take(40), blocks.sizes
-    (1, 0, [48, 16])
-    """
-
-    def __init__(self) -> None:
-        self._free: list[int] = []
-        self.sizes: list[int] = []  # numbers of each block
-
-    def take(self, count: int) -> int:
-        size = -(-max(1, count) // _LINE) * _LINE
-        # The smallest block that is large enough, or else the largest one, which grows.
-        block = min(
-            self._free,
-            key=lambda i: (self.sizes[i] < size, abs(self.sizes[i] - size)),
-            default=len(self.sizes),
-        )
-        if block == len(self.sizes):
-            self.sizes.append(0)
-        else:
-            self._free.remove(block)
-        self.sizes[block] = max(self.sizes[block], size)
-        return block
-
-    def free(self, block: int) -> None:
-        self._free.append(block)

@@ -17,6 +17,7 @@ from spp_lightning import native
 
 __all__ = [
     "NativeCall",
+    "NativeConcatPart",
     "NativeConfig",
     "NativeEpilogueOp",
     "NativeGate",
@@ -25,7 +26,6 @@ __all__ = [
     "NativeInt8Scales",
     "NativeLinear",
     "NativeNorm",
-    "NativeNormPart",
     "NativePlace",
     "instruction_set",
     "is_available",
@@ -103,8 +103,8 @@ class NativeNorm(ctypes.Structure):
     ]
 
 
-class NativeNormPart(ctypes.Structure):
-    """One of the tensors that a norm concatenates."""
+class NativeConcatPart(ctypes.Structure):
+    """One of the tensors that are concatenated."""
 
     _fields_ = [("data", _POINTER), ("count", _COUNT), ("channels", _COUNT)]
 
@@ -131,14 +131,15 @@ class NativeCall(ctypes.Structure):
 
     _fields_ = [
         *(("kind", _NUMBER), ("threads", _NUMBER), ("what", _POINTER), ("with_", _POINTER)),
-        *(("batch", _COUNT), ("pixels", _COUNT)),
+        *((name, _COUNT) for name in ("batch", "height", "width")),
         *((name, NativePlace) for name in ("input", "residual", "output")),
+        *(("parts", ctypes.POINTER(NativePlace)), ("num_parts", _COUNT)),
     ]
 
 
 _STRUCTURES = (
     *(NativeGeometry, NativeEpilogueOp, NativeConfig, NativeLinear),
-    *(NativeGateLayer, NativeGate, NativeNorm, NativeNormPart, NativeInt8Scales),
+    *(NativeGateLayer, NativeGate, NativeNorm, NativeConcatPart, NativeInt8Scales),
     NativeCall,
 )
 
@@ -155,7 +156,7 @@ _ARGUMENTS = {
     "spp_chain_create": (_POINTER, _POINTER, _NUMBER, _POINTER),
     "spp_chain_forward": (_POINTER, *_TENSOR, *_TENSOR, _POINTER, *_TENSOR),
     "spp_gate": (_POINTER, *_TENSOR, _COUNT, _COUNT, _NUMBER, *_TENSOR),
-    "spp_norm": (_POINTER, _POINTER, _NUMBER, _COUNT, _COUNT, _NUMBER, *_TENSOR),
+    "spp_norm": (_POINTER, _POINTER, _NUMBER, _POINTER, _COUNT, _COUNT, _NUMBER, *_TENSOR),
     "spp_plane_means": (*_TENSOR, _COUNT, _COUNT, _NUMBER, *_TENSOR),
     "spp_pool": (_POINTER, _COUNT, *3 * (_NUMBER,), *2 * _TENSOR),
     "spp_run_calls": (_POINTER, _NUMBER, _POINTER, _NUMBER),
