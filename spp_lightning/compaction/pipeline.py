@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from spp_lightning.compaction.agreement import computes_the_same
 from spp_lightning.compaction.graph.channels import remove_channels
+from spp_lightning.compaction.graph.constants import compute_constants
 from spp_lightning.compaction.graph.fold import absorb_constants, fold_batch_norms
 from spp_lightning.compaction.graph.inputs import bind, propagate
 from spp_lightning.compaction.graph.lift import make_layers
@@ -76,8 +77,9 @@ def compact(
         example_input: A batch of the size that is to be fast, on the network's device; or what
             else the network takes, a list or dict of tensors; or a tuple of the positional
             arguments, if the network takes several.
-        fold: Whether batch norms are folded into the convolutions before them. Without, the network
-            keeps its batch norms, as it should for training it further.
+        fold: Whether batch norms are folded into the convolutions before them, and what follows
+            from the network's own tensors alone is kept in the place of being computed. Without,
+            the network keeps its batch norms, as it should for training it further.
         tune: Whether to measure what is fastest for the example, on this device, now. The network
             keeps the choices as long as it lives; copies and files of it don't have them.
 
@@ -144,6 +146,7 @@ class _Recipe:
         make_layers(graph)
         drop_whole_slices(graph)
         if self._fold:
+            compute_constants(graph)
             fold_batch_norms(graph)
             fold_linear_norms(graph)
             absorb_constants(graph)

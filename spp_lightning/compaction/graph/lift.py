@@ -8,11 +8,17 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
-from spp_lightning.compaction.graph.query import Node, arguments, set_module, shape_of
+from spp_lightning.compaction.graph.constants import own_values, source_of
+from spp_lightning.compaction.graph.query import (
+    Node,
+    arguments,
+    free_name,
+    set_module,
+    shape_of,
+)
 
 __all__ = ["make_layers"]
 
@@ -20,7 +26,6 @@ _NORM_TENSORS = ("running_mean", "running_var", "weight", "bias")
 _NORM = ("input", *_NORM_TENSORS, "training", "momentum", "eps")
 _CONV = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
 _LINEAR = ("input", "weight", "bias")
-_RANDOM = ("bernoulli", "dropout", "multinomial", "normal", "poisson", "rand")
 
 
 def make_layers(graph: fx.GraphModule) -> None:
@@ -47,12 +52,8 @@ class _Lifter:
 
     def __init__(self, graph: fx.GraphModule) -> None:
         self._graph = graph
-        self._values: dict[Node, Any] = {}  # of the nodes that follow from the network's tensors
+        self._values = own_values(graph)
         self._made: dict[tuple[object, ...], str] = {}
-        with torch.no_grad():
-            for node in graph.graph.nodes:
-                if self._is_constant(node):
-                    self._values[node] = self._evaluate(node)
 
     def lift(self, node: Node) -> None:
         """Replace a node by the call of a layer, if it is a norm, a convolution or linear."""
@@ -69,7 +70,7 @@ class _Lifter:
         key, kind, layer = found
         if key not in self._made:
             parent = next(str(name).rpartition(".")[0] for name in key if isinstance(name, str))
-            self._made[key] = self._free_name(f"{parent}.{kind}".lstrip("."))
+            self._made[key] = free_name(self._graph, f"{parent}.{kind}".lstrip("."))
             set_module(self._graph, self._made[key], layer)
         given = arguments(node, ("input",))
         with self._graph.graph.inserting_before(node):
@@ -152,42 +153,10 @@ class _Lifter:
         """What tells tensors apart; the first name is that of one of the network's own."""
         names: list[str | int | None] = []
         for x in tensors:
-            names.append(None if x is None else self._source(x))
+            names.append(None if x is None else source_of(x))
             if x is not None and x.op != "get_attr":
                 names.append(id(x))  # the node that computes it
         return names
-
-    def _source(self, node: Node) -> str:
-        while node.op != "get_attr":
-            node = node.all_input_nodes[0]
-        return str(node.target)
-
-    def _is_constant(self, node: Node) -> bool:
-        if node.op == "get_attr":
-            return True
-        if node.op not in ("call_function", "call_method") or not node.all_input_nodes:
-            return False
-        name = getattr(node.target, "__name__", str(node.target))
-        if any(word in name for word in _RANDOM):
-            return False
-        return all(x in self._values for x in node.all_input_nodes)
-
-    def _evaluate(self, node: Node) -> Any:
-        if node.op == "get_attr":
-            parent, _, last = str(node.target).rpartition(".")
-            return getattr(self._graph.get_submodule(parent), last)
-        args = fx.node.map_arg(node.args, self._values.__getitem__)
-        kwargs = fx.node.map_arg(node.kwargs, self._values.__getitem__)
-        if node.op == "call_method":
-            return getattr(args[0], str(node.target))(*args[1:], **kwargs)
-        return node.target(*args, **kwargs)  # type: ignore[operator]
-
-    def _free_name(self, name: str) -> str:
-        parent, _, last = name.rpartition(".")
-        count = 0
-        while hasattr(self._graph.get_submodule(parent), last if not count else f"{last}_{count}"):
-            count += 1
-        return name if not count else f"{name}_{count}"
 
 
 def _parameter(tensor: Tensor) -> nn.Parameter:

@@ -16,6 +16,7 @@ __all__ = [
     "arguments",
     "calls",
     "convolution_like",
+    "free_name",
     "is_opaque",
     "linear_like",
     "module_of",
@@ -74,6 +75,15 @@ def set_module(network: nn.Module, name: str, module: nn.Module) -> None:
     """Replace the module of a name by another one."""
     parent, _, child = name.rpartition(".")
     setattr(network.get_submodule(parent), child, module)
+
+
+def free_name(network: nn.Module, name: str) -> str:
+    """A name, with a number behind it where something in the network has the name already."""
+    parent, _, last = name.rpartition(".")
+    count = 0
+    while hasattr(network.get_submodule(parent), last if not count else f"{last}_{count}"):
+        count += 1
+    return name if not count else f"{name}_{count}"
 
 
 def convolution_like(
