@@ -107,6 +107,7 @@ def fit(net: ResNet20, data: Any, folder: Path, name: str, *callbacks: Callback)
         enable_progress_bar=False,
         enable_model_summary=False,
     )
+    net.train()  # Torch-Pruning leaves networks in evaluation mode
     net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     trainer.fit(net, data, ckpt_path=last if last.is_file() else None, weights_only=False)
     if trainer.global_step < net.steps:  # by a Ctrl-C, which Lightning takes as an end
