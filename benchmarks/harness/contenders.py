@@ -112,6 +112,8 @@ def fit(net: ResNet20, data: Any, folder: Path, name: str, *callbacks: Callback)
     trainer.fit(net, data, ckpt_path=last if last.is_file() else None, weights_only=False)
     if trainer.global_step < net.steps:  # by a Ctrl-C, which Lightning takes as an end
         raise KeyboardInterrupt
+    if not all(bool(parameter.isfinite().all()) for parameter in net.parameters()):
+        raise ValueError(f"`net` must stay finite in training, but {folder} holds NaN or infinity.")
     last.unlink(missing_ok=True)
 
 

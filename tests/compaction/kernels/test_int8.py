@@ -319,5 +319,12 @@ def test_amx_is_compiled_everywhere():
     built = Path(native.__file__).with_name("kernels.so")
     command = ["objdump", "-d", "--no-show-raw-insn", str(built)]
     code = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    for instruction in ("ldtilecfg", "tileloadd", "tdpbsud", "tilestored", "tilerelease"):
+    for instruction in (
+        "ldtilecfg",
+        "tileloadd",
+        "tdpbsud",
+        "tdpbf16ps",
+        "tilestored",
+        "tilerelease",
+    ):
         assert instruction in code
