@@ -17,11 +17,10 @@ from spp_lightning.compaction.layers.column_conv import ColumnConv2d
 
 __all__ = [
     "Call",
-    "Concatenation",
+    "Combination",
     "Gate",
     "GlobalPool",
     "NormedParts",
-    "Sum",
     "averages_planes",
     "find_calls",
     "find_gates",
@@ -87,16 +86,18 @@ class GlobalPool(NamedTuple):
         return (self.result,)
 
 
-class Concatenation(NamedTuple):
-    """A concatenation along the channels that no norm reads alone.
+class Combination(NamedTuple):
+    """A concatenation along the channels that no norm reads alone, or an addition of two results.
 
     Attributes:
-        parts: What is concatenated.
+        parts: What is combined.
         result: Position of its step.
+        adds: Whether it is an addition.
     """
 
     parts: tuple[Value, ...]
     result: int
+    adds: bool
 
     @property
     def replaced(self) -> tuple[int, ...]:
@@ -104,24 +105,7 @@ class Concatenation(NamedTuple):
         return (self.result,)
 
 
-class Sum(NamedTuple):
-    """An addition of two results.
-
-    Attributes:
-        parts: What is added.
-        result: Position of its step.
-    """
-
-    parts: tuple[Value, Value]
-    result: int
-
-    @property
-    def replaced(self) -> tuple[int, ...]:
-        """Positions of the steps that the call replaces."""
-        return (self.result,)
-
-
-Call = Gate | NormedParts | GlobalPool | PlanePool | Concatenation | Sum
+Call = Gate | NormedParts | GlobalPool | PlanePool | Combination
 
 _LayerOf = Callable[[str], nn.Module]
 
@@ -139,7 +123,7 @@ def find_calls(steps: Sequence[Step], layer_of: _LayerOf) -> tuple[Call, ...]:
     norms = _find_norms(steps, layer_of)
     normed = {position for norm in norms for position in norm.replaced}
     concatenations = (
-        Concatenation(parts, position)
+        Combination(parts, position, adds=False)
         for position, step in enumerate(steps)
         if position not in normed and (parts := _concatenated(step))
     )
@@ -198,7 +182,7 @@ def _find_pools(steps: Sequence[Step], layer_of: _LayerOf) -> tuple[GlobalPool, 
     )
 
 
-def _find_sums(steps: Sequence[Step]) -> Iterator[Sum]:
+def _find_sums(steps: Sequence[Step]) -> Iterator[Combination]:
     """The additions of results that aren't tensors of the network: those are smaller, mostly."""
     functions = (operator.add, torch.add)
     for position, step in enumerate(steps):
@@ -209,7 +193,7 @@ def _find_sums(steps: Sequence[Step]) -> Iterator[Sum]:
         if not isinstance(x, Value) or not isinstance(y, Value):
             continue
         if "tensor" not in (steps[x.step].kind, steps[y.step].kind):
-            yield Sum((x, y), position)
+            yield Combination((x, y), position, adds=True)
 
 
 def _only_user(users: list[list[int]], position: int) -> int | None:

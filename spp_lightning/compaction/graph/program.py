@@ -10,7 +10,7 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 from spp_lightning.compaction.epilogue import Clamp, PlaneOp
-from spp_lightning.compaction.graph.between import Call, Concatenation, Gate, GlobalPool, Sum
+from spp_lightning.compaction.graph.between import Call, Combination, Gate, GlobalPool
 from spp_lightning.compaction.graph.join import Row
 from spp_lightning.compaction.graph.pools import PlanePool
 from spp_lightning.compaction.graph.steps import Step, Value, values_in
@@ -306,8 +306,8 @@ class _Compiler:
         if isinstance(call, GlobalPool):
             means = _MeansCall(self._pool_at(call.result), call.keeps)
             return self._add(run_means, means, [self._slot_of(call.x)])
-        if isinstance(call, (Concatenation, Sum)):
-            run: Run = run_concat if isinstance(call, Concatenation) else run_sum
+        if isinstance(call, Combination):
+            run: Run = run_sum if call.adds else run_concat
             return self._add(run, None, [self._slot_of(x) for x in call.parts])
         is_module = self._steps[call.result].kind == "layer"
         module = self._path(call.result) if is_module else None
