@@ -62,21 +62,23 @@ class Contender:
 
 BASELINE = Contender("baseline")
 SPEEDUPS = (3, 2, 4)  # the most informative one first
-KINDS = ("SPP", "TP group norm", "TP L1", "narrow", "TP growing")
 RECIPE = Contender(
     "SPP", name="SPP, scaled and distilled", options={"masking": "scale"}, distilled=True
 )
-CONTENDERS = [
+CONTENDERS = [  # by worth
     BASELINE,
     *(
-        one
+        replace(one, speedup=speedup)
         for speedup in SPEEDUPS
-        for one in (replace(RECIPE, speedup=speedup), *(Contender(kind, speedup) for kind in KINDS))
+        for one in (RECIPE, Contender("TP group norm"))
     ),
+    Contender("TP group norm", 3, "TP group norm, distilled", distilled=True),
+    *(Contender("SPP", speedup) for speedup in SPEEDUPS),
+    *(Contender(kind, 3) for kind in ("TP L1", "TP growing", "narrow")),
+    *(Contender(kind, speedup) for kind in ("narrow", "TP growing", "TP L1") for speedup in (2, 4)),
     replace(RECIPE, speedup=6),
     Contender("SPP", 6),
     Contender("control"),
-    Contender("TP group norm", 3, "TP group norm, distilled", distilled=True),
 ]
 
 
