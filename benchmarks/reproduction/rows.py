@@ -248,7 +248,7 @@ def _recipes() -> dict[str, Configuration]:
 
 
 RECIPES = _recipes()
-RECOMMENDED = replace(DEFAULT, weight_decay=DECAY, **SCALED)
+RECOMMENDED = replace(DEFAULT, weight_decay=DECAY, **SCALED, **DISTILLED)
 
 ALL_TABLES: dict[str, list[Configuration]] = {
     "table1": [
