@@ -27,6 +27,7 @@ import torch
 import torchvision
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
+from torch import nn
 
 from reproduction.kept import KeptColumns
 from reproduction.rates import ClassifierDecay, LastBatches, PhaseRates
@@ -40,6 +41,7 @@ from spp_lightning import (
     DistillationCallback,
     SPPCallback,
     SPPPruner,
+    compact,
     count_macs,
 )
 from spp_lightning.data.arrays import Records
@@ -199,7 +201,10 @@ class Run:
         pruning = self._pruning(net, kept_columns)
         callbacks = [*pruning]
         if row.distillation:
-            callbacks.append(DistillationCallback(share=row.distillation))
+            teacher: nn.Module = self.baseline.network()
+            if kept_columns:  # two thirds of the time of a dense one, on AVX2
+                teacher = compact(teacher, torch.zeros(100, 3, 32, 32))
+            callbacks.append(DistillationCallback(teacher, row.distillation))
         over = partial(all_over, pruning)
         if (row.pruning_lr, row.retraining_lr) != (1, 1):
             until = self.schedule.milestones(self.steps)[0]
