@@ -443,6 +443,8 @@ void run_case() {
   spp_plan_free(plan);
 }
 
+spp::Memory span(const Floats& x) { return {reinterpret_cast<uint8_t*>(x.get()), x.count * 4}; }
+
 // A gate and the mean of the planes that it makes, as one call; its results are those of the two.
 void run_list(const spp::Gate& gate, const Floats& x, int batch, int pixels, int threads, const Floats& gated) {
   const int64_t planes = x.count / pixels;
@@ -452,7 +454,7 @@ void run_list(const spp::Gate& gate, const Floats& x, int batch, int pixels, int
   spp::ListedCall calls[] = {
       {spp::CallKind::kGate, threads, &gate, nullptr, batch, pixels, 1, in, none, middle, nullptr, 0},
       {spp::CallKind::kMeans, threads, nullptr, nullptr, planes, pixels, 1, middle, none, out, nullptr, 0}};
-  const spp::Memory memories[] = {{x.get(), x.count}, {middles.get(), x.count}, {found.get(), found.count}};
+  const spp::Memory memories[] = {span(x), span(middles), span(found)};
   must(spp_run_calls(calls, 2, memories, 3));
   for (int64_t i = 0; i < found.count; ++i)
     if (found[i] != expected[i]) std::printf("a list of calls: %g, not %g\n", found[i], expected[i]), ++failures;
@@ -472,15 +474,14 @@ void run_concat(const Floats& front, const Floats& back, int batch, int pixels, 
   must_refuse(spp_concat(parts, 2, batch, pixels, threads, whole.get(), count + 1));
   must(spp_add(whole.get(), count, whole.get(), count, threads, twice.get(), count));
   must_refuse(spp_add(whole.get(), count, whole.get(), count - 1, threads, twice.get(), count));
-  const spp::Place places[] = {{0, 0, front.count}, {1, 0, back.count}}, in_place{2, front.count, back.count};
+  const spp::Place places[] = {{0, 0, front.count}, {1, 0, back.count}}, in_place{2, 4 * front.count, back.count};
   const spp::Place middles{2, 0, count}, out{3, 0, count}, none{-1, 0, 0}, copied[] = {places[0], in_place};
   spp::ListedCall calls[] = {
       {spp::CallKind::kConcat, threads, nullptr, nullptr, batch, pixels, 1, none, none, in_place, places + 1, 1},
       {spp::CallKind::kConcat, threads, nullptr, nullptr, batch, pixels, 1, none, none, middles,
        batch == 1 ? copied : places, 2},
       {spp::CallKind::kAdd, threads, nullptr, nullptr, 0, 0, 0, middles, middles, out, nullptr, 0}};
-  const spp::Memory memories[] = {
-      {front.get(), front.count}, {back.get(), back.count}, {middle.get(), count}, {found.get(), count}};
+  const spp::Memory memories[] = {span(front), span(back), span(middle), span(found)};
   must(spp_run_calls(calls, 3, memories, 4));
   for (int64_t i = 0; i < count; ++i)
     if (found[i] != twice[i]) std::printf("a concatenation: %g, not %g\n", found[i], twice[i]), ++failures;

@@ -157,8 +157,8 @@ def guarded(tensor: Tensor, fill: float) -> Tensor:
     return inner.copy_(tensor)
 
 
-def intact(tensor: Tensor) -> bool:
+def intact(tensor: Tensor, fill: float = SENTINEL) -> bool:
     """Whether nothing was written around a guarded tensor."""
     buffer = torch.empty(0, dtype=tensor.dtype).set_(tensor.untyped_storage())
     around = torch.cat([buffer[: ROOM + 1], buffer[ROOM + 1 + tensor.numel() :]])
-    return torch.equal(around, torch.full_like(around, SENTINEL))
+    return torch.equal(around, torch.full_like(around, fill))

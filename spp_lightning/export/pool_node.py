@@ -11,8 +11,7 @@ from torch import Tensor, nn
 from spp_lightning.compaction.epilogue import PlaneOp
 from spp_lightning.compaction.graph.pools import find_pools
 from spp_lightning.compaction.graph.steps import Step
-from spp_lightning.compaction.layers.chain import is_untouched
-from spp_lightning.compaction.layers.int8_pool import max_pool_uint8
+from spp_lightning.compaction.layers.unwatched import is_untouched
 from spp_lightning.export.node import NodeCall, post_attributes, record, sizes_of
 
 __all__ = ["PoolNode", "pool_nodes"]
@@ -56,8 +55,4 @@ def pool_nodes(
         layer = layer_of(str(step.target)) if step.kind == "layer" else None
         if layer is None or is_untouched(layer, type(layer)):
             nodes[pool.result] = PoolNode(pool.op), pool.x
-    for position, step in enumerate(steps):
-        if step.target is max_pool_uint8:
-            x, *how = step.args
-            nodes[position] = PoolNode(PlaneOp("max_pool", *how)), x
     return nodes

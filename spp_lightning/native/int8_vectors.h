@@ -115,8 +115,20 @@ constexpr float kMostRounded = 1 << 30;  // larger numbers have no int32
 
 SPP_INLINE Floats to_floats(Sums x) { return __builtin_convertvector(x, Floats); }
 
+// GCC converts a vector of bytes number by number.
 SPP_INLINE Sums widen(const uint8_t* p) {
+#ifdef SPP_INT8_AVX512
+  return reinterpret_cast<Sums>(_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+#elif defined(SPP_INT8_AVX2)
+  return reinterpret_cast<Sums>(_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
+#elif defined(SPP_INT8_SSE2)
+  int32_t word;
+  std::memcpy(&word, p, sizeof word);
+  const __m128i zeros = _mm_setzero_si128(), halves = _mm_unpacklo_epi8(_mm_cvtsi32_si128(word), zeros);
+  return reinterpret_cast<Sums>(_mm_unpacklo_epi16(halves, zeros));
+#else
   return __builtin_convertvector(*reinterpret_cast<const LaneBytes*>(p), Sums);
+#endif
 }
 
 // The limits and the zero point of a quantised output.

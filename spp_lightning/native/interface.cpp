@@ -132,8 +132,8 @@ SPP_EXPORT int64_t spp_struct_size(int32_t index) {
   constexpr int64_t kSizes[] = {sizeof(spp::Geometry), sizeof(spp::EpilogueOp), sizeof(KernelConfig),
                                 sizeof(spp::Linear), sizeof(spp::GateLayer), sizeof(spp::Gate),
                                 sizeof(spp::Norm), sizeof(spp::ConcatPart), sizeof(spp::Int8Scales),
-                                sizeof(spp::ListedCall)};
-  return index >= 0 && index < 10 ? kSizes[index] : -1;
+                                sizeof(spp::Int8Rounding), sizeof(spp::ListedCall)};
+  return index >= 0 && index < 11 ? kSizes[index] : -1;
 }
 
 SPP_EXPORT const char* spp_isa() { return spp::chosen.name; }

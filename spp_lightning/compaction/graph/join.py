@@ -4,18 +4,16 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Collection, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import torch
 from torch import nn
 
+from spp_lightning.compaction.graph.heads import MOST_WEIGHTS, flattens
 from spp_lightning.compaction.graph.steps import Step, Value, users_of
 from spp_lightning.compaction.kernels.cpu.chain import may_follow
 from spp_lightning.compaction.layers.column_conv import ColumnConv2d
 
 __all__ = ["Row", "join"]
-
-_MOST_WEIGHTS = 2**16  # of a linear layer: they stay in the cache from image to image
 
 
 class Row(NamedTuple):
@@ -134,32 +132,20 @@ class _Finder:
     def _linear_after(self, position: int) -> tuple[int | None, int | None]:
         """The steps that flatten a layer's result and pass it to a linear layer."""
         flat = self._only_user(position)
-        if flat is None or not self._flattens(flat):
+        if flat is None or not flattens(self._steps[flat], self._modules.get(flat)):
             return None, None
         after = self._only_user(flat)
         linear = None if after is None else self._modules.get(after)
         if (
             after is None
             or type(linear) is not nn.Linear
-            or linear.weight.numel() > _MOST_WEIGHTS
+            or linear.weight.numel() > MOST_WEIGHTS
             or self._steps[after].args != (Value(flat),)
             or self._steps[after].kwargs
             or self._calls[str(self._steps[after].target)] != 1
         ):
             return None, None
         return flat, after
-
-    def _flattens(self, position: int) -> bool:
-        """Whether a step flattens its argument from the second dimension on."""
-        step, module = self._steps[position], self._modules.get(position)
-        if module is not None:
-            return type(module) is nn.Flatten and (module.start_dim, module.end_dim) == (1, -1)
-        if (step.kind, step.target) not in (("function", torch.flatten), ("method", "flatten")):
-            return False
-        given: dict[str, Any] = dict(
-            zip(("input", "start_dim", "end_dim"), step.args, strict=False), **step.kwargs
-        )
-        return bool(given.get("start_dim") == 1 and given.get("end_dim", -1) == -1)
 
     def _writes_nothing(self, position: int) -> bool:
         kinds = (ColumnConv2d, nn.Conv2d, nn.BatchNorm2d)

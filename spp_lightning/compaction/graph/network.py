@@ -7,7 +7,8 @@ from typing import Any
 
 from torch import Tensor, fx, nn
 
-from spp_lightning.compaction.graph.between import Call, Gate, find_calls
+from spp_lightning.compaction.graph.between import Call, Gate, GlobalPool, find_calls
+from spp_lightning.compaction.graph.heads import FlatLinear, find_heads
 from spp_lightning.compaction.graph.join import Row, join
 from spp_lightning.compaction.graph.program import REQUIRED, Program, compile_steps
 from spp_lightning.compaction.graph.query import is_opaque
@@ -53,7 +54,7 @@ class CompactNetwork(nn.Module):
     # Defaults of the class: what is an attribute of the class isn't free as a name.
     compact_steps: tuple[Step, ...] = ()
     _rows: tuple[Row, ...] = ()
-    _between: tuple[Call, ...] = ()
+    _between: tuple[Call | FlatLinear, ...] = ()
     _program: Program = compile_steps([Step("output", "output", "output", (None,))])
 
     def __init__(
@@ -72,9 +73,13 @@ class CompactNetwork(nn.Module):
 
     def _set_steps(self, steps: Sequence[Step]) -> None:
         self.compact_steps = tuple(steps)
-        self._between = find_calls(self.compact_steps, self.get_submodule)
-        others = {position for call in self._between for position in call.replaced}
-        self._rows = join(self.compact_steps, self.get_submodule, others)
+        steps, layer_of = self.compact_steps, self.get_submodule
+        calls = find_calls(steps, layer_of)
+        others = {position for call in calls for position in call.replaced}
+        self._rows = join(steps, layer_of, others)
+        others |= {position for row in self._rows for position in row.replaced}
+        means = {call.result for call in calls if isinstance(call, GlobalPool) and not call.keeps}
+        self._between = (*calls, *find_heads(steps, layer_of, means, others))
         self._compile()
 
     def _compile(self) -> None:

@@ -12,11 +12,13 @@ from torch.nn import functional as F
 from spp_lightning.compaction.epilogue import PlaneOp
 from spp_lightning.compaction.graph.patterns import as_pool
 from spp_lightning.compaction.graph.steps import Step, Value, values_in
+from spp_lightning.compaction.layers.int8_pool import max_pool_uint8
 
 __all__ = ["PlanePool", "find_pools"]
 
 _NAMES = ("input", "kernel_size", "stride", "padding")
 _MAX_NAMES = (*_NAMES, "dilation", "ceil_mode", "return_indices")
+_UINT8_NAMES = (*_NAMES, "ceil_mode")
 _AVG_NAMES = (*_NAMES, "ceil_mode", "count_include_pad", "divisor_override")
 
 
@@ -62,7 +64,7 @@ def find_pools(
 def _is_max(step: Step, layer_of: Callable[[str], nn.Module]) -> bool:
     if step.kind == "layer":
         return type(layer_of(str(step.target))) is nn.MaxPool2d
-    return step.target in (F.max_pool2d, torch.max_pool2d)
+    return step.target in (F.max_pool2d, torch.max_pool2d, max_pool_uint8)
 
 
 def _given(step: Step, layer_of: Callable[[str], nn.Module]) -> dict[str, Any] | None:
@@ -75,6 +77,8 @@ def _given(step: Step, layer_of: Callable[[str], nn.Module]) -> dict[str, Any] |
         return None
     if step.target in (F.max_pool2d, torch.max_pool2d):
         names: tuple[str, ...] = _MAX_NAMES
+    elif step.target is max_pool_uint8:
+        names = _UINT8_NAMES
     elif step.target is F.avg_pool2d:
         names = _AVG_NAMES
     else:

@@ -11,11 +11,13 @@ from torch.nn import functional as F
 
 from spp_lightning.compaction.epilogue import Clamp, PlaneOp
 from spp_lightning.compaction.graph.between import Call, Combination, Gate, GlobalPool
+from spp_lightning.compaction.graph.heads import FlatLinear
 from spp_lightning.compaction.graph.join import Row
 from spp_lightning.compaction.graph.pools import PlanePool
 from spp_lightning.compaction.graph.steps import Step, Value, values_in
 from spp_lightning.compaction.layers.between import channel_gate, channel_means, concat_norm
 from spp_lightning.compaction.layers.chain import column_chain
+from spp_lightning.compaction.layers.flat_linear import flat_linear
 from spp_lightning.compaction.layers.pools import pool_planes
 
 __all__ = [
@@ -27,6 +29,7 @@ __all__ = [
     "picker",
     "run_concat",
     "run_gate",
+    "run_head",
     "run_layer",
     "run_means",
     "run_norm",
@@ -81,7 +84,7 @@ class Program(NamedTuple):
 
 
 def compile_steps(
-    steps: Sequence[Step], rows: Sequence[Row] = (), between: Sequence[Call] = ()
+    steps: Sequence[Step], rows: Sequence[Row] = (), between: Sequence[Call | FlatLinear] = ()
 ) -> Program:
     """The program of a network.
 
@@ -212,6 +215,13 @@ def run_norm(network: nn.Module, target: _NormCall, args: Sequence[Any], kwargs:
     return concat_norm(args, find(network, target.norm), relu, target.clamp)
 
 
+def run_head(
+    network: nn.Module, target: tuple[str, ...], args: Sequence[Any], kwargs: Any
+) -> Tensor:
+    """Call a linear layer, whose input is flattened."""
+    return flat_linear(args[0], find(network, target))
+
+
 def run_concat(network: nn.Module, target: None, args: Sequence[Any], kwargs: Any) -> Tensor:
     """Concatenate along the channels."""
     return torch.cat(list(args), 1)
@@ -256,7 +266,9 @@ def _dict(keys: tuple[Any, ...], *parts: Any) -> dict[Any, Any]:
 class _Compiler:
     """Gives every value a slot: inputs first, then constants and results."""
 
-    def __init__(self, steps: Sequence[Step], rows: Sequence[Row], between: Sequence[Call]) -> None:
+    def __init__(
+        self, steps: Sequence[Step], rows: Sequence[Row], between: Sequence[Call | FlatLinear]
+    ) -> None:
         self._steps = steps
         self._inputs = [i for i, step in enumerate(steps) if step.kind == "input"]
         self._slots = {position: slot for slot, position in enumerate(self._inputs)}
@@ -298,7 +310,9 @@ class _Compiler:
     def _path(self, position: int) -> tuple[str, ...]:
         return tuple(str(self._steps[position].target).split("."))
 
-    def _add_between(self, call: Call) -> int:
+    def _add_between(self, call: Call | FlatLinear) -> int:
+        if isinstance(call, FlatLinear):
+            return self._add(run_head, self._path(call.result), [self._slot_of(call.x)])
         if isinstance(call, Gate):
             layers = (self._path(call.layers[0]), self._path(call.layers[1]))
             target = _GateCall(self._pool_at(call.pool), layers)

@@ -15,6 +15,7 @@ from spp_lightning.compaction.graph.program import (
     picker,
     run_concat,
     run_gate,
+    run_head,
     run_layer,
     run_means,
     run_norm,
@@ -23,13 +24,15 @@ from spp_lightning.compaction.graph.program import (
     run_sum,
 )
 from spp_lightning.compaction.layers.column_conv import ColumnConv2d
+from spp_lightning.compaction.layers.quantized import QuantizedConv2d
 from spp_lightning.compaction.layers.stretch import Stretch
+from spp_lightning.compaction.layers.stretch_int8 import INT8_KINDS
 from spp_lightning.compaction.layers.stretch_parts import Part
 
 __all__ = ["join_instructions", "run_stretch"]
 
 _NO_KWARGS: dict[str, Any] = {}
-_JOINED = (run_row, run_gate, run_means, run_norm, run_pool)
+_JOINED = (run_row, run_gate, run_means, run_norm, run_pool, run_head)
 
 
 class _Target(NamedTuple):
@@ -67,22 +70,28 @@ def join_instructions(program: Program, layer_of: Callable[[str], nn.Module]) ->
         program: The program.
         layer_of: The layer of a name.
     """
-    # Slots of images that calls make which can be joined, and of what follows from their means:
-    # added to an image, or concatenated, those often have another shape.
-    images, means = set[int](), set[int]()
+    # Slots of images that calls make which can be joined; of what follows from their means, which
+    # often has another shape than the images that it is added to or concatenated with; and of
+    # uint8, of which there are no sums and concatenations here.
+    images, means, uint8 = set[int](), set[int](), set[int]()
 
     def can_be_joined(call: Instruction) -> bool:
+        small = not means.isdisjoint(call.args)
+        is_uint8 = call.run is run_pool and not uint8.isdisjoint(call.args)
         if call.run is run_layer:
-            kind = type(layer_of(".".join(call.target)))
-            joined = kind is ColumnConv2d and not call.kwargs and len(call.args) <= 2
+            layer = layer_of(".".join(call.target))
+            plain = not call.kwargs and len(call.args) <= 2
+            joined = type(layer) in (ColumnConv2d, *INT8_KINDS) and plain
+            is_float = isinstance(layer, QuantizedConv2d) and layer.output_scale is None
+            is_uint8 = type(layer) in INT8_KINDS and not is_float
         elif call.run in (run_concat, run_sum):
-            joined = not images.isdisjoint(call.args) and means.isdisjoint(call.args)
+            joined = not images.isdisjoint(call.args) and (means | uint8).isdisjoint(call.args)
         else:
             joined = call.run in _JOINED
         if joined:
             has_linear = call.run is run_row and call.target.has_linear
-            small = call.run is run_means or has_linear or not means.isdisjoint(call.args)
-            (means if small else images).add(call.out)
+            small = small or has_linear or call.run in (run_means, run_head)
+            (uint8 if is_uint8 else means if small else images).add(call.out)
         return joined
 
     instructions: list[Instruction] = []
@@ -123,6 +132,8 @@ def _part(call: Instruction) -> Part:
     target, places = call.target, (call.args, call.out, call.free)
     if call.run is run_layer:
         return Part("row", (target,), None, *places)
+    if call.run is run_head:
+        return Part("linear", (), target, *places)
     if call.run is run_row:
         layers = target.paths[:-1] if target.has_linear else target.paths
         return Part("row", layers, target.paths[-1] if target.has_linear else None, *places)

@@ -11,10 +11,15 @@ from torch import Tensor, nn
 from spp_lightning.compaction.epilogue import Clamp
 from spp_lightning.compaction.kernels.cpu.between import Gate, Norm, plane_means
 from spp_lightning.compaction.kernels.cpu.library import is_available
-from spp_lightning.compaction.layers.chain import is_hooked, is_readable, is_untouched
 from spp_lightning.compaction.layers.column_conv import ColumnConv2d
+from spp_lightning.compaction.layers.unwatched import (
+    is_eager,
+    is_hooked,
+    is_readable,
+    is_untouched,
+)
 
-__all__ = ["channel_gate", "channel_means", "concat_norm", "is_eager", "is_own_pool", "norm_of"]
+__all__ = ["channel_gate", "channel_means", "concat_norm", "is_own_pool", "norm_of"]
 
 
 def channel_gate(x: Tensor, pool: Callable[[Tensor], Tensor], *layers: ColumnConv2d) -> Tensor:
@@ -117,18 +122,6 @@ def concat_norm(
             return prepared(parts)
     x = torch.cat(list(parts), 1) if len(parts) > 1 else parts[0]
     return activation(norm(x))
-
-
-def is_eager() -> bool:
-    """Whether torch computes at once, and nobody watches or transforms that."""
-    return (
-        not torch.is_autocast_enabled("cpu")
-        and not torch._C._len_torch_dispatch_stack()
-        and not torch._C._len_torch_function_stack()
-        and not torch._C._is_tracing()
-        and torch._C._functorch.peek_interpreter_stack() is None
-        and torch.autograd.forward_ad._current_level < 0
-    )
 
 
 _norms: WeakKeyDictionary[nn.Module, Norm] = WeakKeyDictionary()

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, is_grad_enabled, nn
-from torch.nn.modules import module as modules
 
 from spp_lightning.compaction.kernels.cpu.chain import ChainHandle, Linear, may_follow
 from spp_lightning.compaction.kernels.cpu.handle import Handle
-from spp_lightning.compaction.layers.column_conv import ColumnConv2d, is_plain, need_grad
+from spp_lightning.compaction.layers.column_conv import ColumnConv2d, need_grad
+from spp_lightning.compaction.layers.flat_linear import flat_linear, tensors_of
+from spp_lightning.compaction.layers.unwatched import is_hooked, is_untouched
 
-__all__ = ["column_chain", "holds", "is_hooked", "is_readable", "is_untouched", "tune_chain"]
+__all__ = ["column_chain", "holds", "tune_chain"]
 
 
 def column_chain(
@@ -51,7 +52,7 @@ def column_chain(
         for layer in layers[:-1]:
             x = layer(x)
         y = layers[-1](x) if residual is None else layers[-1](x, residual)
-    return y if linear is None else _run_linear(linear, y, directly)
+    return y if linear is None else flat_linear(y, linear)
 
 
 def tune_chain(
@@ -71,25 +72,6 @@ def tune_chain(
             return {}
         chain = _chain_of(x, residual, layers, linear)
         return {} if chain is None else chain.tune(x, residual)
-
-
-def _run_linear(linear: nn.Module, x: Tensor, directly: bool) -> Tensor:
-    # By the kernels wherever they can: torch rounds otherwise.
-    tensors = None
-    if (
-        directly
-        and not is_hooked()
-        and is_readable(x)
-        and not (is_grad_enabled() and x.requires_grad)
-    ):
-        tensors = _tensors_of(linear)
-    y: Tensor = linear(torch.flatten(x, 1)) if tensors is None else Linear(*tensors)(x)
-    return y
-
-
-def is_hooked() -> bool:
-    """Whether somebody wants to see the inputs and outputs of all modules."""
-    return bool(modules._global_forward_hooks or modules._global_forward_pre_hooks)
 
 
 def _chain_of(
@@ -114,7 +96,7 @@ def _chain_of(
             return None
         are_new = are_new or before is not handle
         handles.append(handle)
-    tensors = None if linear is None else _tensors_of(linear)
+    tensors = None if linear is None else tensors_of(linear)
     if are_new or (len(handles) == 1 and tensors is None):
         return None  # weights that change at every call aren't worth a chain
     own = None if tensors is None else Linear(*tensors)
@@ -143,7 +125,7 @@ def holds(chain: ChainHandle, layers: tuple[ColumnConv2d, ...], linear: nn.Modul
         ):
             return False
     if chain.linear is None:
-        return linear is None or _tensors_of(linear) is None
+        return linear is None or tensors_of(linear) is None
     if linear is None or not is_untouched(linear, nn.Linear):
         return False
     parameters = linear._parameters
@@ -151,38 +133,3 @@ def holds(chain: ChainHandle, layers: tuple[ColumnConv2d, ...], linear: nn.Modul
     if weight is None or (records and need_grad(weight, bias)):
         return False
     return chain.linear.is_of(weight, bias)
-
-
-def is_untouched(module: nn.Module, kind: type[nn.Module]) -> bool:
-    """Whether a module computes what its kind does, and nobody wants to see it do so."""
-    own = module.__dict__
-    return (
-        type(module) is kind
-        and "forward" not in own
-        and not own["_forward_hooks"]
-        and not own["_forward_pre_hooks"]
-    )
-
-
-def _tensors_of(linear: nn.Module) -> tuple[Tensor, Tensor | None] | None:
-    """Weight and bias of a linear layer, if the kernels may read them in its place."""
-    if not is_untouched(linear, nn.Linear):
-        return None
-    parameters = linear._parameters
-    if "weight" not in parameters or "bias" not in parameters:  # they are attributes, or computed
-        return None
-    weight, bias = parameters["weight"], parameters["bias"]
-    if weight is None or not is_readable(weight) or (bias is not None and not is_readable(bias)):
-        return None
-    return None if need_grad(weight, bias) else (weight, bias)
-
-
-def is_readable(tensor: Tensor) -> bool:
-    """Whether the kernels can read a tensor's memory."""
-    return (
-        type(tensor) in (nn.Parameter, Tensor)
-        and tensor.layout is torch.strided
-        and tensor.dtype is torch.float32
-        and tensor.is_cpu
-        and is_plain(tensor)
-    )

@@ -20,9 +20,10 @@ from spp_lightning.compaction.kernels.cpu.library import is_available
 from spp_lightning.compaction.kernels.cpu.registry import handle_for
 from spp_lightning.compaction.layers.conv_shape import ConvShape
 from spp_lightning.compaction.layers.operator import column_conv2d
+from spp_lightning.compaction.layers.unwatched import is_plain
 from spp_lightning.compaction.spec import ConvSpec
 
-__all__ = ["ColumnConv2d", "is_plain", "need_grad"]
+__all__ = ["ColumnConv2d", "need_grad"]
 
 _KERNEL_DTYPES = (torch.float32, torch.bfloat16)
 
@@ -331,11 +332,6 @@ class ColumnConv2d(ConvShape, nn.Module):
             *(op.kind for op in self.epilogue.post),
         ]
         return ", ".join(part for part in parts if part)
-
-
-def is_plain(tensor: Tensor) -> bool:
-    """Whether a tensor's memory holds its values in order; that of a negated view doesn't."""
-    return tensor.is_contiguous() and not tensor.is_neg()
 
 
 def need_grad(weight: Tensor, bias: Tensor | None) -> bool:

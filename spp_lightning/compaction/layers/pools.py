@@ -7,8 +7,8 @@ from torch import Tensor, nn
 
 from spp_lightning.compaction.epilogue import PlaneOp
 from spp_lightning.compaction.kernels.cpu import pools
-from spp_lightning.compaction.layers.chain import is_hooked, is_untouched
-from spp_lightning.compaction.layers.unwatched import is_unwatched
+from spp_lightning.compaction.layers.int8_pool import max_pool_uint8
+from spp_lightning.compaction.layers.unwatched import is_hooked, is_untouched, is_unwatched
 
 __all__ = ["pool_planes"]
 
@@ -17,7 +17,7 @@ def pool_planes(x: Tensor, op: PlaneOp, module: nn.Module | None = None) -> Tens
     """Pool planes.
 
     Args:
-        x: Input, ``(B, C, H, W)``.
+        x: Input, ``(B, C, H, W)``; for a max pool it may be uint8.
         op: The pool.
         module: The same pool as a module, if it is one.
 
@@ -38,4 +38,9 @@ def pool_planes(x: Tensor, op: PlaneOp, module: nn.Module | None = None) -> Tens
         and not (x.requires_grad and torch.is_grad_enabled())
     ):
         return pools.pool(x, op)
-    return op(x) if module is None else module(x)
+    if module is not None:
+        y: Tensor = module(x)
+        return y
+    if x.dtype is torch.uint8 and op.kind == "max_pool":
+        return max_pool_uint8(x, op.kernel_size, op.stride, op.padding, op.ceil_mode)
+    return op(x)

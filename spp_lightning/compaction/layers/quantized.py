@@ -24,7 +24,7 @@ from spp_lightning.compaction.layers.int8_reference import (
 )
 from spp_lightning.compaction.layers.unwatched import is_unwatched
 
-__all__ = ["Quantize", "QuantizedConv2d", "QuantizedLinear"]
+__all__ = ["Quantize", "QuantizedConv2d", "QuantizedLinear", "RoundingNumbers"]
 
 _MOST_COLUMNS = 2**16 - 1  # of a convolution group, so that int32 holds their sums of products
 
@@ -37,7 +37,7 @@ class _Packed(NamedTuple):
     versions: tuple[int, ...]
 
 
-class _Numbers(NamedTuple):
+class RoundingNumbers(NamedTuple):
     """What the kernels read of a scale and a zero point, and the tensors' versions then."""
 
     tensors: tuple[Tensor, Tensor]
@@ -72,7 +72,7 @@ class Quantize(nn.Module):
         self.post = post
         self.register_buffer("scale", torch.tensor(to.scale, dtype=torch.float32))
         self.register_buffer("zero_point", torch.tensor(to.zero_point, dtype=torch.uint8))
-        self._numbers: _Numbers | None = None
+        self._numbers: RoundingNumbers | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         """Real numbers to uint8: of any shape, or ``(B, C, H, W)`` where there are operations."""
@@ -85,15 +85,23 @@ class Quantize(nn.Module):
             for op in self.post:
                 x = op(x)
             return quantize(x, self.scale, self.zero_point)
-        tensors, found = (self.scale, self.zero_point), self._numbers
-        versions = (tensors[0]._version, tensors[1]._version)
-        if found is None or found.versions != versions or not _same(found.tensors, tensors):
+        found = self.prepared()
+        if found is None:
             inverse = float(self.scale.reciprocal())
-            found = _Numbers(tensors, versions, inverse, int(self.zero_point))
+            tensors = (self.scale, self.zero_point)
+            versions = (tensors[0]._version, tensors[1]._version)
+            found = RoundingNumbers(tensors, versions, inverse, int(self.zero_point))
             self._numbers = found
         if not self.post:
             return int8_planes.quantize(x, found.inverse, found.zero_point)
         return int8_planes.post_and_quantize(x, self.post, found.inverse, found.zero_point)
+
+    def prepared(self) -> RoundingNumbers | None:
+        """What the kernels read of the tensors; None if they changed, or never were read."""
+        tensors, found = (self.scale, self.zero_point), self._numbers
+        if found is None or not _same(found.tensors, tensors):
+            return None
+        return found if found.versions == (tensors[0]._version, tensors[1]._version) else None
 
     def extra_repr(self) -> str:  # noqa: D102
         return ", ".join(op.kind for op in self.post)
@@ -224,20 +232,27 @@ class QuantizedConv2d(ConvShape, nn.Module):
 
     def _handle(self) -> Int8Handle:
         """The handle; packed anew if the layer's tensors changed since, by torch's versions."""
-        tensors, found = tuple(self._buffers.values()), self._packed
-        if found is not None and len(found.tensors) == len(tensors):
-            # One loop without calls: small layers wait for it.
-            for tensor, packed, version in zip(tensors, found.tensors, found.versions):  # noqa: B905
-                if tensor is not packed or (tensor is not None and tensor._version != version):
-                    break
-            else:
-                return found.handle
+        found = self.prepared()
+        if found is not None:
+            return found
+        tensors = tuple(self._buffers.values())
         handle = Int8Handle(self.weight, self.columns, self.weight_scale, self.bias, self.spec)
         if any(x is not None and x.is_inference() for x in tensors):  # they count no versions
             return handle
         versions = tuple(0 if x is None else x._version for x in tensors)
         self._packed = _Packed(handle, tensors, versions)
         return handle
+
+    def prepared(self) -> Int8Handle | None:
+        """The handle; None if the layer's tensors changed, or never were packed."""
+        tensors, found = tuple(self._buffers.values()), self._packed
+        if found is None or len(found.tensors) != len(tensors):
+            return None
+        # One loop without calls: small layers wait for it.
+        for tensor, packed, version in zip(tensors, found.tensors, found.versions):  # noqa: B905
+            if tensor is not packed or (tensor is not None and tensor._version != version):
+                return None
+        return found.handle
 
     @property
     def instruction_set(self) -> str:

@@ -18,11 +18,11 @@ from spp_lightning.compaction.kernels.cpu import autotune
 from spp_lightning.compaction.kernels.cpu.call_list import CallList, CallListMaker
 from spp_lightning.compaction.kernels.cpu.library import is_available
 from spp_lightning.compaction.kernels.cpu.tables import ShapeTable
-from spp_lightning.compaction.layers.between import is_eager
-from spp_lightning.compaction.layers.chain import is_hooked, is_readable
 from spp_lightning.compaction.layers.stretch_between import prepared_between
+from spp_lightning.compaction.layers.stretch_int8 import INT8_KINDS, prepared_int8
 from spp_lightning.compaction.layers.stretch_parts import Part, Path, Prepared
 from spp_lightning.compaction.layers.stretch_rows import prepared_row
+from spp_lightning.compaction.layers.unwatched import is_eager, is_hooked, is_plain, is_readable
 
 __all__ = ["Stretch"]
 
@@ -84,7 +84,9 @@ class Stretch:
         given = [x for x in args if x is not None]
         records = is_grad_enabled()
         for x in given:
-            if not is_readable(x) or (records and x.requires_grad) or not x.numel():
+            if not (is_readable(x) or _is_uint8(x)) or (records and x.requires_grad):
+                return None
+            if not x.numel():
                 return None
         state = self._state
         if state is None or not state.holds(network):
@@ -93,7 +95,8 @@ class Stretch:
                 return None
             self._state = state
         threads = torch.get_num_threads()
-        key = (threads, autotune.generation(), *[x.shape for x in given])
+        sizes = [(x.shape, x.dtype) for x in given]
+        key = (threads, autotune.generation(), *sizes)
         found = state.lists.get(key)
         if found is None:
             found = state.lists.put(key, (self._make(state, args, threads),))
@@ -117,7 +120,9 @@ class Stretch:
         for part in self._parts:
             other = None if part.other is None else module(part.other)
             layers = [module(path) for path in part.layers]
-            if part.kind == "row":
+            if part.kind == "row" and type(layers[0]) in INT8_KINDS:
+                found = prepared_int8(layers[0])
+            elif part.kind == "row":
                 found = prepared_row(layers, other)
             else:
                 found = prepared_between(part, layers, other)
@@ -132,7 +137,9 @@ class Stretch:
         shapes: dict[Hashable, tuple[int, ...]] = {
             name: tuple(x.shape) for name, x in pairs if x is not None
         }
-        maker = CallListMaker(shapes, self._parts[-1].out)
+        given = zip(self._inputs, args, strict=True)
+        uint8 = {name for name, x in given if x is not None and x.dtype is torch.uint8}
+        maker = CallListMaker(shapes, self._parts[-1].out, uint8)
         times = Counter(name for part in self._parts for name in part.args)
         # Which part reads a result that is read once, as the input.
         readers = {
@@ -148,3 +155,8 @@ class Stretch:
         except ValueError:  # the module that is called says it better
             return None
         return maker.made()
+
+
+def _is_uint8(x: Tensor) -> bool:
+    """Whether the int8 kernels can read a tensor."""
+    return type(x) is Tensor and x.dtype is torch.uint8 and x.is_cpu and is_plain(x)

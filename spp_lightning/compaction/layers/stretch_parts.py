@@ -18,11 +18,11 @@ class Part(NamedTuple):
     """One of the calls of a stretch.
 
     Attributes:
-        kind: ``"row"`` of compact layers, ``"gate"``, ``"means"`` of planes, ``"pool"``,
-            ``"norm"``, ``"concat"`` or ``"sum"``.
-        layers: Paths of the compact layers, or of the norm.
-        other: Path of the linear layer behind a row, of the pool, or of a norm's activation; None
-            where there is none, or a function stands in its place.
+        kind: ``"row"`` of compact layers, or a module of an int8 kind, ``"gate"``, ``"means"`` of
+            planes, ``"pool"``, ``"norm"``, ``"concat"``, ``"sum"`` or ``"linear"``.
+        layers: Paths of the compact layers, of the int8 module, or of the norm.
+        other: Path of the linear layer, alone or behind a row, of the pool, or of a norm's
+            activation; None where there is none, or a function stands in its place.
         args: Names of what it reads. That of a row's residual may stand for nothing.
         out: Name of what it makes.
         free: Names of results of the stretch that it is the last one to read.

@@ -12,9 +12,10 @@ from spp_lightning.compaction.kernels.cpu.call_list import CallKind, CallListMak
 from spp_lightning.compaction.kernels.cpu.chain import ChainHandle
 from spp_lightning.compaction.kernels.cpu.config import Kernel
 from spp_lightning.compaction.kernels.cpu.handle import Handle
-from spp_lightning.compaction.layers.chain import holds, is_untouched
+from spp_lightning.compaction.layers.chain import holds
 from spp_lightning.compaction.layers.column_conv import ColumnConv2d, need_grad
 from spp_lightning.compaction.layers.stretch_parts import Part, Prepared
+from spp_lightning.compaction.layers.unwatched import is_untouched
 
 __all__ = ["prepared_row"]
 

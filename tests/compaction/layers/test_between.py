@@ -284,7 +284,7 @@ def test_gates_of_unpruned_layers(ratio, tmp_path):
     torch.manual_seed(0)
     net, x = pruned(Squeezed(), ratio).requires_grad_(False), torch.randn(2, 3, 16, 16)
     fast = compact(net, x)
-    assert calls(fast)[1:] == ["run_gate", "run_means", "run_layer"]
+    assert calls(fast)[1:] == ["run_gate", "run_means", "run_head"]
     torch.testing.assert_close(fast(x), net(x), rtol=1e-4, atol=1e-5)
     save_compact(fast, tmp_path / "net.spp")
     loaded = load_compact(tmp_path / "net.spp")

@@ -9,13 +9,13 @@ import torch
 import torchvision
 from cases import SENTINEL, guarded, intact
 from networks import pruned
+from stretches import equal, one_by_one, ready
 from torch import nn
 from torch.nn import functional as F
 
 from spp_lightning import compact
 from spp_lightning.compaction import ColumnConv2d, load_compact, save_compact
 from spp_lightning.compaction.epilogue import Clamp
-from spp_lightning.compaction.graph.program import compile_steps
 from spp_lightning.compaction.graph.stretches import run_stretch
 from spp_lightning.compaction.kernels.cpu import call_list, cost
 from spp_lightning.compaction.kernels.cpu.between import Norm
@@ -26,18 +26,18 @@ pytestmark = pytest.mark.skipif(not is_available(), reason="built without the ke
 
 
 class Residual(nn.Module):
-    """A convolution reads what two others made, and its result is read twice."""
+    """A convolution reads what two others made, its result is read twice, once by a classifier."""
 
     def __init__(self):
         super().__init__()
         self.first, self.second, self.third = (nn.Conv2d(n, 16, 3, padding=1) for n in (3, 16, 16))
-        self.pool = nn.AdaptiveAvgPool2d(1)
+        self.pool, self.head = nn.AdaptiveAvgPool2d(1), nn.Linear(16, 5)
 
     def forward(self, x):
         y = torch.relu(self.first(x))
         z = torch.relu(self.second(y))
         z = torch.relu(self.third(z) + y)
-        return self.pool(z), z
+        return self.head(self.pool(z).flatten(1)), z
 
 
 class Classifier(nn.Module):
@@ -96,28 +96,10 @@ def fast(made):
     return copy.deepcopy(made)
 
 
-def one_by_one(fast, *inputs):
-    apart = copy.deepcopy(fast)
-    apart._program = compile_steps(apart.compact_steps, apart._rows, apart._between)
-    return apart(*inputs)
-
-
-def equal(first, second):
-    pairs = zip(first, second, strict=True) if isinstance(first, tuple) else [(first, second)]
-    return all(torch.equal(a, b) for a, b in pairs)
-
-
 def close(first, second):
     pairs = zip(first, second, strict=True) if isinstance(first, tuple) else [(first, second)]
     for a, b in pairs:
         torch.testing.assert_close(a.float(), b, rtol=1e-4, atol=1e-5)
-
-
-def ready(fast, *inputs):
-    """The network, called until its stretches are prepared."""
-    for _ in range(3):
-        fast(*inputs)
-    return fast
 
 
 def calls_of_layers(fast, x, monkeypatch):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import math
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Collection, Hashable, Mapping, Sequence
 from enum import IntEnum
 from itertools import accumulate
 from typing import Any, NamedTuple
@@ -41,6 +41,12 @@ class CallKind(IntEnum):
     NORM = 6
     CONCAT = 7
     ADD = 8
+    INT8_LAYER = 9
+    INT8_ROUNDING = 10
+    INT8_POOL = 11
+
+
+_READ_UINT8 = (CallKind.INT8_LAYER, CallKind.INT8_POOL)
 
 
 class CallList:
@@ -50,6 +56,7 @@ class CallList:
         calls: The calls. Their memories are the inputs, the output, then what lies between them.
         between: Numbers of each memory between the calls.
         shape: Of the output.
+        dtype: Of the output.
         held: What must live as long as the list: the calls read it.
     """
 
@@ -58,18 +65,20 @@ class CallList:
         calls: Sequence[NativeCall],
         between: Sequence[int],
         shape: Sequence[int],
+        dtype: torch.dtype,
         held: Sequence[object],
     ) -> None:
         self._native = (NativeCall * len(calls))(*calls)
         self._address, self._count = ctypes.addressof(self._native), len(calls)
         self._between, self._shape, self._held = tuple(between), tuple(shape), tuple(held)
+        self._dtype = dtype
         self._run = library().spp_run_calls
 
     def __call__(self, inputs: Sequence[Tensor]) -> Tensor:
         """Run the calls.
 
         Args:
-            inputs: Of the shapes that the list was made for; float32, contiguous, on the CPU.
+            inputs: Of the shapes and types that the list was made for; contiguous, on the CPU.
 
         Returns:
             The output of the last call.
@@ -78,12 +87,12 @@ class CallList:
             ValueError: If an input has too few numbers.
             MemoryError: If there is no memory for it.
         """
-        out = torch.empty(*self._shape, dtype=torch.float32)
+        out = torch.empty(*self._shape, dtype=self._dtype)
         between = [torch.empty(count, dtype=torch.float32) for count in self._between]
-        # As Memory lies in memory: address, number of elements.
+        # As Memory lies in memory: address, bytes.
         numbers: list[int] = []
         for x in (*inputs, out, *between):
-            numbers += (x.data_ptr(), x.numel())
+            numbers += (x.data_ptr(), x.nbytes)
         memories = (ctypes.c_int64 * len(numbers))(*numbers)
         self._run(self._address, self._count, ctypes.addressof(memories), len(numbers) // 2)
         return out
@@ -110,14 +119,24 @@ class CallListMaker:
     Args:
         shapes: Shapes of the inputs, by name, in the order in which they will be given.
         output: Name of the tensor that the list returns.
+        uint8: Names of the inputs that are uint8, not float32.
     """
 
-    def __init__(self, shapes: Mapping[Hashable, tuple[int, ...]], output: Hashable) -> None:
-        self.shapes = dict(shapes)
+    def __init__(
+        self,
+        shapes: Mapping[Hashable, tuple[int, ...]],
+        output: Hashable,
+        uint8: Collection[Hashable] = (),
+    ) -> None:
+        self.shapes, self._uint8 = dict(shapes), set(uint8)
         self._inputs, self._output = tuple(shapes), output
         self._calls: list[_Call] = []
         self._events: list[Event] = []
         self._held: list[object] = []
+
+    def is_uint8(self, name: Hashable) -> bool:
+        """Whether a tensor is uint8, not float32."""
+        return name in self._uint8
 
     def add(
         self,
@@ -132,6 +151,7 @@ class CallListMaker:
         batch: int = 0,
         size: tuple[int, int] = (0, 0),
         threads: int = 1,
+        uint8: bool = False,
         held: Any = None,
     ) -> None:
         """Add a call.
@@ -147,9 +167,15 @@ class CallListMaker:
             batch: As the function takes it, like ``size`` and ``threads``.
             size: Height and width of the input, likewise.
             threads: Likewise.
+            uint8: Whether what it makes is uint8, not float32.
             held: What lies at the addresses.
+
+        Raises:
+            ValueError: If a tensor that it reads isn't of the type that it takes.
         """
-        self._events.append(Made(out, math.prod(shape)))
+        if uint8:
+            self._uint8.add(out)
+        self._events.append(Made(out, -(-math.prod(shape) // 4) if uint8 else math.prod(shape)))
         self._append(_Call(kind, threads, what, with_, batch, size, x, residual, out, ()), shape)
         self._held.append(held)
 
@@ -167,7 +193,7 @@ class CallListMaker:
         """Add a call that concatenates tensors along their channels; the arguments are as above.
 
         Raises:
-            ValueError: If their other sizes differ.
+            ValueError: If their other sizes differ, or one is uint8.
         """
         (batch, _, *size), *others = (self.shapes[part] for part in parts)
         channels = [self.shapes[part][1] for part in parts]
@@ -186,6 +212,10 @@ class CallListMaker:
         self._held.append(held)
 
     def _append(self, call: _Call, shape: Sequence[int]) -> None:
+        takes_uint8 = call.kind in _READ_UINT8
+        for name in (call.x, call.residual, *call.parts):
+            if name is not None and self.is_uint8(name) != takes_uint8:
+                raise ValueError(f"A tensor must be {'uint8' if takes_uint8 else 'float32'}.")
         self.shapes[call.out] = tuple(shape)
         self._calls.append(call)
 
@@ -209,7 +239,7 @@ class CallListMaker:
             block, first = layout.places[name]
             if at_once and block:
                 block, first = 1, starts[block - 1] + first
-            return NativePlace(len(self._inputs) + block, first, count)
+            return NativePlace(len(self._inputs) + block, 4 * first, count)
 
         calls = []
         for call in self._calls:
@@ -223,4 +253,5 @@ class CallListMaker:
                 )
             )
         sizes = [sum(sizes)] if at_once else sizes
-        return CallList(calls, sizes, self.shapes[self._output], self._held)
+        dtype = torch.uint8 if self.is_uint8(self._output) else torch.float32
+        return CallList(calls, sizes, self.shapes[self._output], dtype, self._held)

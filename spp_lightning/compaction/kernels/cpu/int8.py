@@ -19,7 +19,7 @@ from spp_lightning.compaction.kernels.cpu.library import (
 )
 from spp_lightning.compaction.kernels.cpu.tables import ShapeTable
 
-__all__ = ["Int8Handle", "instruction_set"]
+__all__ = ["Int8Handle", "Int8Prepared", "instruction_set"]
 
 
 def instruction_set() -> str:
@@ -31,7 +31,9 @@ def instruction_set() -> str:
     return functions.spp_int8_isa().decode() if functions else "none"
 
 
-class _Prepared(NamedTuple):
+class Int8Prepared(NamedTuple):
+    """How a layer computes inputs of one shape."""
+
     out_shape: tuple[int, ...]
     address: int  # of `native`
     native: NativeConfig
@@ -87,7 +89,7 @@ class Int8Handle:
         self.spec = spec
         self.num_columns = len(columns)
         self._dtype = torch.float32 if spec.output is None else torch.uint8
-        self._prepared: ShapeTable[_Prepared] = ShapeTable()
+        self._prepared: ShapeTable[Int8Prepared] = ShapeTable()
         self._library = library()
         if self._library is None:
             raise NotImplementedError("The CPU kernels weren't built.")
@@ -136,10 +138,7 @@ class Int8Handle:
             ValueError: If a shape, a dtype or a layout doesn't fit.
             MemoryError: If there is no memory for it.
         """
-        key = (x.shape, torch.get_num_threads())
-        prepared = self._prepared.get(key)
-        if prepared is None:
-            prepared = self._prepared.put(key, self._prepare(x, key[1]))
+        prepared = self.prepared_for(x.shape, torch.get_num_threads())
         _check_dense("x", x)
         added, count = None, 0
         if (residual is None) != (self.spec.residual is None):
@@ -158,16 +157,28 @@ class Int8Handle:
         )
         return out
 
-    def _prepare(self, x: Tensor, threads: int) -> _Prepared:
+    def prepared_for(self, shape: tuple[int, ...], threads: int) -> Int8Prepared:
+        """What the kernels need for inputs of a shape.
+
+        Raises:
+            ValueError: If the shape doesn't fit the layer.
+        """
+        key = (*shape, threads)
+        prepared = self._prepared.get(key)
+        return (
+            self._prepared.put(key, self._prepare(shape, threads)) if prepared is None else prepared
+        )
+
+    def _prepare(self, shape: tuple[int, ...], threads: int) -> Int8Prepared:
         g = self.spec.geometry
-        if x.dim() != 4 or x.shape[1] != g.channels:
-            raise ValueError(f"`x` must be of shape (B, {g.channels}, H, W), got {tuple(x.shape)}.")
-        batch, _, height, width = x.shape
+        if len(shape) != 4 or shape[1] != g.channels:
+            raise ValueError(f"`x` must be of shape (B, {g.channels}, H, W), got {tuple(shape)}.")
+        batch, _, height, width = shape
         size = g.out_size(height, width)
         out_shape = (batch, g.filters, *size)
-        check_size(x.shape, out_shape)
+        check_size(shape, out_shape)
         native = NativeConfig(batch, height, width, *size, threads)
-        return _Prepared(out_shape, ctypes.addressof(native), native)
+        return Int8Prepared(out_shape, ctypes.addressof(native), native)
 
 
 def _float32(number: float) -> Tensor:

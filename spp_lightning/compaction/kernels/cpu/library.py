@@ -23,6 +23,7 @@ __all__ = [
     "NativeGate",
     "NativeGateLayer",
     "NativeGeometry",
+    "NativeInt8Rounding",
     "NativeInt8Scales",
     "NativeLinear",
     "NativeNorm",
@@ -120,8 +121,17 @@ class NativeInt8Scales(ctypes.Structure):
     ]
 
 
+class NativeInt8Rounding(ctypes.Structure):
+    """Pools and norms of planes of floats, which are then rounded to uint8."""
+
+    _fields_ = [
+        *(("ops", ctypes.POINTER(NativeEpilogueOp)), ("count", _NUMBER)),
+        *(("inverse", ctypes.c_float), ("zero", _NUMBER)),
+    ]
+
+
 class NativePlace(ctypes.Structure):
-    """Where a tensor of a listed call lies."""
+    """Where a tensor of a listed call lies: the offset is in bytes, the count in numbers."""
 
     _fields_ = [(name, _COUNT) for name in ("memory", "offset", "count")]
 
@@ -140,7 +150,7 @@ class NativeCall(ctypes.Structure):
 _STRUCTURES = (
     *(NativeGeometry, NativeEpilogueOp, NativeConfig, NativeLinear),
     *(NativeGateLayer, NativeGate, NativeNorm, NativeConcatPart, NativeInt8Scales),
-    NativeCall,
+    *(NativeInt8Rounding, NativeCall),
 )
 
 # Arguments of the functions that return a status.
