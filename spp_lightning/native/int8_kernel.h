@@ -58,6 +58,20 @@ SPP_INLINE void finish_pixels(const int32_t* sums, int32_t offset, float multipl
   if constexpr (kBytes) store_rounded(y, scale.limits, bytes);
 }
 
+// Fewer than 16 numbers, without a call.
+template <typename Number>
+SPP_INLINE void copy_few(const Number* from, int count, Number* to) {
+  const auto copy = [&](auto size) {
+    if (!(count & size)) return;
+    std::memcpy(to, from, sizeof(Number) * size);
+    from += size, to += size;
+  };
+  copy(std::integral_constant<int, 8>());
+  copy(std::integral_constant<int, 4>());
+  copy(std::integral_constant<int, 2>());
+  copy(std::integral_constant<int, 1>());
+}
+
 template <bool kBytes, bool kResidual>
 void finish_filters(const Int8Task& task, const OutputScale& of) {
   const OutputScale scale = of;  // which nothing that is stored can change
@@ -75,14 +89,13 @@ void finish_filters(const Int8Task& task, const OutputScale& of) {
                                        kBytes ? bytes + p : nullptr, kBytes ? nullptr : floats + p);
     if (whole == pixels) continue;
     const int rest = pixels - whole;
-    int32_t last_sums[kPackPixels] = {};
     uint8_t last_residual[kPackPixels] = {}, last_bytes[kPackPixels];
     float last_floats[kPackPixels];
-    std::memcpy(last_sums, sums + whole, sizeof(int32_t) * rest);
-    if constexpr (kResidual) std::memcpy(last_residual, residual + whole, rest);
-    finish_pixels<kBytes, kResidual>(last_sums, offset, multiplier, bias, scale, last_residual, last_bytes, last_floats);
-    if constexpr (kBytes) std::memcpy(bytes + whole, last_bytes, rest);
-    else std::memcpy(floats + whole, last_floats, sizeof(float) * rest);
+    if constexpr (kResidual) copy_few(residual + whole, rest, last_residual);
+    // The tile's sums go on behind the last pixel, whatever they are.
+    finish_pixels<kBytes, kResidual>(sums + whole, offset, multiplier, bias, scale, last_residual, last_bytes, last_floats);
+    if constexpr (kBytes) copy_few(last_bytes, rest, bytes + whole);
+    else copy_few(last_floats, rest, floats + whole);
   }
 }
 

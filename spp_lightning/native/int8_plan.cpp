@@ -101,6 +101,7 @@ Int8Weights Int8Plan::pack(const int8_t* weight, int at_once) const {
                  std::min(kernel->panel_steps, group.steps - done), made);
   }
   made.excess_start.push_back(static_cast<int32_t>(made.excess.size()));
+  made.words.resize(made.words.size() + kMostLanes);
   return made;
 }
 

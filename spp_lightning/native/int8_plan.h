@@ -36,6 +36,8 @@ struct Int8Kernel {
   void (*forward)(const Int8Pass&);
 };
 
+constexpr int32_t kMostLanes = 16;  // of a vector of words, of which those behind the last weight may be read
+
 constexpr int32_t kTilesOfBlock = 4;  // tiles of filters whose sums wait in the L1 cache for excess and epilogue
 
 // What a filter's weights lack that were made smaller, so that no sum of int16 saturates whatever the pixels are. It is

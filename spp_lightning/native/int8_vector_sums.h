@@ -1,6 +1,7 @@
 // The micro-kernel of vectors: sums of a few filters by a few vectors of pixels stay in registers.
 #pragma once
 
+#include <array>
 #include <utility>
 
 #include "int8_task.h"
@@ -76,10 +77,54 @@ inline void sum_pixels(const Int8Task& task, int filters) {
   if (vectors > 0) functions[vectors](task, whole, whole + 1);
 }
 
+// Where a vector would have at most so many pixels, its lanes are the filters of a tile instead.
+constexpr int kFewPixels = kInt8TileFilters / 2;
+
+// kPixels pixels from `first` on, and all filters of a task. Lanes without a filter of the tile aren't stored.
+template <int kPixels, int kAtOnce>
+void sum_few_pixels(const Int8Task& task, int first) {
+  const int32_t* weight = task.weight;
+  for (int f = 0; f < task.filters; f += kInt8TileFilters) {
+    Sums sum[kPixels] = {};
+    const int32_t* x = task.panel + first;
+    for (int k = 0; k < task.steps; k += kAtOnce, weight += kAtOnce * kInt8TileFilters, x += kAtOnce * kTile) {
+      const Sums w = load(weight);
+#pragma GCC unroll 4
+      for (int p = 0; p < kPixels; ++p) {
+        if constexpr (kAtOnce == 1)
+          sum[p] = add_products(sum[p], broadcast(x[p]), w);
+        else
+          sum[p] = add_two_products(sum[p], broadcast(x[p]), w, broadcast(x[kTile + p]), load(weight + kInt8TileFilters));
+      }
+    }
+    for (int p = 0; p < kPixels; ++p) {
+      int32_t lanes[kLanes];
+      store(lanes, sum[p]);
+      for (int r = 0; r < std::min(kInt8TileFilters, task.filters - f); ++r) {
+        int32_t& to = task.sums[(f + r) * kTile + first + p];
+        to = lanes[r] + (task.first ? task.offset[f + r] : to);
+      }
+    }
+  }
+}
+
+template <int kAtOnce, size_t... i>
+constexpr auto few_functions(std::index_sequence<i...>) {
+  using Function = void (*)(const Int8Task&, int);
+  return std::array<Function, kFewPixels>{sum_few_pixels<i + 1, kAtOnce>...};
+}
+constexpr auto kPixelCounts = std::make_index_sequence<kFewPixels>();
+constexpr auto kFewOne = few_functions<1>(kPixelCounts), kFewTwo = few_functions<kSumsInInt16 ? 2 : 1>(kPixelCounts);
+
 // All filters of a task: full tiles of them, and one of fewer. It moves `weight` and `offset`: a copy of the task, which
 // was just written, would wait for its parts.
 inline void sum_filters(Int8Task& task) {
   int32_t* const sums = task.sums;
+  const int pixels = task.pixels, few = pixels % kLanes;
+  if (few > 0 && few <= kFewPixels) {
+    task.pixels -= few;
+    (task.steps_at_once == 2 ? kFewTwo : kFewOne)[few - 1](task, task.pixels);
+  }
   const int filters = task.filters, rest = filters % kInt8TileFilters;
   task.filters -= rest;
   if (task.filters > 0) sum_pixels(task, kInt8TileFilters);
@@ -92,6 +137,7 @@ inline void sum_filters(Int8Task& task) {
   }
   task.sums = sums;
   task.filters = filters;
+  task.pixels = pixels;
 }
 
 // Adds what the weights lack.
@@ -100,8 +146,13 @@ inline void add_excess(const Int8Task& task) {
     const int32_t* panel = task.panel + it->step * kTile;
     int32_t* sums = task.sums + it->filter * kTile;
     const Sums w = broadcast(it->word);
+    const auto add = [&](int v) { store(sums + v, add_products(load(sums + v), load(panel + v), w)); };
+    if (task.pixels <= kPart) {
+      for (int v = 0; v < task.pixels; v += kLanes) add(v);
+      continue;
+    }
 #pragma GCC unroll 8
-    for (int v = 0; v < kTile; v += kLanes) store(sums + v, add_products(load(sums + v), load(panel + v), w));
+    for (int v = 0; v < kTile; v += kLanes) add(v);
   }
 }
 

@@ -139,6 +139,21 @@ def test_random_layers_are_exact(isa, seed):
         torch.set_num_threads(before)
 
 
+@pytest.mark.parametrize("pixels", [1, 2, 3, 4, 5, 17, 33, 35])
+def test_few_pixels_behind_whole_vectors(isa, pixels):
+    generator = torch.Generator().manual_seed(pixels)
+    count, filters = 1601, 31  # more than two panels, and no whole number of tiles
+    geometry, columns = Geometry(count, filters, (1, 1)), torch.arange(count, dtype=torch.int32)
+    spec = Int8Spec(geometry, TensorScale(0.1, 99), TensorScale(40.0, 3), TensorScale(0.3, 200))
+    weight = torch.randint(-127, 128, (filters, count), generator=generator).to(torch.int8)
+    tensors = (weight, columns, torch.rand(filters, generator=generator), None)
+    x = torch.randint(0, 256, (1, count, 1, pixels), generator=generator).to(torch.uint8)
+    residual = torch.randint(0, 256, (1, filters, 1, pixels), generator=generator).to(torch.uint8)
+    handle = int8.Int8Handle(*tensors, spec)
+    assert handle.instruction_set == isa
+    assert torch.equal(handle.run(x, residual), reference(spec, *tensors, x, residual))
+
+
 @pytest.mark.parametrize("weight", [-128, 127])
 @pytest.mark.parametrize("pixel", [0, 255])
 def test_the_largest_sums_do_not_overflow(isa, weight, pixel):
@@ -232,7 +247,7 @@ def test_too_many_columns_are_refused():
 def test_the_library_checks_sizes_by_itself():
     handle = made()
     handle.run(X, RESIDUAL)
-    _, address, _ = handle._prepare(X, 1)
+    address = handle.prepared_for(X.shape, 1).address
     right = {"input": X, "residual": RESIDUAL, "output": torch.zeros_like(RESIDUAL)}
     for name, tensor in right.items():
         given = right | {name: tensor[:1]}
