@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
+#include <type_traits>
 #include <vector>
 
 #include "guard.h"
@@ -20,12 +21,6 @@ struct Plane {
 };
 
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
-
-// A row behind its padding, which has been filled before.
-const float* padded(const float* row, int width, int padding, float* out) {
-  std::copy(row, row + width, out + padding);
-  return out;
-}
 
 struct Largest {
   static constexpr float kStart = -kInfinity;
@@ -51,6 +46,13 @@ void join_taps(const float* row, int kernel, int stride, int count, float* out) 
     for (int x = 0; x < count; ++x) out[x] = Join::join(out[x], row[int64_t{x} * stride + tap]);
 }
 
+// The largest number of every column of some rows.
+void largest_of_rows(const float* rows, int count, int width, float* out) {
+  std::copy_n(rows, width, out);
+  for (int i = 1; i < count; ++i)
+    for (int x = 0; x < width; ++x) out[x] = Largest::join(out[x], rows[int64_t{i} * width + x]);
+}
+
 // The sum or the largest number of every window.
 template <typename Join>
 void join_windows(const EpilogueOp& op, const Plane& plane, const float* in, int out_height, int out_width, float* out) {
@@ -58,10 +60,18 @@ void join_windows(const EpilogueOp& op, const Plane& plane, const float* in, int
   std::fill_n(plane.row, std::max<int64_t>(reach, plane.width + op.padding[1]), Join::kStart);
   for (int y = 0; y < out_height; ++y, out += out_width) {
     std::fill_n(out, out_width, Join::kStart);
-    const int top = y * op.stride[0] - op.padding[0];
-    for (int i = std::max(top, 0); i < std::min(top + op.kernel[0], plane.height); ++i) {
-      const float* row = padded(in + int64_t{i} * plane.width, plane.width, op.padding[1], plane.row);
-      join_taps<Join>(row, op.kernel[1], op.stride[1], out_width, out);
+    const int begin = std::max(y * op.stride[0] - op.padding[0], 0);
+    const int end = std::min(y * op.stride[0] - op.padding[0] + op.kernel[0], plane.height);
+    const auto join = [&] { join_taps<Join>(plane.row, op.kernel[1], op.stride[1], out_width, out); };
+    float* row = plane.row + op.padding[1];
+    if constexpr (std::is_same_v<Join, Largest>) {  // in any order
+      largest_of_rows(in + int64_t{begin} * plane.width, end - begin, plane.width, row);
+      join();
+    } else {
+      for (int i = begin; i < end; ++i) {
+        std::copy_n(in + int64_t{i} * plane.width, plane.width, row);
+        join();
+      }
     }
   }
 }
