@@ -78,7 +78,7 @@ inline void sum_pixels(const Int8Task& task, int filters) {
 }
 
 // Where a vector would have at most so many pixels, its lanes are the filters of a tile instead.
-constexpr int kFewPixels = kInt8TileFilters / 2;
+constexpr int kFewPixels = kInt8TileFilters * 2 / 3;
 
 // kPixels pixels from `first` on, and all filters of a task. Lanes without a filter of the tile aren't stored.
 template <int kPixels, int kAtOnce>
