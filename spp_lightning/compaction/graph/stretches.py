@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from itertools import groupby
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import nn
@@ -24,7 +24,6 @@ from spp_lightning.compaction.graph.program import (
     run_sum,
 )
 from spp_lightning.compaction.layers.column_conv import ColumnConv2d
-from spp_lightning.compaction.layers.quantized import QuantizedConv2d
 from spp_lightning.compaction.layers.stretch import Stretch
 from spp_lightning.compaction.layers.stretch_int8 import INT8_KINDS
 from spp_lightning.compaction.layers.stretch_parts import Part
@@ -32,6 +31,9 @@ from spp_lightning.compaction.layers.stretch_parts import Part
 __all__ = ["join_instructions", "run_stretch"]
 
 _NO_KWARGS: dict[str, Any] = {}
+# An image; what follows from its means, which often has another shape than the images that it is
+# added to or concatenated with; or uint8, of which the library has no sums and concatenations.
+_Kind = Literal["image", "means", "uint8"]
 _JOINED = (run_row, run_gate, run_means, run_norm, run_pool, run_head)
 
 
@@ -70,29 +72,13 @@ def join_instructions(program: Program, layer_of: Callable[[str], nn.Module]) ->
         program: The program.
         layer_of: The layer of a name.
     """
-    # Slots of images that calls make which can be joined; of what follows from their means, which
-    # often has another shape than the images that it is added to or concatenated with; and of
-    # uint8, of which there are no sums and concatenations here.
-    images, means, uint8 = set[int](), set[int](), set[int]()
+    kinds: dict[int, _Kind] = {}
 
     def can_be_joined(call: Instruction) -> bool:
-        small = not means.isdisjoint(call.args)
-        is_uint8 = call.run is run_pool and not uint8.isdisjoint(call.args)
-        if call.run is run_layer:
-            layer = layer_of(".".join(call.target))
-            plain = not call.kwargs and len(call.args) <= 2
-            joined = type(layer) in (ColumnConv2d, *INT8_KINDS) and plain
-            is_float = isinstance(layer, QuantizedConv2d) and layer.output_scale is None
-            is_uint8 = type(layer) in INT8_KINDS and not is_float
-        elif call.run in (run_concat, run_sum):
-            joined = not images.isdisjoint(call.args) and (means | uint8).isdisjoint(call.args)
-        else:
-            joined = call.run in _JOINED
-        if joined:
-            has_linear = call.run is run_row and call.target.has_linear
-            small = small or has_linear or call.run in (run_means, run_head)
-            (uint8 if is_uint8 else means if small else images).add(call.out)
-        return joined
+        kind = _kind_of(call, {kinds[i] for i in call.args if i in kinds}, layer_of)
+        if kind is not None:
+            kinds[call.out] = kind
+        return kind is not None
 
     instructions: list[Instruction] = []
     for joined, group in groupby(program.instructions, key=can_be_joined):
@@ -100,6 +86,27 @@ def join_instructions(program: Program, layer_of: Callable[[str], nn.Module]) ->
             whole = _joined(calls) if joined and len(calls) > 1 else None
             instructions += calls if whole is None else [whole]
     return program._replace(instructions=tuple(instructions))
+
+
+def _kind_of(
+    call: Instruction, read: set[_Kind], layer_of: Callable[[str], nn.Module]
+) -> _Kind | None:
+    """What a call makes that can be joined, of what it reads; None if it can't be."""
+    if call.run is run_layer:
+        layer = layer_of(".".join(call.target))
+        if call.kwargs or len(call.args) > 2 or type(layer) not in (ColumnConv2d, *INT8_KINDS):
+            return None
+        if type(layer) in INT8_KINDS and getattr(layer, "output_scale", layer) is not None:
+            return "uint8"
+    elif call.run in (run_concat, run_sum):
+        if read != {"image"}:
+            return None
+    elif call.run not in _JOINED:
+        return None
+    elif call.run is run_pool and "uint8" in read:
+        return "uint8"
+    ends = call.run in (run_means, run_head) or (call.run is run_row and call.target.has_linear)
+    return "means" if ends or "means" in read else "image"
 
 
 def _cut(calls: list[Instruction]) -> Iterator[list[Instruction]]:
