@@ -11,9 +11,11 @@ import torch
 import torch_pruning
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
+from reproduction.kept import KeptColumns
+from reproduction.simpler import ColumnMasks
 
 from harness.classifiers import ResNet20, data_for
-from spp_lightning import DistillationCallback, SPPCallback
+from spp_lightning import DistillationCallback, SPPCallback, SPPPruner
 
 __all__ = ["BASELINE", "CONTENDERS", "Contender", "Lengths", "train"]
 
@@ -38,9 +40,9 @@ class Contender:
 
     Args:
         kind: ``"baseline"``, ``"control"`` (the baseline, trained on), ``"SPP"``, ``"narrow"``
-            (fewer channels, from scratch), or one of Torch-Pruning's: ``"TP L1"``,
-            ``"TP group norm"`` (channels removed at once) and ``"TP growing"`` (after a growing
-            penalty).
+            (fewer channels, from scratch), ``"gradual L1 columns"`` or ``"one-shot L1 columns"``,
+            or one of Torch-Pruning's: ``"TP L1"``, ``"TP group norm"`` (channels removed at once)
+            and ``"TP growing"`` (after a growing penalty).
         speedup: Factor by which the MACs are to fall.
         name: What it is called; by default the two above.
         options: Of SPPCallback.
@@ -73,7 +75,10 @@ CONTENDERS = [  # by worth
         for one in (RECIPE, Contender("TP group norm"))
     ),
     Contender("TP group norm", 3, "TP group norm, distilled", distilled=True),
+    Contender("gradual L1 columns", 3),
     *(Contender("SPP", speedup) for speedup in SPEEDUPS),
+    *(Contender("gradual L1 columns", speedup) for speedup in (2, 4)),
+    *(Contender("one-shot L1 columns", speedup) for speedup in SPEEDUPS),
     *(Contender(kind, 3) for kind in ("TP L1", "TP growing", "narrow")),
     *(Contender(kind, speedup) for kind in ("narrow", "TP growing", "TP L1") for speedup in (2, 4)),
     replace(RECIPE, speedup=6),
@@ -186,17 +191,27 @@ def from_baseline(
     seed_everything(seed, verbose=False)
     net = ResNet20(LR, lengths.more, projects=True, weight_decay=contender.weight_decay)
     net.load_state_dict(copy.deepcopy(dense.state_dict()))
-    pruning: list[SPPCallback] = []
-    teacher = [DistillationCallback(copy.deepcopy(dense))] if contender.distilled else []
+    callbacks: list[Callback] = []
     if contender.kind == "SPP":
         options: dict[str, Any] = {"interval": lengths.interval, "seed": seed} | contender.options
-        pruning = [SPPCallback(speedup=contender.speedup, **options)]
+        callbacks = [SPPCallback(speedup=contender.speedup, **options)]
+    elif contender.kind.endswith("columns"):
+        spp = SPPPruner(copy.deepcopy(net), speedup=contender.speedup)
+        is_gradual = contender.kind.startswith("gradual")
+        masks = ColumnMasks(
+            contender.speedup, spp.expected_updates if is_gradual else 1, lengths.interval
+        )
+        callbacks = [masks, KeptColumns(masks)]
     elif contender.kind == "TP growing":
         net = penalized(contender, net, folder, data)
     elif contender.kind.startswith("TP"):
         channel_pruner(net, contender).step()
-    fit(net, data, folder, "last", *pruning, *teacher)
-    assert all(callback.pruner is not None and callback.pruner.finished for callback in pruning)
+    if contender.distilled:
+        callbacks.append(DistillationCallback(copy.deepcopy(dense)))
+    fit(net, data, folder, "last", *callbacks)
+    for callback in callbacks:
+        if isinstance(callback, SPPCallback):
+            assert callback.pruner is not None and callback.pruner.finished, folder
     return net
 
 
