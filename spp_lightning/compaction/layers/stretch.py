@@ -20,6 +20,7 @@ from spp_lightning.compaction.kernels.cpu.library import is_available
 from spp_lightning.compaction.kernels.cpu.tables import ShapeTable
 from spp_lightning.compaction.layers.stretch_between import prepared_between
 from spp_lightning.compaction.layers.stretch_int8 import INT8_KINDS, prepared_int8
+from spp_lightning.compaction.layers.stretch_linear import prepared_linear
 from spp_lightning.compaction.layers.stretch_parts import Part, Path, Prepared
 from spp_lightning.compaction.layers.stretch_rows import prepared_row
 from spp_lightning.compaction.layers.unwatched import is_eager, is_hooked, is_plain, is_readable
@@ -120,12 +121,7 @@ class Stretch:
         for part in self._parts:
             other = None if part.other is None else module(part.other)
             layers = [module(path) for path in part.layers]
-            if part.kind == "row" and type(layers[0]) in INT8_KINDS:
-                found = prepared_int8(layers[0])
-            elif part.kind == "row":
-                found = prepared_row(layers, other)
-            else:
-                found = prepared_between(part, layers, other)
+            found = _prepared(part, layers, other)
             if found is None:
                 return None
             parts.append(found)
@@ -155,6 +151,18 @@ class Stretch:
         except ValueError:  # the module that is called says it better
             return None
         return maker.made()
+
+
+def _prepared(part: Part, layers: Sequence[Any], other: nn.Module | None) -> Prepared | None:
+    """What the modules of a part have prepared by now; None if that isn't all."""
+    if part.kind == "linear":
+        assert other is not None
+        return prepared_linear(other)
+    if part.kind != "row":
+        return prepared_between(part, layers, other)
+    if type(layers[0]) in INT8_KINDS:
+        return prepared_int8(layers[0])
+    return prepared_row(layers, other)
 
 
 def _is_uint8(x: Tensor) -> bool:

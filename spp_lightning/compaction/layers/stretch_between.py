@@ -1,4 +1,4 @@
-"""Parts of a stretch between its compact layers, and the linear layer behind them."""
+"""Parts of a stretch between its compact layers: gates, pools, norms, concatenations, sums."""
 
 from __future__ import annotations
 
@@ -11,11 +11,9 @@ from torch import Tensor, nn
 from spp_lightning.compaction.epilogue import Clamp, PlaneOp
 from spp_lightning.compaction.kernels.cpu.between import Gate, Norm
 from spp_lightning.compaction.kernels.cpu.call_list import CallKind, CallListMaker
-from spp_lightning.compaction.kernels.cpu.chain import Linear
 from spp_lightning.compaction.kernels.cpu.pools import native_op
 from spp_lightning.compaction.layers.between import is_own_pool, norm_of
 from spp_lightning.compaction.layers.column_conv import ColumnConv2d, need_grad
-from spp_lightning.compaction.layers.flat_linear import linear_of
 from spp_lightning.compaction.layers.stretch_parts import Part, Prepared
 from spp_lightning.compaction.layers.unwatched import is_untouched
 
@@ -28,12 +26,8 @@ def prepared_between(part: Part, layers: Sequence[Any], other: nn.Module | None)
     Args:
         part: The part.
         layers: A gate's compact layers, or the norm.
-        other: The pool or a norm's activation, if that is a module, or the linear layer.
+        other: The pool or a norm's activation, if that is a module.
     """
-    if part.kind == "linear":
-        assert other is not None
-        linear = linear_of(other)
-        return None if linear is None else _Linear(other, linear)
     if part.kind == "gate":
         gate = layers[0]._gate
         return None if gate is None else _Gate(other, layers[0], layers[1], gate)
@@ -171,28 +165,6 @@ class _Norm(_ReadsAll):
             with_=None if read is None else read.data_ptr(),
             threads=threads,
             held=(self._norm, read),
-        )
-
-
-class _Linear(_ReadsAll):
-    def __init__(self, module: nn.Module, linear: Linear) -> None:
-        self._module, self._linear = module, linear
-
-    def holds(self) -> bool:
-        return linear_of(self._module) is self._linear
-
-    def add(
-        self, part: Part, maker: CallListMaker, threads: int, reader: Prepared | None = None
-    ) -> None:
-        (x,), linear = part.args, self._linear
-        shape = maker.shapes[x]
-        linear.check(shape)
-        maker.add(
-            *(CallKind.LINEAR, x, part.out, (shape[0], linear.out_features)),
-            what=linear.address,
-            batch=shape[0],
-            threads=threads,
-            held=linear,
         )
 
 

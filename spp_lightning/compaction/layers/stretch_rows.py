@@ -14,6 +14,7 @@ from spp_lightning.compaction.kernels.cpu.config import Kernel
 from spp_lightning.compaction.kernels.cpu.handle import Handle
 from spp_lightning.compaction.layers.chain import holds
 from spp_lightning.compaction.layers.column_conv import ColumnConv2d, need_grad
+from spp_lightning.compaction.layers.stretch_linear import add_linear
 from spp_lightning.compaction.layers.stretch_parts import Part, Prepared
 from spp_lightning.compaction.layers.unwatched import is_untouched
 
@@ -104,15 +105,7 @@ class _Row(NamedTuple):
                 maker.free(x)
             x = out
         if linear is not None:
-            shape = maker.shapes[x]
-            linear.check(shape)
-            maker.add(
-                *(CallKind.LINEAR, x, part.out, (shape[0], linear.out_features)),
-                what=linear.address,
-                batch=shape[0],
-                threads=threads,
-                held=linear,
-            )
+            add_linear(maker, linear, x, part.out, threads)
             maker.free(x)
 
     def channels_read(self, shape: Sequence[int], threads: int) -> Tensor | None:
