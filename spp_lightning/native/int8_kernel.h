@@ -89,11 +89,12 @@ void finish_filters(const Int8Task& task, const OutputScale& of) {
                                        kBytes ? bytes + p : nullptr, kBytes ? nullptr : floats + p);
     if (whole == pixels) continue;
     const int rest = pixels - whole;
+    int32_t last_sums[kPackPixels] = {};
     uint8_t last_residual[kPackPixels] = {}, last_bytes[kPackPixels];
     float last_floats[kPackPixels];
+    copy_few(sums + whole, rest, last_sums);
     if constexpr (kResidual) copy_few(residual + whole, rest, last_residual);
-    // The tile's sums go on behind the last pixel, whatever they are.
-    finish_pixels<kBytes, kResidual>(sums + whole, offset, multiplier, bias, scale, last_residual, last_bytes, last_floats);
+    finish_pixels<kBytes, kResidual>(last_sums, offset, multiplier, bias, scale, last_residual, last_bytes, last_floats);
     if constexpr (kBytes) copy_few(last_bytes, rest, bytes + whole);
     else copy_few(last_floats, rest, floats + whole);
   }
