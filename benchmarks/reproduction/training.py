@@ -202,7 +202,7 @@ class Run:
         callbacks = [*pruning]
         if row.distillation:
             teacher: nn.Module = self.baseline.network()
-            if kept_columns:  # two thirds of the time of a dense one, on AVX2
+            if kept_columns:  # a dense one takes longer
                 teacher = compact(teacher, torch.zeros(100, 3, 32, 32))
             callbacks.append(DistillationCallback(teacher, row.distillation))
         over = partial(all_over, pruning)

@@ -59,7 +59,7 @@ def find_heads(
             continue
         flat = layer_of(str(before.target)) if before.kind == "layer" else None
         single = users[x.step] == [position] and x.step not in others
-        if single and flattens(before, flat) and isinstance(before.args[0], Value):
+        if single and flattens(before, flat) and before.args and isinstance(before.args[0], Value):
             found.append(FlatLinear(before.args[0], position, (x.step, position)))
     return tuple(found)
 

@@ -246,6 +246,23 @@ def test_tensors_outside_of_their_memory_are_refused():
         calls([])
 
 
+def test_a_flattening_whose_input_is_named():
+    torch.manual_seed(0)
+
+    class Named(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.stem, self.head = nn.Conv2d(3, 16, 3), nn.Linear(16 * 36, 10)
+
+        def forward(self, x):
+            return self.head(torch.flatten(input=torch.sigmoid(self.stem(x)) * 2, start_dim=1))
+
+    net, x = pruned(Named(), 0.5).requires_grad_(False), torch.randn(2, 3, 8, 8)
+    fast = compact(net, x)
+    assert equal(ready(fast, x)(x), one_by_one(fast, x))
+    close(fast(x), net(x))
+
+
 class Context(nn.Module):
     """What follows from means is added to an image, whose shape is another one."""
 

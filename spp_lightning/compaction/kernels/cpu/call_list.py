@@ -215,7 +215,10 @@ class CallListMaker:
         takes_uint8 = call.kind in _READ_UINT8
         for name in (call.x, call.residual, *call.parts):
             if name is not None and self.is_uint8(name) != takes_uint8:
-                raise ValueError(f"A tensor must be {'uint8' if takes_uint8 else 'float32'}.")
+                wanted = "uint8" if takes_uint8 else "float32"
+                raise ValueError(
+                    f"What {call.kind.name} reads must be {wanted}, but {name!r} isn't."
+                )
         self.shapes[call.out] = tuple(shape)
         self._calls.append(call)
 
