@@ -6,7 +6,7 @@ import ctypes
 from collections.abc import Sequence
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from spp_lightning.compaction.epilogue import Clamp, PlaneOp
 from spp_lightning.compaction.kernels.cpu.between import Gate, Norm
@@ -14,7 +14,7 @@ from spp_lightning.compaction.kernels.cpu.call_list import CallKind, CallListMak
 from spp_lightning.compaction.kernels.cpu.pools import native_op
 from spp_lightning.compaction.layers.between import is_own_pool, norm_of
 from spp_lightning.compaction.layers.column_conv import ColumnConv2d, need_grad
-from spp_lightning.compaction.layers.stretch_parts import Part, Prepared
+from spp_lightning.compaction.layers.stretch_parts import Part, Prepared, ReadsAll
 from spp_lightning.compaction.layers.unwatched import is_untouched
 
 __all__ = ["prepared_between"]
@@ -41,14 +41,7 @@ def prepared_between(part: Part, layers: Sequence[Any], other: nn.Module | None)
     return _Concat() if part.kind == "concat" else _Sum()
 
 
-class _ReadsAll:
-    """Of its input."""
-
-    def channels_read(self, shape: Sequence[int], threads: int) -> Tensor | None:
-        return None
-
-
-class _Gate(_ReadsAll):
+class _Gate(ReadsAll):
     def __init__(
         self, pool: nn.Module | None, reduce: ColumnConv2d, expand: ColumnConv2d, gate: Gate
     ) -> None:
@@ -86,7 +79,7 @@ class _Gate(_ReadsAll):
         )
 
 
-class _Means(_ReadsAll):
+class _Means(ReadsAll):
     def __init__(self, pool: nn.Module | None) -> None:
         self._pool = pool
 
@@ -107,7 +100,7 @@ class _Means(_ReadsAll):
         )
 
 
-class _Pool(_ReadsAll):
+class _Pool(ReadsAll):
     def __init__(self, module: nn.Module | None) -> None:
         self._module = module
 
@@ -138,7 +131,7 @@ class _Pool(_ReadsAll):
         )
 
 
-class _Norm(_ReadsAll):
+class _Norm(ReadsAll):
     def __init__(
         self, module: nn.Module, activation: nn.Module | None, clamp: Clamp, norm: Norm
     ) -> None:
@@ -168,7 +161,7 @@ class _Norm(_ReadsAll):
         )
 
 
-class _Concat(_ReadsAll):
+class _Concat(ReadsAll):
     def holds(self) -> bool:
         return True
 
@@ -178,7 +171,7 @@ class _Concat(_ReadsAll):
         maker.add_of_parts(CallKind.CONCAT, part.args, part.out, threads=threads)
 
 
-class _Sum(_ReadsAll):
+class _Sum(ReadsAll):
     def holds(self) -> bool:
         return True
 

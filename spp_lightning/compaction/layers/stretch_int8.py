@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import ctypes
 import math
-from collections.abc import Sequence
-from typing import NamedTuple
 
-from torch import Tensor, nn
+from torch import nn
 
 from spp_lightning.compaction.epilogue import Epilogue
 from spp_lightning.compaction.kernels.cpu.call_list import CallKind, CallListMaker
@@ -20,7 +18,13 @@ from spp_lightning.compaction.layers.quantized import (
     QuantizedLinear,
     RoundingNumbers,
 )
-from spp_lightning.compaction.layers.stretch_parts import Part, Prepared
+from spp_lightning.compaction.layers.stretch_parts import (
+    Part,
+    Prepared,
+    ReadsAll,
+    check_residual,
+    residual_of,
+)
 from spp_lightning.compaction.layers.unwatched import is_untouched
 
 __all__ = ["INT8_KINDS", "prepared_int8"]
@@ -38,40 +42,36 @@ def prepared_int8(module: nn.Module) -> Prepared | None:
     return None if handle is None else _Int8Layer(module, handle)
 
 
-class _Int8Layer(NamedTuple):
-    layer: QuantizedConv2d
-    handle: Int8Handle
+class _Int8Layer(ReadsAll):
+    def __init__(self, layer: QuantizedConv2d, handle: Int8Handle) -> None:
+        self._layer, self._handle = layer, handle
 
     def holds(self) -> bool:
-        layer, handle = self
+        layer, handle = self._layer, self._handle
         return is_untouched(layer, type(layer)) and layer.prepared() is handle
 
     def add(
         self, part: Part, maker: CallListMaker, threads: int, reader: Prepared | None = None
     ) -> None:
-        x, *others = part.args
-        is_linear, spec = isinstance(self.layer, QuantizedLinear), self.handle.spec
+        x, handle = part.args[0], self._handle
+        is_linear, spec = isinstance(self._layer, QuantizedLinear), handle.spec
         shape = maker.shapes[x]
-        found = self.handle.prepared_for((*shape, 1, 1) if is_linear else shape, threads)
-        residual = next((name for name in others if name in maker.shapes), None)
+        found = handle.prepared_for((*shape, 1, 1) if is_linear else shape, threads)
+        residual = residual_of(part, maker)
         if (residual is None) != (spec.residual is None):
             raise ValueError("`residual` must be there if and only if it has a scale.")
-        if residual is not None and maker.shapes[residual] != found.out_shape:
-            raise ValueError(f"`residual` must be {found.out_shape}.")
+        check_residual(maker, residual, found.out_shape)
         maker.add(
             *(CallKind.INT8_LAYER, x, part.out, found.out_shape[: 2 if is_linear else 4]),
-            what=self.handle.address,
+            what=handle.address,
             with_=found.address,
             residual=residual,
             uint8=spec.output is not None,
-            held=(found, self.handle),
+            held=(found, handle),
         )
 
-    def channels_read(self, shape: Sequence[int], threads: int) -> Tensor | None:
-        return None
 
-
-class _Rounding:
+class _Rounding(ReadsAll):
     def __init__(self, module: Quantize, numbers: RoundingNumbers) -> None:
         self._module, self._numbers = module, numbers
         count = len(module.post)
@@ -102,6 +102,3 @@ class _Rounding:
             uint8=True,
             held=self,
         )
-
-    def channels_read(self, shape: Sequence[int], threads: int) -> Tensor | None:
-        return None

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
-from typing import NamedTuple
+from collections.abc import Hashable
 
-from torch import Tensor, nn
+from torch import nn
 
 from spp_lightning.compaction.kernels.cpu.call_list import CallKind, CallListMaker
 from spp_lightning.compaction.kernels.cpu.chain import Linear
 from spp_lightning.compaction.layers.flat_linear import linear_of
-from spp_lightning.compaction.layers.stretch_parts import Part, Prepared
+from spp_lightning.compaction.layers.stretch_parts import Part, Prepared, ReadsAll
 
 __all__ = ["add_linear", "prepared_linear"]
 
@@ -40,17 +39,14 @@ def add_linear(
     )
 
 
-class _Linear(NamedTuple):
-    module: nn.Module
-    linear: Linear
+class _Linear(ReadsAll):
+    def __init__(self, module: nn.Module, linear: Linear) -> None:
+        self._module, self._linear = module, linear
 
     def holds(self) -> bool:
-        return linear_of(self.module) is self.linear
+        return linear_of(self._module) is self._linear
 
     def add(
         self, part: Part, maker: CallListMaker, threads: int, reader: Prepared | None = None
     ) -> None:
-        add_linear(maker, self.linear, part.args[0], part.out, threads)
-
-    def channels_read(self, shape: Sequence[int], threads: int) -> Tensor | None:
-        return None
+        add_linear(maker, self._linear, part.args[0], part.out, threads)

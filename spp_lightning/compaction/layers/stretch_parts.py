@@ -9,7 +9,7 @@ from torch import Tensor
 
 from spp_lightning.compaction.kernels.cpu.call_list import CallListMaker
 
-__all__ = ["Part", "Path", "Prepared"]
+__all__ = ["Part", "Path", "Prepared", "ReadsAll", "check_residual", "residual_of"]
 
 Path = tuple[str, ...]
 
@@ -69,3 +69,26 @@ class Prepared(Protocol):
             threads: Of torch.
         """
         ...
+
+
+class ReadsAll:
+    """A prepared part that reads all channels of its input."""
+
+    def channels_read(self, shape: Sequence[int], threads: int) -> Tensor | None:
+        """None; the arguments are those of :class:`Prepared`."""
+        return None
+
+
+def residual_of(part: Part, maker: CallListMaker) -> int | None:
+    """Name of the residual that a part adds, if it is there."""
+    return next((name for name in part.args[1:] if name in maker.shapes), None)
+
+
+def check_residual(maker: CallListMaker, residual: Any, shape: tuple[int, ...]) -> None:
+    """Check the shape of a residual, if there is one.
+
+    Raises:
+        ValueError: If it is another one.
+    """
+    if residual is not None and maker.shapes[residual] != shape:
+        raise ValueError(f"`residual` must be {shape}, got {maker.shapes[residual]}.")

@@ -15,7 +15,12 @@ from spp_lightning.compaction.kernels.cpu.handle import Handle
 from spp_lightning.compaction.layers.chain import holds
 from spp_lightning.compaction.layers.column_conv import ColumnConv2d, need_grad
 from spp_lightning.compaction.layers.stretch_linear import add_linear
-from spp_lightning.compaction.layers.stretch_parts import Part, Prepared
+from spp_lightning.compaction.layers.stretch_parts import (
+    Part,
+    Prepared,
+    check_residual,
+    residual_of,
+)
 from spp_lightning.compaction.layers.unwatched import is_untouched
 
 __all__ = ["prepared_row"]
@@ -59,7 +64,7 @@ class _Layer(NamedTuple):
         self, part: Part, maker: CallListMaker, threads: int, reader: Prepared | None = None
     ) -> None:
         _check_dim(maker, part.args[0])
-        _add_layer(maker, self.handle, part.args[0], _residual(part, maker), part.out, threads)
+        _add_layer(maker, self.handle, part.args[0], residual_of(part, maker), part.out, threads)
 
     def channels_read(self, shape: Sequence[int], threads: int) -> Tensor | None:
         return _channels_read(self.layer, self.handle, shape, threads)
@@ -83,8 +88,8 @@ class _Row(NamedTuple):
         if found.native is None:
             self._add_one_by_one(part, maker, threads)
             return
-        residual = _residual(part, maker)
-        _check_residual(maker, residual, found.conv_shape)
+        residual = residual_of(part, maker)
+        check_residual(maker, residual, found.conv_shape)
         maker.add(
             *(CallKind.CHAIN, x, part.out, found.out_shape),
             what=found.native.address,
@@ -99,7 +104,7 @@ class _Row(NamedTuple):
         for i, handle in enumerate(chain.handles):
             is_last = handle is chain.handles[-1]
             out = part.out if is_last and linear is None else (part.out, i)
-            residual = _residual(part, maker) if is_last else None
+            residual = residual_of(part, maker) if is_last else None
             _add_layer(maker, handle, x, residual, out, threads)
             if i:
                 maker.free(x)
@@ -130,15 +135,11 @@ def _channels_read(
     return read
 
 
-def _residual(part: Part, maker: CallListMaker) -> int | None:
-    return next((name for name in part.args[1:] if name in maker.shapes), None)
-
-
 def _add_layer(
     maker: CallListMaker, handle: Handle, x: Any, residual: Any, out: Any, threads: int
 ) -> None:
     found = handle.prepared_for(maker.shapes[x], torch.float32, threads)
-    _check_residual(maker, residual, found.conv_shape)
+    check_residual(maker, residual, found.conv_shape)
     chain = found.chain
     maker.add(
         *(CallKind.LAYER if chain is None else CallKind.CHAIN, x, out, found.out_shape),
@@ -147,11 +148,6 @@ def _add_layer(
         residual=residual,
         held=(found, handle),
     )
-
-
-def _check_residual(maker: CallListMaker, residual: Any, shape: tuple[int, ...]) -> None:
-    if residual is not None and maker.shapes[residual] != shape:
-        raise ValueError(f"`residual` must be {shape}, got {maker.shapes[residual]}.")
 
 
 def _check_dim(maker: CallListMaker, x: Any) -> None:
